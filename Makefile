@@ -1,0 +1,88 @@
+# What a newcomer types. Each target makes what it needs: the development environment in .venv (with
+# the versions of constraints-dev.txt; cmake and ninja come with it) and the native module in it.
+# A fresh machine needs Python 3.10 or newer, a C++17 compiler and make, nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check
+READY := $(VENV)/.ready
+BUILT := $(VENV)/.built
+
+NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
+CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h')
+# The tests that exercise native code, and that run once for every instruction set.
+NATIVE_TESTS = $(wildcard tests/test_kernels.py tests/test_solve_native.py)
+ISAS = $(shell $(BIN)/python .ci/isas.py)
+
+.DEFAULT_GOAL := build
+.PHONY: build demo test test-isas lint format bench wheel sanitize clean
+
+build: $(BUILT)
+
+demo: build
+	$(BIN)/tersor demo
+
+test: build
+	$(BIN)/python -m pytest
+
+# Every instruction set of this machine, forced in turn.
+test-isas: build
+	set -e; for isa in $(ISAS); do \
+	  echo "TERSOR_ISA=$$isa"; TERSOR_ISA=$$isa $(BIN)/python -m pytest $(NATIVE_TESTS); \
+	done
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/python .ci/check_tree.py
+
+format: $(READY)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+# Not part of `test`: a timing on a busy machine says nothing. Writes bench/results/.
+bench: build
+	$(BIN)/python bench/gemm.py
+	$(BIN)/python bench/solve.py
+
+wheel: $(READY)
+	$(PIP) wheel --no-deps --wheel-dir dist .
+	$(BIN)/auditwheel show dist/tersor-*.whl
+
+# The native tests under AddressSanitizer and UndefinedBehaviorSanitizer (GCC). The instrumented
+# build lives in a second environment that borrows the packages of the first, all but tersor: what
+# PYTHONPATH adds comes without its .pth files, and so without the editable install. The runtime
+# must be the first library of the process, and libstdc++ the second, so that it finds __cxa_throw.
+# Leaks are not looked for: the interpreter and torch keep memory on purpose.
+SANITIZE := build/sanitize
+sanitize: $(READY)
+	$(PIP) install -q --no-build-isolation --no-deps --upgrade --target $(SANITIZE)/site \
+	  -C build-dir=$(SANITIZE)/cmake -C cmake.build-type=RelWithDebInfo \
+	  -C cmake.define.TERSOR_SANITIZE=ON .
+	$(BIN)/python -m venv --without-pip $(SANITIZE)/venv
+	set -e; site=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))'); \
+	for isa in $(ISAS); do \
+	  echo "TERSOR_ISA=$$isa, with sanitizers"; \
+	  TERSOR_ISA=$$isa PYTHONPATH=$(SANITIZE)/site:$$site \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  $(SANITIZE)/venv/bin/python -m pytest -p no:cacheprovider $(NATIVE_TESTS); \
+	done
+
+clean:
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis $(BUILT)
+
+$(BUILT): $(READY) $(NATIVE)
+	$(PIP) install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+# The editable install takes Python files straight from python/tersor.
+$(READY): constraints-dev.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "tersor needs Python 3.10 or newer: run make PYTHON=/path/to/python3.10")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints-dev.txt scikit-build-core nanobind cmake ninja
+	$(PIP) install -q -c constraints-dev.txt --no-build-isolation -e '.[dev]'
+	touch $(READY) $(BUILT)

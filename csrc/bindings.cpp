@@ -1,0 +1,299 @@
+// The Python module tersor._core: checks every argument, releases the GIL, calls the core.
+// The only file that knows Python.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+
+#include <cstring>
+
+#include "dispatch.h"
+#include "parallel.h"
+#include "solve/solve.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace {
+
+using tersor::Error;
+
+template <class T, int D>
+using Array = nb::ndarray<T, nb::ndim<D>, nb::c_contig, nb::device::cpu>;
+using Codes = Array<uint8_t, 2>;
+using Bytes = Array<uint8_t, 1>;
+using Grid = nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu>;  // float32, bfloat16, float16
+
+int32_t dtype_of(const nb::dlpack::dtype& type) {
+  const auto code = static_cast<nb::dlpack::dtype_code>(type.code);
+  if (code == nb::dlpack::dtype_code::Float && type.bits == 32) return TERSOR_F32;
+  if (code == nb::dlpack::dtype_code::Bfloat && type.bits == 16) return TERSOR_BF16;
+  if (code == nb::dlpack::dtype_code::Float && type.bits == 16) return TERSOR_F16;
+  throw Error("scales must be float32, bfloat16 or float16");
+}
+
+std::string shape_text(int64_t rows, int64_t columns) {
+  return "[" + std::to_string(rows) + ", " + std::to_string(columns) + "]";
+}
+
+// A weight as the Python layer holds it, with the spec it implies.
+struct Weight {
+  tersor_spec spec;
+  tersor_view view;
+};
+
+Weight portable(const Codes& codes, const Grid& scales, const std::optional<Codes>& zeros, int bits,
+                int activation) {
+  const auto n = static_cast<int64_t>(codes.shape(0)), k = static_cast<int64_t>(codes.shape(1));
+  const auto groups = static_cast<int64_t>(scales.shape(1));
+  if (groups < 1 || k % groups || static_cast<int64_t>(scales.shape(0)) != n)
+    throw Error("scales must be [n, k / g]; they are " +
+                shape_text(static_cast<int64_t>(scales.shape(0)), groups) + " for codes " +
+                shape_text(n, k));
+  if (zeros && (zeros->shape(0) != scales.shape(0) || zeros->shape(1) != scales.shape(1)))
+    throw Error("zeros must have the shape of the scales");
+  Weight w{{n, k, k / groups, bits, zeros ? 1 : 0, dtype_of(scales.dtype()), activation},
+           {codes.data(), scales.data(), zeros ? zeros->data() : nullptr}};
+  tersor::check(w.spec);
+  return w;
+}
+
+void check_range(const uint8_t* codes, int64_t count, int bits, const char* what) {
+  uint8_t all = 0;
+  for (int64_t i = 0; i < count; ++i) all |= codes[i];
+  if (all >> bits) throw Error(std::string(what) + " must be below " + std::to_string(1 << bits));
+}
+
+nb::dict description(const tersor_kernel& kernel) {
+  nb::dict d;
+  d["name"] = kernel.name;
+  d["isa"] = kernel.isa;
+  d["layout"] = kernel.layout;
+  d["priority"] = kernel.priority;
+  d["unavailable"] = kernel.unavailable();
+  d["address"] = reinterpret_cast<uintptr_t>(&kernel);
+  return d;
+}
+
+void register_kernels(const nb::object& capsule) {
+  auto* table = static_cast<const tersor_kernel_table*>(
+      PyCapsule_GetPointer(capsule.ptr(), TERSOR_KERNEL_CAPSULE));
+  if (!table) throw nb::python_error();
+  tersor::add_kernels(*table);
+  capsule.inc_ref();  // the table lives as long as the process
+}
+
+tersor_spec spec_of(int64_t n, int64_t k, int64_t g, int bits, bool asymmetric, int scale_dtype,
+                    int activation) {
+  const tersor_spec spec{n, k, g, bits, asymmetric ? 1 : 0, scale_dtype, activation};
+  tersor::check(spec);
+  return spec;
+}
+
+size_t packed_bytes(const Codes& codes, const Grid& scales, const std::optional<Codes>& zeros,
+                    int bits, int activation) {
+  const Weight w = portable(codes, scales, zeros, bits, activation);
+  return tersor::packed_bytes(tersor::select(w.spec, 0, TERSOR_F32), w.spec);
+}
+
+void pack(const Codes& codes, const Grid& scales, const std::optional<Codes>& zeros, int bits,
+          int activation, const Bytes& packed) {
+  const Weight w = portable(codes, scales, zeros, bits, activation);
+  const tersor_kernel& kernel = tersor::select(w.spec, 0, TERSOR_F32);
+  if (packed.shape(0) != tersor::packed_bytes(kernel, w.spec) ||
+      reinterpret_cast<uintptr_t>(packed.data()) % TERSOR_ALIGN)
+    throw Error("the destination must be packed_bytes() long and aligned to 64 bytes");
+  nb::gil_scoped_release release;
+  check_range(w.view.codes, w.spec.n * w.spec.k, bits, "codes");
+  if (zeros) check_range(w.view.zeros, w.spec.n * (w.spec.k / w.spec.g), bits, "zeros");
+  tersor::pack(kernel, w.spec, w.view, packed.data());
+}
+
+// The header of a packed weight that came from outside, with a kernel of its layout.
+const tersor::PackedHeader& trusted(const void* packed, size_t bytes) {
+  const tersor::PackedHeader& head = tersor::header(packed, bytes);
+  if (head.layout[sizeof head.layout - 1]) throw Error("these bytes are not a packed weight");
+  tersor::check(head.spec);
+  return head;
+}
+
+nb::dict packed_spec(const Bytes& packed) {
+  const auto& head = trusted(packed.data(), packed.shape(0));
+  nb::dict d;
+  d["layout"] = head.layout;
+  d["n"] = head.spec.n;
+  d["k"] = head.spec.k;
+  d["g"] = head.spec.g;
+  d["bits"] = head.spec.bits;
+  d["asymmetric"] = head.spec.asymmetric != 0;
+  d["scale_dtype"] = head.spec.scale_dtype;
+  d["activation"] = head.spec.activation;
+  return d;
+}
+
+void unpack(const Bytes& packed, const Codes& codes, const Grid& scales,
+            const std::optional<Codes>& zeros) {
+  const auto& head = trusted(packed.data(), packed.shape(0));
+  const Weight w = portable(codes, scales, zeros, head.spec.bits, head.spec.activation);
+  if (std::memcmp(&w.spec, &head.spec, sizeof w.spec))
+    throw Error("the destination's shapes and dtypes are not those of the packed weight");
+  nb::gil_scoped_release release;
+  tersor::unpack(packed.data(), packed.shape(0), w.view);
+}
+
+// The hot path: addresses and sizes as integers, since an array object costs microseconds each.
+void linear(uintptr_t x, int64_t m, int64_t k, int64_t ldx, int dtype, uintptr_t packed,
+            size_t packed_size, uintptr_t bias, uintptr_t y, int64_t n, int64_t ldy) {
+  const void* weight = reinterpret_cast<const void*>(packed);
+  const auto& head = trusted(weight, packed_size);
+  if (n != head.spec.n || k != head.spec.k)
+    throw Error("the weight is " + shape_text(head.spec.n, head.spec.k) + ", the call is for " +
+                shape_text(n, k));
+  if (dtype < TERSOR_F32 || dtype > TERSOR_F16)
+    throw Error("x must be float32, bfloat16 or float16");
+  if (m < 0 || m > INT32_MAX || ldx < k || ldy < n || ldx > INT32_MAX || ldy > INT32_MAX)
+    throw Error("m must be from 0 to 2^31 - 1, and rows must not overlap");
+  if (m == 0) return;
+  const uintptr_t element = dtype == TERSOR_F32 ? 4 : 2;
+  if (!x || !y || x % element || y % element || bias % 4)
+    throw Error("x, y and bias must be given and aligned to their elements");
+  const tersor_kernel& kernel = tersor::select(head.spec, m, dtype, head.layout);
+  if (kernel.packed_bytes(&head.spec) != head.bytes)
+    throw Error("these bytes are not a packed weight");
+  nb::gil_scoped_release release;
+  tersor::run(kernel, {head.spec, m, &head + 1, reinterpret_cast<const void*>(x),
+                       reinterpret_cast<void*>(y), ldx, ldy, dtype,
+                       reinterpret_cast<const float*>(bias), nullptr});
+}
+
+// Pairs of (kernel, reason why it does not serve or None), best first.
+nb::list explain(int64_t n, int64_t k, int64_t g, int bits, bool asymmetric, int scale_dtype,
+                 int activation, int64_t m, int dtype) {
+  const tersor_spec spec = spec_of(n, k, g, bits, asymmetric, scale_dtype, activation);
+  nb::list rows;
+  for (const tersor_kernel* kernel : tersor::kernels())
+    rows.append(nb::make_tuple(kernel->name, tersor::refusal(*kernel, spec, m, dtype, nullptr)));
+  return rows;
+}
+
+// ---- The solver -----------------------------------------------------------------------------
+
+using Matrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+// Memory that a tensor made of it will own.
+template <class T>
+struct Fresh {
+  T* data;
+  nb::capsule owner;
+
+  explicit Fresh(int64_t count)
+      : data(new T[count]), owner(data, [](void* p) noexcept { delete[] static_cast<T*>(p); }) {}
+  nb::ndarray<T, nb::pytorch> tensor(int64_t rows, int64_t columns) const {
+    return {data, {static_cast<size_t>(rows), static_cast<size_t>(columns)}, owner};
+  }
+};
+
+nb::tuple factor(const Array<float, 2>& gram, double damp) {
+  const auto k = static_cast<int64_t>(gram.shape(0));
+  if (k < 1 || gram.shape(1) != gram.shape(0))
+    throw Error("a Gram matrix is square, not " +
+                shape_text(k, static_cast<int64_t>(gram.shape(1))));
+  tersor::solve::Factored result;
+  {
+    nb::gil_scoped_release release;
+    result = tersor::solve::factor(gram.data(), k, damp);
+  }
+  return nb::make_tuple(result.damp, result.dead);
+}
+
+nb::object solve_columns(const Matrix& w, const Matrix& unit, const Matrix& scales,
+                         const std::optional<Codes>& zeros,
+                         const nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig,
+                                           nb::device::cpu>& group_of_column,
+                         int levels) {
+  const auto n = static_cast<int64_t>(w.shape(0)), k = static_cast<int64_t>(w.shape(1));
+  const auto groups = static_cast<int64_t>(scales.shape(1));
+  if (n < 1 || k < 1) throw Error("the weight is empty");
+  if (unit.shape(0) != w.shape(1) || unit.shape(1) != w.shape(1))
+    throw Error("the factor must be " + shape_text(k, k));
+  if (groups < 1 || scales.shape(0) != w.shape(0))
+    throw Error("scales must be [" + std::to_string(n) + ", groups]");
+  if (zeros && (zeros->shape(0) != scales.shape(0) || zeros->shape(1) != scales.shape(1)))
+    throw Error("zeros must have the shape of the scales");
+  if (group_of_column.shape(0) != w.shape(1))
+    throw Error("each of the " + std::to_string(k) + " columns needs a group");
+  if (levels < 2 || levels > 256) throw Error("levels must be from 2 to 256");
+  const Fresh<uint8_t> codes(n * k);
+  {
+    nb::gil_scoped_release release;
+    tersor::solve::solve_columns({n, k, groups, w.data(), unit.data(), scales.data(),
+                                  zeros ? zeros->data() : nullptr, group_of_column.data(), levels},
+                                 codes.data);
+  }
+  return nb::cast(codes.tensor(n, k));
+}
+
+nb::tuple search_grid(const Matrix& w, int64_t group, int bits, bool symmetric, bool clip,
+                      int scale_dtype) {
+  const auto n = static_cast<int64_t>(w.shape(0)), k = static_cast<int64_t>(w.shape(1));
+  if (n < 1 || k < 1) throw Error("the weight is empty");
+  if (group < 1 || k % group)
+    throw Error("a group of " + std::to_string(group) + " does not divide " + std::to_string(k) +
+                " columns");
+  if (bits < 2 || bits > 8) throw Error("bits must be from 2 to 8");
+  if (scale_dtype < TERSOR_F32 || scale_dtype > TERSOR_F16)
+    throw Error("scale_dtype must be 0 (float32), 1 (bfloat16) or 2 (float16)");
+  const int64_t groups = k / group;
+  const Fresh<float> scales(n * groups);
+  const Fresh<uint8_t> zeros(symmetric ? 0 : n * groups);
+  {
+    nb::gil_scoped_release release;
+    tersor::solve::search_grid({n, k, group, w.data(), bits, symmetric, clip, scale_dtype},
+                               scales.data, symmetric ? nullptr : zeros.data);
+  }
+  return nb::make_tuple(scales.tensor(n, groups),
+                        symmetric ? nb::none() : nb::cast(zeros.tensor(n, groups)));
+}
+
+}  // namespace
+
+// Arrays are never converted: a copy of a destination would be filled and thrown away.
+NB_MODULE(_core, m) {
+  m.attr("__version__") = TERSOR_VERSION;
+  m.attr("KERNEL_ABI") = TERSOR_KERNEL_ABI;
+  nb::exception<Error>(m, "NativeError", PyExc_ValueError);
+
+  m.def("kernels", [] {
+    nb::list rows;
+    for (const tersor_kernel* kernel : tersor::kernels()) rows.append(description(*kernel));
+    return rows;
+  });
+  m.def("register_kernels", register_kernels, "capsule"_a);
+  m.def("forced_isa", [] { return tersor::forced_isa(); });
+  m.def("explain", explain, "n"_a, "k"_a, "g"_a, "bits"_a, "asymmetric"_a, "scale_dtype"_a,
+        "activation"_a, "m"_a, "dtype"_a);
+  m.def("packed_bytes", packed_bytes, "codes"_a.noconvert(), "scales"_a.noconvert(),
+        "zeros"_a.noconvert().none(), "bits"_a, "activation"_a);
+  m.def("pack", pack, "codes"_a.noconvert(), "scales"_a.noconvert(), "zeros"_a.noconvert().none(),
+        "bits"_a, "activation"_a, "packed"_a.noconvert());
+  m.def("packed_spec", packed_spec, "packed"_a.noconvert());
+  m.def("unpack", unpack, "packed"_a.noconvert(), "codes"_a.noconvert(), "scales"_a.noconvert(),
+        "zeros"_a.noconvert().none());
+  m.def("linear", linear);
+
+  m.def("factor", factor, "gram"_a.noconvert(), "damp"_a);
+  m.def("solve_columns", solve_columns, "w"_a.noconvert(), "unit"_a.noconvert(),
+        "scales"_a.noconvert(), "zeros"_a.noconvert().none(), "group_of_column"_a.noconvert(),
+        "levels"_a);
+  m.def("search_grid", search_grid, "w"_a.noconvert(), "group"_a, "bits"_a, "symmetric"_a, "clip"_a,
+        "scale_dtype"_a = static_cast<int>(TERSOR_F32));
+
+  m.def("thread_count", tersor::thread_count);
+  m.def("set_thread_count", tersor::set_thread_count, "count"_a);
+  m.def("threads_backend",
+        [] { return tersor::backend() == tersor::Backend::openmp ? "openmp" : "pool"; });
+  m.def("set_threads_backend", [](const std::string& name) {
+    if (name != "openmp" && name != "pool") throw Error("the backend is 'openmp' or 'pool'");
+    tersor::set_backend(name == "openmp" ? tersor::Backend::openmp : tersor::Backend::pool);
+  });
+}

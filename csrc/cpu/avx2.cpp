@@ -1,0 +1,186 @@
+// AVX2: half a tile (8 rows) in a vector.
+#include <immintrin.h>
+
+#include "cpu/features.h"
+#include "cpu/kernels.h"
+#include "cpu/tile16_gemm.h"
+#include "cpu/tile16_pack.h"
+#include "cpu/tile16_prepare.h"
+
+namespace {
+
+struct Avx2 {
+  using Float = __m256;
+  static constexpr int kLanes = 8;
+
+  static __m256i load_line(const uint8_t* line) {
+    _mm_prefetch(reinterpret_cast<const char*>(line + 1024), _MM_HINT_T0);
+    return _mm256_load_si256(reinterpret_cast<const __m256i*>(line));
+  }
+  static __m256i load_bytes(const uint8_t* bytes) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
+  }
+  static __m256i broadcast4(const void* bytes) {
+    int32_t word;
+    __builtin_memcpy(&word, bytes, 4);
+    return _mm256_set1_epi32(word);
+  }
+  static __m256i centre(__m256i line) {
+    return _mm256_xor_si256(line, _mm256_set1_epi8(static_cast<char>(0x80)));
+  }
+  static __m256 widen(__m128i half, int32_t dtype) {
+    if (dtype == TERSOR_F16) return _mm256_cvtph_ps(half);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+  }
+  static Float load_scale(const void* scales, int32_t dtype) {
+    if (dtype == TERSOR_F32) return _mm256_load_ps(static_cast<const float*>(scales));
+    return widen(_mm_load_si128(static_cast<const __m128i*>(scales)), dtype);
+  }
+  static Float load(const float* x) { return _mm256_load_ps(x); }
+  static void store(float* x, Float v) { _mm256_store_ps(x, v); }
+  static Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
+
+  static void store_y(void* y, int64_t at, int32_t dtype, Float v) {
+    if (dtype == TERSOR_F32) return _mm256_storeu_ps(static_cast<float*>(y) + at, v);
+    auto* out = reinterpret_cast<__m128i*>(static_cast<uint16_t*>(y) + at);
+    if (dtype == TERSOR_F16)
+      return _mm_storeu_si128(out,
+                              _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    // As to_bf16: nearest even, NaN made quiet.
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i even = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const __m256i top = _mm256_srli_epi32(_mm256_blendv_epi8(even, quiet, nan), 16);
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(top, top), 0x08);
+    _mm_storeu_si128(out, _mm256_castsi256_si128(packed));
+  }
+};
+
+template <int BITS>
+struct A8 : Avx2 {
+  using Element = int8_t;
+  using Sum = int32_t;
+  using Acc = __m256i;
+  static constexpr bool kSumsAlways = true;
+  static constexpr int kMaxTokens = 4, kUnits = 2, kFewTokens = 1, kFewUnits = 4;
+  // 8-bit codes enter the product less 128, see dot().
+  static constexpr int kOffset = BITS == 8 ? 128 : 0;
+
+  static Acc start(const uint8_t* zeros, int32_t sum) {
+    if (!zeros) return _mm256_set1_epi32(-sum * ((1 << (BITS - 1)) - kOffset));
+    const __m256i off = _mm256_sub_epi32(_mm256_set1_epi32(kOffset), load_bytes(zeros));
+    return _mm256_mullo_epi32(off, _mm256_set1_epi32(sum));
+  }
+  static Float to_float(Acc acc) { return _mm256_cvtepi32_ps(acc); }
+
+  // vpmaddubsw adds pairs of products in 16 bits, saturating. 4-bit codes are at most 15, so one
+  // instruction adds at most 2 * 15 * 127 = 3810 and a line's two at most 7620. For 8-bit codes
+  // the sign of code - 128 is moved to the activation: 2 * 128 * 127 = 32512 still fits.
+  template <int MR, int NU>
+  static void dot(Acc (&acc)[MR][NU], const uint8_t* const (&w)[NU], int64_t lines, const int8_t* a,
+                  int64_t stride) {
+    const __m256i nibble = _mm256_set1_epi8(15);
+    const __m256i ones = _mm256_set1_epi16(1);
+    for (int64_t l = 0; l < lines; ++l) {
+      __m256i first[NU], second[NU];
+#pragma GCC unroll 8
+      for (int u = 0; u < NU; ++u) {
+        const __m256i line = load_line(w[u] + l * kLineBytes);
+        if constexpr (BITS == 4) {
+          first[u] = _mm256_and_si256(line, nibble);
+          second[u] = _mm256_and_si256(_mm256_srli_epi16(line, 4), nibble);
+        } else {
+          first[u] = centre(line);
+          second[u] = _mm256_abs_epi8(first[u]);
+        }
+      }
+#pragma GCC unroll 16
+      for (int t = 0; t < MR; ++t) {
+        const int8_t* token = a + t * stride + l * (BITS == 4 ? 8 : 4);
+        const __m256i x = broadcast4(token);
+        const __m256i x4 = BITS == 4 ? broadcast4(token + 4) : x;
+#pragma GCC unroll 8
+        for (int u = 0; u < NU; ++u) {
+          __m256i pairs;
+          if constexpr (BITS == 4)
+            pairs = _mm256_add_epi16(_mm256_maddubs_epi16(first[u], x),
+                                     _mm256_maddubs_epi16(second[u], x4));
+          else
+            pairs = _mm256_maddubs_epi16(second[u], _mm256_sign_epi8(x4, first[u]));
+          acc[t][u] = _mm256_add_epi32(acc[t][u], _mm256_madd_epi16(pairs, ones));
+        }
+      }
+    }
+  }
+};
+
+template <int BITS>
+struct A16 : Avx2 {
+  using Element = float;
+  using Sum = float;
+  using Acc = __m256;
+  static constexpr bool kSumsAlways = false;
+  static constexpr int kMaxTokens = 6, kUnits = 2, kFewTokens = 2, kFewUnits = 4;
+
+  // Codes enter the product less their midpoint, so the zero point has only the rest to correct.
+  static Acc start(const uint8_t* zeros, float sum) {
+    if (!zeros) return _mm256_setzero_ps();
+    const __m256i off = _mm256_sub_epi32(_mm256_set1_epi32(1 << (BITS - 1)), load_bytes(zeros));
+    return _mm256_mul_ps(_mm256_cvtepi32_ps(off), _mm256_set1_ps(sum));
+  }
+  static Float to_float(Acc acc) { return acc; }
+
+  // Moves column c's code to the top bits, centred, and brings it down with its sign.
+  static __m256 column(__m256i line, int c) {
+    const int at = BITS == 4 ? (c < 4 ? 8 * c : 8 * (c - 4) + 4) : 8 * c;
+    const __m256i top = _mm256_slli_epi32(line, 32 - BITS - at);
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(top, 32 - BITS));
+  }
+
+  template <int MR, int NU>
+  static void dot(Acc (&acc)[MR][NU], const uint8_t* const (&w)[NU], int64_t lines, const float* a,
+                  int64_t stride) {
+    constexpr int kColumns = BITS == 4 ? 8 : 4;
+    // Flipping the top bit of an unsigned code makes it the two's complement of code - midpoint.
+    const __m256i flip = _mm256_set1_epi8(static_cast<char>(BITS == 4 ? 0x88 : 0x80));
+    for (int64_t l = 0; l < lines; ++l) {
+      __m256i line[NU];
+#pragma GCC unroll 8
+      for (int u = 0; u < NU; ++u)
+        line[u] = _mm256_xor_si256(load_line(w[u] + l * kLineBytes), flip);
+#pragma GCC unroll 8
+      for (int c = 0; c < kColumns; ++c) {
+        __m256 value[NU];
+#pragma GCC unroll 8
+        for (int u = 0; u < NU; ++u) value[u] = column(line[u], c);
+#pragma GCC unroll 16
+        for (int t = 0; t < MR; ++t) {
+          const __m256 x = _mm256_set1_ps(a[t * stride + l * kColumns + c]);
+#pragma GCC unroll 8
+          for (int u = 0; u < NU; ++u) acc[t][u] = _mm256_fmadd_ps(value[u], x, acc[t][u]);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace
+
+namespace tersor {
+
+using namespace tile16;
+
+const tersor_kernel kAvx2Kernels[] = {
+    kernel("w4a8_avx2", "avx2", 20, avx2_missing, refuses_w4a8, workspace_a8, prepare_a8,
+           gemm<A8<4>>),
+    kernel("w8a8_avx2", "avx2", 20, avx2_missing, refuses_w8a8, workspace_a8, prepare_a8,
+           gemm<A8<8>>),
+    kernel("w4a16_avx2", "avx2", 20, avx2_missing, refuses_w4a16, workspace_f32, prepare_f32,
+           gemm<A16<4>>),
+    kernel("w8a16_avx2", "avx2", 20, avx2_missing, refuses_w8a16, workspace_f32, prepare_f32,
+           gemm<A16<8>>),
+};
+
+}  // namespace tersor

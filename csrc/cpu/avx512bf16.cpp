@@ -1,0 +1,121 @@
+// AVX-512 with BF16: vdpbf16ps for bfloat16 activations. Codes less their midpoint are integers of
+// at most 8 bits, exact in bfloat16; products are exact and sums are in float.
+#include <immintrin.h>
+
+#include "cpu/avx512.h"
+#include "cpu/features.h"
+#include "cpu/kernels.h"
+#include "cpu/tile16_gemm.h"
+#include "cpu/tile16_pack.h"
+#include "cpu/tile16_prepare.h"
+
+namespace {
+
+template <int BITS>
+struct BF16 : Avx512 {
+  using Element = uint16_t;
+  using Sum = float;
+  using Acc = __m512;
+  static constexpr bool kSumsAlways = false;
+  static constexpr int kMaxTokens = 12, kUnits = 2, kFewTokens = 4, kFewUnits = 4;
+  static constexpr int kColumns = BITS == 4 ? 8 : 4;
+  static constexpr int kPairs = kColumns / 2;
+
+  static Acc start(const uint8_t* zeros, float sum) { return start_float<BITS>(zeros, sum); }
+  static Float to_float(Acc acc) { return acc; }
+
+  // Pair i of a line, as two bfloat16 in each 32-bit lane. 4 bits: vpermw reads the low bits of
+  // each 16-bit half, so shifting by 4i brings columns i' and i' + 2 under it, in the order that
+  // kPairColumns gives; of the five bits it reads the fifth is another column's, hence a table of
+  // 16 values twice. 8 bits: columns 2i and 2i + 1, a float's upper half being its bfloat16.
+  static __m512bh pair(__m512i line, int i) {
+    if constexpr (BITS == 4) {
+      const __m512i values = _mm512_broadcast_i64x4(_mm256_setr_epi16(
+          static_cast<short>(0xc100), static_cast<short>(0xc0e0), static_cast<short>(0xc0c0),
+          static_cast<short>(0xc0a0), static_cast<short>(0xc080), static_cast<short>(0xc040),
+          static_cast<short>(0xc000), static_cast<short>(0xbf80), 0x0000, 0x3f80, 0x4000, 0x4040,
+          0x4080, 0x40a0, 0x40c0, 0x40e0));  // -8 ... 7
+      const __m512i index = _mm512_srli_epi32(line, static_cast<unsigned>(4 * i));
+      return reinterpret_cast<__m512bh>(_mm512_permutexvar_epi16(index, values));
+    } else {
+      const __m512i even = _mm512_castps_si512(signed_byte(line, 2 * i));
+      const __m512i odd = _mm512_castps_si512(signed_byte(line, 2 * i + 1));
+      return reinterpret_cast<__m512bh>(
+          _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(even, 16), odd));
+    }
+  }
+
+  template <int MR, int NU>
+  static void dot(Acc (&acc)[MR][NU], const uint8_t* const (&w)[NU], int64_t lines,
+                  const uint16_t* a, int64_t stride) {
+    for (int64_t l = 0; l < lines; ++l) {
+      __m512i line[NU];
+#pragma GCC unroll 8
+      for (int u = 0; u < NU; ++u)
+        line[u] =
+            BITS == 4 ? load_line(w[u] + l * kLineBytes) : centre(load_line(w[u] + l * kLineBytes));
+#pragma GCC unroll 4
+      for (int i = 0; i < kPairs; ++i) {
+        __m512bh value[NU];
+#pragma GCC unroll 8
+        for (int u = 0; u < NU; ++u) value[u] = pair(line[u], i);
+#pragma GCC unroll 16
+        for (int t = 0; t < MR; ++t) {
+          const auto x =
+              reinterpret_cast<__m512bh>(broadcast4(a + t * stride + l * kColumns + 2 * i));
+#pragma GCC unroll 8
+          for (int u = 0; u < NU; ++u) acc[t][u] = _mm512_dpbf16_ps(acc[t][u], value[u], x);
+        }
+      }
+    }
+  }
+};
+
+// The columns of a line of 4-bit codes in the order in which pair() brings them up.
+constexpr int kPairColumns[8] = {0, 2, 4, 6, 1, 3, 5, 7};
+
+template <int BITS>
+void prepare_bf16(const tersor_args* a, int64_t begin, int64_t end) {
+  const tersor_spec& s = a->spec;
+  const Prepared p(s, a->m, 2);
+  auto* work = static_cast<uint8_t*>(a->workspace);
+  for (int64_t token = begin; token < end; ++token) {
+    const auto* x = static_cast<const uint16_t*>(token_of(*a, token));
+    auto* out = reinterpret_cast<uint16_t*>(work + token * p.stride);
+    int64_t i = 0;
+    if constexpr (BITS == 4) {
+      for (; i + 8 <= s.k; i += 8)
+        for (int j = 0; j < 8; ++j) out[i + j] = x[i + kPairColumns[j]];
+      if (i < s.k) {
+        for (int j = 0; j < 8; ++j) {
+          const int64_t column = i + kPairColumns[j];
+          out[i + j] = column < s.k ? x[column] : uint16_t{0};
+        }
+        i += 8;
+      }
+    } else {
+      for (; i < s.k; ++i) out[i] = x[i];
+    }
+    for (; i < p.stride / 2; ++i) out[i] = 0;
+    if (s.asymmetric) {
+      auto* sums = reinterpret_cast<float*>(work + p.sums_at) + token * p.chunks;
+      for (int64_t c = 0; c < p.chunks; ++c)
+        sums[c] = sum_chunk<LoadBF16>(x, p.chunk_begin(s, c), p.chunk_end(s, c));
+    }
+  }
+}
+
+}  // namespace
+
+namespace tersor {
+
+using namespace tile16;
+
+const tersor_kernel kAvx512Bf16Kernels[] = {
+    kernel("w4a16_avx512bf16", "avx512bf16", 40, avx512bf16_missing, refuses_w4bf16, workspace_bf16,
+           prepare_bf16<4>, gemm<BF16<4>>),
+    kernel("w8a16_avx512bf16", "avx512bf16", 40, avx512bf16_missing, refuses_w8bf16, workspace_bf16,
+           prepare_bf16<8>, gemm<BF16<8>>),
+};
+
+}  // namespace tersor

@@ -1,0 +1,144 @@
+"""The hinge of the package: every solver returns a QWeight, every format stores it, every kernel
+is made from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tersor.errors import TersorError
+
+BITS = (2, 3, 4, 8)
+
+
+@dataclass(frozen=True)
+class QSpec:
+    """The arithmetic of a quantized weight, never its bytes.
+
+    bits: width of a code, one of 2, 3, 4, 8.
+    group: columns that share a scale, or None for one scale per row.
+    symmetric: True puts the zero point at 2**(bits - 1); False stores one per group.
+    """
+
+    bits: int
+    group: int | None = 128
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise TersorError(f"bits must be one of {BITS}, not {self.bits}")
+        if self.group is not None and (self.group <= 0 or self.group % 16):
+            raise TersorError(
+                f"group must be a positive multiple of 16, or None for one scale per row, "
+                f"not {self.group}"
+            )
+
+    @property
+    def levels(self) -> int:
+        """Number of codes, 2**bits."""
+        return 1 << self.bits
+
+    @property
+    def midpoint(self) -> int:
+        """The zero point of a symmetric grid, 2**(bits - 1)."""
+        return 1 << (self.bits - 1)
+
+    def groups(self, k: int) -> int:
+        """Scales per row for k input features; TersorError if the group does not divide k."""
+        if self.group is None:
+            return 1
+        if k % self.group:
+            divisors = [g for g in (128, 64, 32, 16) if k % g == 0]
+            hint = f"a group that does, such as {divisors[0]}, or" if divisors else "instead"
+            raise TersorError(
+                f"group {self.group} does not divide the {k} input features; "
+                f"use {hint} one scale per row"
+            )
+        return k // self.group
+
+
+@dataclass(frozen=True)
+class ActSpec:
+    """How activations enter the product: bits=8 is int8, one scale per token, absmax / 127,
+    computed in the call."""
+
+    bits: int = 8
+
+    def __post_init__(self) -> None:
+        if self.bits != 8:
+            raise TersorError(f"activations can be quantized to 8 bits, not {self.bits}")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What one linear layer becomes: its weight's grid, and its activations' (None: 16 bits)."""
+
+    weight: QSpec
+    activation: ActSpec | None = None
+
+    def __str__(self) -> str:
+        return f"W{self.weight.bits}A{self.activation.bits if self.activation else 16}"
+
+
+@dataclass
+class QWeight:
+    """A quantized weight in portable order; n output features, k input features.
+
+    codes: uint8 [n, k], each below 2**bits.
+    scales: float32, bfloat16 or float16 [n, groups].
+    zeros: uint8 [n, groups], or None when the spec is symmetric.
+    order: int32 [k], the group of each column, or None where it is column // group.
+
+    dequantize()[i, j] = (codes[i, j] - zero) * scale, of row i and column j's group.
+    """
+
+    spec: QSpec
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None = None
+    order: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.codes.dtype != torch.uint8 or self.codes.dim() != 2:
+            raise TersorError(
+                f"codes must be uint8 [n, k], not {self.codes.dtype} {tuple(self.codes.shape)}"
+            )
+        grid = (self.n, self.spec.groups(self.k))
+        if tuple(self.scales.shape) != grid or not self.scales.dtype.is_floating_point:
+            raise TersorError(
+                f"scales must be floating point {grid}, not {self.scales.dtype} "
+                f"{tuple(self.scales.shape)}"
+            )
+        if self.spec.symmetric != (self.zeros is None):
+            raise TersorError("zeros must be given exactly when the spec is asymmetric")
+        if self.zeros is not None and (
+            tuple(self.zeros.shape) != grid or self.zeros.dtype != torch.uint8
+        ):
+            raise TersorError(
+                f"zeros must be uint8 {grid}, not {self.zeros.dtype} {tuple(self.zeros.shape)}"
+            )
+        if self.order is not None and tuple(self.order.shape) != (self.k,):
+            raise TersorError(f"order must have one group per column ({self.k})")
+
+    @property
+    def n(self) -> int:
+        return self.codes.shape[0]
+
+    @property
+    def k(self) -> int:
+        return self.codes.shape[1]
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight that the codes stand for, [n, k]; computed in float32, then cast."""
+        codes = self.codes.float()
+        zeros = float(self.spec.midpoint) if self.zeros is None else self.zeros.float()
+        if self.order is not None:
+            index = self.order.long()
+            z = zeros[:, index] if isinstance(zeros, Tensor) else zeros
+            return ((codes - z) * self.scales.float()[:, index]).to(dtype)
+        grid = codes.view(self.n, self.scales.shape[1], -1)
+        z = zeros.unsqueeze(-1) if isinstance(zeros, Tensor) else zeros
+        weight = (grid - z) * self.scales.float().unsqueeze(-1)
+        return weight.view(self.n, self.k).to(dtype)

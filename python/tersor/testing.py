@@ -1,0 +1,435 @@
+"""The contract tests of a kernel, for the kernels in this package and for anyone else's.
+
+    from tersor import testing
+    testing.check_kernel("w4a8_avx2")        # a kernel that tersor knows, by name
+    testing.check_capsule(my_package.kernels())   # a table that has not been registered
+
+Everything here talks to a kernel through the C struct of kernel.h, as the dispatcher does, so that
+what is tested is the contract itself. The expected values come from `oracle`, a float64 product
+with an error bound that follows from the arithmetic. A failed check raises AssertionError.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tersor.qweight import ActSpec, QSpec, QWeight
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of enum tersor_dtype
+GUARD = 256  # bytes watched on either side of every buffer that a kernel writes
+ALIGN = 64
+ABI = 1
+CAPSULE = b"tersor.kernels.v1"
+
+
+# --- the expected values -------------------------------------------------------------------------
+
+
+def oracle(
+    x: Tensor,
+    q: QWeight,
+    bias: Tensor | None = None,
+    activation: ActSpec | None = None,
+    weight_eps: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """x @ dequantize(q).T + bias in float64, and the error that a right implementation may have.
+
+    x [m, k] is float32, bfloat16 or float16; returns y and tolerance, both float64 [m, n], for a
+    result that is rounded to the dtype of x.
+
+    The bound (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1): a sum of
+    products in float32, in any order, with at most r roundings on the way of each product, is off
+    by at most r u / (1 - r u) times the sum of the absolute products, u = 2**-24. Each product
+    meets k sums, one scale per group and a few single roundings (two scales, the zero point, the
+    bias). A kernel may subtract the zero point after the sum, so a code counts as code + zero.
+    Then one rounding to the dtype of the result. `weight_eps` is for a kernel that rounds the
+    dequantized weight to 16 bits before it multiplies.
+    """
+    k, groups = q.k, q.scales.shape[1]
+    index = torch.arange(k) // (k // groups) if q.order is None else q.order.long()
+    scales = q.scales.double()[:, index]
+    midpoint = torch.full((q.n, groups), q.spec.midpoint)
+    zeros = (midpoint if q.zeros is None else q.zeros).double()[:, index]
+    weight = (q.codes.double() - zeros) * scales
+    offset = (q.codes.double() + zeros) * scales.abs()
+
+    slack: Tensor | float = 0.0
+    values = x.double()
+    if activation is not None:
+        values, uncertain = _quantize_tokens(values)
+        slack = uncertain @ weight.abs().T
+    product = values @ weight.T
+    absolute = values.abs() @ offset.T
+    if bias is not None:
+        product = product + bias.double()
+        absolute = absolute + bias.double().abs()
+
+    u = torch.finfo(torch.float32).eps / 2
+    roundings = k + groups + 8
+    # Instructions such as vdpbf16ps flush subnormal products to zero.
+    flush = k * torch.finfo(torch.float32).tiny * (1.0 + scales.abs().amax().item())
+    error = roundings * u / (1 - roundings * u) * absolute + slack + flush
+    if weight_eps:
+        error = error + weight_eps * (values.abs() @ weight.abs().T)
+    out = torch.finfo(x.dtype)
+    return product, error + out.eps / 2 * (product.abs() + error) + out.smallest_normal * out.eps
+
+
+def _quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
+    """What int8 activations stand for, [m, k], and by how much float32 arithmetic may move each.
+
+    A token's scale is absmax / 127 and its codes are rounded half to even. In float32 the
+    quotient is off by up to four roundings, so that a value this close to half a step may go
+    either way. Where absmax / 127 is a power of two nothing is rounded: ties must go to even.
+    """
+    absmax = x.abs().amax(dim=1, keepdim=True)
+    scale = torch.where(absmax > 0, absmax / 127, torch.ones_like(absmax))
+    steps = x / scale
+    codes = torch.round(steps)  # half to even
+    exact = torch.frexp(scale).mantissa == 0.5
+    distance = (steps - torch.floor(steps) - 0.5).abs()
+    close = (distance <= 127 * 4 * torch.finfo(torch.float32).eps / 2) & ~exact
+    return codes * scale, close * scale
+
+
+def random_qweight(
+    n: int, k: int, spec: QSpec, scale_dtype: torch.dtype = torch.float32, seed: int = 0
+) -> QWeight:
+    """A random weight with every code, scales around 2**-6 and, in every seventh row, a zero
+    scale; [n, k]."""
+    r = torch.Generator().manual_seed(seed)
+    grid = (n, spec.groups(k))
+    scales = (0.5 + torch.rand(grid, generator=r)) / 64
+    scales[6::7, 0] = 0
+    return QWeight(
+        spec,
+        torch.randint(0, spec.levels, (n, k), generator=r, dtype=torch.uint8),
+        scales.to(scale_dtype),
+        None
+        if spec.symmetric
+        else torch.randint(0, spec.levels, grid, generator=r, dtype=torch.uint8),
+    )
+
+
+def assert_close(y: Tensor, expected: Tensor, tolerance: Tensor, what: str) -> None:
+    """AssertionError that names the worst element, unless |y - expected| <= tolerance."""
+    error = (y.double() - expected).abs()
+    bad = ~(error <= tolerance)  # also true of NaN
+    if bool(bad.any()):
+        i, j = (int(v) for v in bad.nonzero()[0])
+        raise AssertionError(
+            f"{what}: {int(bad.sum())} of {y.numel()} results are off, first [{i}, {j}] = "
+            f"{float(y[i, j])!r}, expected {float(expected[i, j])!r} +- {float(tolerance[i, j]):.3g}"
+        )
+
+
+# --- the cases -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """One request: shape m x n x k with groups of g, and how it is stored and computed."""
+
+    m: int
+    n: int
+    k: int
+    g: int
+    bits: int
+    symmetric: bool
+    activation: ActSpec | None
+    dtype: torch.dtype
+    scale_dtype: torch.dtype
+    bias: bool
+
+    def spec(self) -> QSpec:
+        return QSpec(self.bits, None if self.g == self.k else self.g, self.symmetric)
+
+
+# Every dimension below, at and above the widths of registers and tiles, and ragged tails.
+SHAPES = (
+    (1, 1, 1, 1), (1, 16, 16, 16), (1, 17, 33, 33), (2, 15, 48, 16), (3, 33, 64, 32),
+    (4, 16, 128, 128), (5, 31, 160, 32), (6, 65, 336, 112), (7, 64, 96, 48), (8, 100, 256, 128),
+    (9, 40, 384, 64), (16, 48, 256, 64), (17, 66, 80, 16), (33, 37, 272, 272), (64, 16, 128, 64),
+    (130, 7, 112, 112), (1, 131, 512, 128), (2, 3, 1001, 1001),
+)  # fmt: skip
+
+
+def cases(shapes: Iterable[tuple[int, int, int, int]] = SHAPES) -> Iterator[Case]:
+    """Every shape with every grid and dtype of activations; scale dtype and bias take turns."""
+    turn = itertools.cycle(itertools.product(DTYPES, (True, False)))
+    for (m, n, k, g), bits, symmetric, activation in itertools.product(
+        shapes, (4, 8), (True, False), (None, ActSpec())
+    ):
+        for dtype in DTYPES:
+            scale_dtype, bias = next(turn)
+            yield Case(m, n, k, g, bits, symmetric, activation, dtype, scale_dtype, bias)
+        next(turn)  # 3 dtypes, 6 turns: without this step each dtype would see two turns only
+
+
+# --- kernel.h, seen from Python ------------------------------------------------------------------
+
+_I32, _I64, _U32 = ctypes.c_int32, ctypes.c_int64, ctypes.c_uint32
+_P, _S, _SIZE = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t
+
+
+class _Spec(ctypes.Structure):
+    _fields_ = [("n", _I64), ("k", _I64), ("g", _I64), ("bits", _I32), ("asymmetric", _I32),
+                ("scale_dtype", _I32), ("activation", _I32)]  # fmt: skip
+
+
+class _View(ctypes.Structure):
+    _fields_ = [("codes", _P), ("scales", _P), ("zeros", _P)]
+
+
+class _Args(ctypes.Structure):
+    _fields_ = [("spec", _Spec), ("m", _I64), ("packed", _P), ("x", _P), ("y", _P),
+                ("ldx", _I64), ("ldy", _I64), ("dtype", _I32), ("bias", _P),
+                ("workspace", _P)]  # fmt: skip
+
+
+_SPEC, _VIEW, _ARGS = ctypes.POINTER(_Spec), ctypes.POINTER(_View), ctypes.POINTER(_Args)
+
+
+class Kernel(ctypes.Structure):
+    """struct tersor_kernel: its fields can be read and its functions called from Python."""
+
+    _fields_ = [
+        ("name", _S), ("isa", _S), ("layout", _S), ("priority", _I32), ("column_step", _I64),
+        ("unavailable", ctypes.CFUNCTYPE(_S)),
+        ("refuses", ctypes.CFUNCTYPE(_S, _SPEC, _I64, _I32)),
+        ("packed_bytes", ctypes.CFUNCTYPE(_SIZE, _SPEC)),
+        ("pack", ctypes.CFUNCTYPE(None, _SPEC, _VIEW, _P, _I64, _I64)),
+        ("unpack", ctypes.CFUNCTYPE(None, _SPEC, _P, _VIEW, _I64, _I64)),
+        ("workspace_bytes", ctypes.CFUNCTYPE(_SIZE, _SPEC, _I64, _I32)),
+        ("prepare", ctypes.CFUNCTYPE(None, _ARGS, _I64, _I64)),
+        ("gemm", ctypes.CFUNCTYPE(None, _ARGS, _I64, _I64)),
+    ]  # fmt: skip
+
+
+class _Table(ctypes.Structure):
+    _fields_ = [("abi", _U32), ("kernel_size", _U32), ("count", _U32),
+                ("kernels", ctypes.POINTER(Kernel))]  # fmt: skip
+
+
+def kernel(name: str) -> Kernel:
+    """The kernel that tersor knows under this name."""
+    from tersor import kernels
+
+    for entry in kernels.table():
+        if entry.name == name:
+            return Kernel.from_address(entry.address)
+    raise AssertionError(f"no kernel is called {name!r}; there are "
+                         f"{', '.join(entry.name for entry in kernels.table())}")  # fmt: skip
+
+
+def kernels_of(capsule: object) -> list[Kernel]:
+    """The kernels in a PyCapsule such as the entry point `tersor.kernels` returns, checked."""
+    get = ctypes.pythonapi.PyCapsule_GetPointer
+    get.restype, get.argtypes = _P, [ctypes.py_object, _S]
+    table = _Table.from_address(get(capsule, CAPSULE))  # ValueError on a capsule of another name
+    assert table.abi == ABI, f"the table is of ABI {table.abi}, this tersor reads {ABI}"
+    assert table.kernel_size == ctypes.sizeof(Kernel), (
+        f"the table's kernels have {table.kernel_size} bytes, not {ctypes.sizeof(Kernel)}: "
+        "it was built with another kernel.h"
+    )
+    assert table.count > 0, "the table is empty"
+    return [table.kernels[i] for i in range(table.count)]
+
+
+# --- the checks ----------------------------------------------------------------------------------
+
+
+def check_capsule(capsule: object, weight_eps: float = 0.0) -> int:
+    """Checks every kernel of a table that this machine can run; returns how many those are."""
+    usable = [entry for entry in kernels_of(capsule) if entry.unavailable() is None]
+    for entry in usable:
+        check_kernel(entry, weight_eps)
+    return len(usable)
+
+
+def check_kernel(
+    which: str | Kernel, weight_eps: float = 0.0, requests: Iterable[Case] | None = None
+) -> int:
+    """Runs a kernel over `requests` (all of `cases()` by default) and compares it with `oracle`.
+
+    For each request that the kernel serves: unpack is the exact inverse of pack; the results lie
+    within the bound; nothing outside the buffers is written; what the buffers held before does
+    not matter; results do not depend on how tokens, columns or rows were divided; a token that
+    is not finite spoils its own row, visibly, and no other. `weight_eps`: see `oracle`.
+
+    Returns the number of requests served; AssertionError when a check fails or none was served.
+    """
+    entry = kernel(which) if isinstance(which, str) else which
+    reason = entry.unavailable()
+    assert reason is None, f"{entry.name.decode()} cannot run here: {reason.decode()}"
+    _check_fields(entry)
+    served = 0
+    for seed, case in enumerate(cases() if requests is None else requests):
+        run = _Run(entry, case, seed)
+        if run.refused(0) is not None or run.refused(case.m) is not None:
+            continue
+        served += 1
+        run.check_pack()
+        run.check_results(weight_eps)
+        run.check_isolation()
+    assert served, f"{entry.name.decode()} refused every request"
+    return served
+
+
+def _check_fields(entry: Kernel) -> None:
+    assert entry.name and entry.isa and entry.layout, "name, isa and layout must be set"
+    assert len(entry.layout) <= 31, f"layout {entry.layout.decode()} is longer than 31 characters"
+    assert entry.column_step > 0, "column_step must be positive"
+    for field in ("refuses", "packed_bytes", "pack", "unpack", "workspace_bytes", "gemm"):
+        assert getattr(entry, field), f"{field} must be set"
+
+
+class _Buffer:
+    """Aligned memory of a known size, filled with a byte, between two guards."""
+
+    def __init__(self, size: int, fill: int) -> None:
+        self.size = size
+        self.memory = torch.full((size + 2 * GUARD + ALIGN,), fill, dtype=torch.uint8)
+        self.start = GUARD + (-(self.memory.data_ptr() + GUARD)) % ALIGN
+        self.fill = fill
+
+    @property
+    def pointer(self) -> int:
+        return self.memory.data_ptr() + self.start
+
+    def view(self, dtype: torch.dtype, *shape: int) -> Tensor:
+        return self.memory[self.start : self.start + self.size].view(dtype).view(shape)
+
+    def check(self, what: str) -> None:
+        end = self.start + self.size
+        outside = torch.cat([self.memory[: self.start], self.memory[end:]])
+        assert bool((outside == self.fill).all()), f"{what}: memory outside the buffer was written"
+
+
+class _Run:
+    """One kernel at one request."""
+
+    def __init__(self, entry: Kernel, case: Case, seed: int) -> None:
+        self.entry, self.case, self.seed = entry, case, seed
+        self.spec = _Spec(case.n, case.k, case.g, case.bits, int(not case.symmetric),
+                          DTYPES.index(case.scale_dtype), int(case.activation is not None))  # fmt: skip
+        self.q = random_qweight(case.n, case.k, case.spec(), case.scale_dtype, seed)
+        r = torch.Generator().manual_seed(seed)
+        self.x = torch.randn(case.m, case.k, generator=r).to(case.dtype)
+        self.bias = torch.randn(case.n, generator=r) if case.bias else None
+        if seed % 4 == 3:  # the largest sums there are: integer accumulators must not saturate
+            self.q.codes.fill_(self.q.spec.levels - 1)
+            self.x = torch.where(self.x < 0, -1.0, 1.0).to(case.dtype)
+            self.x[0] = 1.0
+        elif case.m > 2:
+            self.x[0] = 0.0  # a token without a scale
+            steps = torch.randint(-126, 126, (case.k,), generator=r) + 0.5  # ties, all exact:
+            self.x[1] = steps.to(case.dtype)
+            self.x[1, 0] = 127.0  # the scale is 1
+
+    def refused(self, m: int) -> bytes | None:
+        reason: bytes | None = self.entry.refuses(self.spec, m, DTYPES.index(self.case.dtype))
+        return reason
+
+    def what(self) -> str:
+        return f"{self.entry.name.decode()} at {self.case}"
+
+    def packed(self, fill: int, bounds: list[int]) -> _Buffer:
+        packed = _Buffer(self.entry.packed_bytes(self.spec), fill)
+        zeros = None if self.q.zeros is None else self.q.zeros.data_ptr()
+        view = _View(self.q.codes.data_ptr(), self.q.scales.data_ptr(), zeros)
+        for begin, end in itertools.pairwise(bounds):
+            self.entry.pack(self.spec, view, packed.pointer, begin, end)
+        packed.check(f"{self.what()}: pack")
+        return packed
+
+    def bounds(self, count: int, step: int, seed: int) -> list[int]:
+        """0, a few random multiples of step in order, count."""
+        r = torch.Generator().manual_seed(seed)
+        cuts = torch.randint(0, (count + step - 1) // step, (3,), generator=r) * step
+        return sorted({0, count, *(int(cut) for cut in cuts)})
+
+    def run(self, packed: _Buffer, x: Tensor, fill: int, seed: int | None) -> Tensor:
+        """y [m, n]; tokens and columns divided at random by the seed, or not at all."""
+        case, entry = self.case, self.entry
+        m, n, k = case.m, case.n, case.k
+        rows = torch.full((m, k + 3), float("nan"), dtype=case.dtype)
+        rows[:, 1 : k + 1] = x  # unaligned, and between columns that are not the kernel's
+        workspace = _Buffer(entry.workspace_bytes(self.spec, m, DTYPES.index(case.dtype)), fill)
+        y = _Buffer(m * (n + 5) * case.dtype.itemsize, fill)
+        bias = None if self.bias is None else self.bias.data_ptr()
+        args = _Args(self.spec, m, packed.pointer, rows[:, 1:].data_ptr(), y.pointer, k + 3, n + 5,
+                     DTYPES.index(case.dtype), bias, workspace.pointer)  # fmt: skip
+        tokens = [0, m] if seed is None else self.bounds(m, 1, seed)
+        columns = [0, n] if seed is None else self.bounds(n, entry.column_step, seed + 1)
+        if entry.prepare:
+            for begin, end in itertools.pairwise(tokens):
+                entry.prepare(args, begin, end)
+        for begin, end in reversed(list(itertools.pairwise(columns))):
+            entry.gemm(args, begin, end)
+        workspace.check(f"{self.what()}: workspace")
+        y.check(f"{self.what()}: y")
+        beyond = y.view(torch.uint8, m, -1)[:, n * case.dtype.itemsize :]
+        assert bool((beyond == fill).all()), f"{self.what()}: y was written beyond its columns"
+        return y.view(case.dtype, m, n + 5)[:, :n]
+
+    def check_pack(self) -> None:
+        n, step = self.case.n, self.entry.column_step
+        packed = self.packed(0xA5, self.bounds(n, step, self.seed))
+        codes = _Buffer(self.q.codes.numel(), 0xEE)
+        scales = _Buffer(self.q.scales.numel() * self.q.scales.itemsize, 0xEE)
+        zeros = _Buffer(self.q.scales.numel(), 0xEE)
+        view = _View(codes.pointer, scales.pointer, None if self.q.zeros is None else zeros.pointer)
+        for begin, end in itertools.pairwise(self.bounds(n, step, self.seed + 1)):
+            self.entry.unpack(self.spec, packed.pointer, view, begin, end)
+        found: list[tuple[str, _Buffer, Tensor | None]] = [
+            ("codes", codes, self.q.codes),
+            ("scales", scales, self.q.scales),
+            ("zeros", zeros, self.q.zeros),
+        ]
+        for name, buffer, expected in found:
+            buffer.check(f"{self.what()}: unpack of {name}")
+            if expected is not None:
+                same = torch.equal(
+                    buffer.view(torch.uint8, -1), expected.view(torch.uint8).flatten()
+                )
+                assert same, f"{self.what()}: unpack does not give back the {name}"
+
+    def check_results(self, weight_eps: float) -> None:
+        whole = self.packed(0xFF, [0, self.case.n])
+        y = self.run(whole, self.x, 0xFF, None)
+        expected, tolerance = oracle(self.x, self.q, self.bias, self.case.activation, weight_eps)
+        assert_close(y, expected, tolerance, self.what())
+        parts = self.packed(0x5A, self.bounds(self.case.n, self.entry.column_step, self.seed + 2))
+        again = self.run(parts, self.x, 0x5A, self.seed)
+        assert torch.equal(y, again), (
+            f"{self.what()}: results depend on how the work was divided, or on what the packed "
+            "weight, the workspace or y held before"
+        )
+
+    def check_isolation(self) -> None:
+        if self.case.m < 2:
+            return
+        packed = self.packed(0xFF, [0, self.case.n])
+        clean = self.run(packed, self.x, 0xFF, None)
+        x, row = self.x.clone(), self.case.m - 1
+        x[row, self.seed % self.case.k] = float("nan" if self.seed % 2 else "inf")
+        y = self.run(packed, x, 0xFF, None)
+        assert torch.equal(y[:row], clean[:row]), (
+            f"{self.what()}: a token that is not finite changes other rows"
+        )
+        assert not bool(torch.isfinite(y[row]).any()), (
+            f"{self.what()}: a token that is not finite gives finite results"
+        )
+
+
+def describe(entry: Kernel) -> dict[str, Any]:
+    """A kernel's plain fields, for messages."""
+    return {name: getattr(entry, name) for name in ("name", "isa", "layout", "priority")}
