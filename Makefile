@@ -15,7 +15,7 @@ NATIVE_TESTS = $(wildcard tests/test_kernels.py tests/test_solve_native.py)
 ISAS = $(shell $(BIN)/python .ci/isas.py)
 
 .DEFAULT_GOAL := build
-.PHONY: build demo test test-isas lint format bench wheel sanitize clean
+.PHONY: build demo test test-isas lint format stubs bench wheel sanitize clean
 
 build: $(BUILT)
 
@@ -42,6 +42,10 @@ format: $(READY)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CXX_FILES)
+
+# The types of the native module, as Python tools see them; checked in, and a test says when it is old.
+stubs: build
+	$(BIN)/python -m nanobind.stubgen -q -m tersor._core -o python/tersor/_core.pyi
 
 # Not part of `test`: a timing on a busy machine says nothing. Writes bench/results/.
 bench: build
@@ -85,4 +89,4 @@ $(READY): constraints-dev.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints-dev.txt scikit-build-core nanobind cmake ninja
 	$(PIP) install -q -c constraints-dev.txt --no-build-isolation -e '.[dev]'
-	touch $(READY) $(BUILT)
+	touch $@

@@ -206,11 +206,10 @@ nb::tuple factor(const Array<float, 2>& gram, double damp) {
   return nb::make_tuple(result.damp, result.dead);
 }
 
-nb::object solve_columns(const Matrix& w, const Matrix& unit, const Matrix& scales,
-                         const std::optional<Codes>& zeros,
-                         const nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig,
-                                           nb::device::cpu>& group_of_column,
-                         int levels) {
+nb::object solve_columns(
+    const Matrix& w, const Matrix& unit, const Matrix& scales, const std::optional<Codes>& zeros,
+    const nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>& group_of_column,
+    int levels) {
   const auto n = static_cast<int64_t>(w.shape(0)), k = static_cast<int64_t>(w.shape(1));
   const auto groups = static_cast<int64_t>(scales.shape(1));
   if (n < 1 || k < 1) throw Error("the weight is empty");
@@ -261,7 +260,9 @@ nb::tuple search_grid(const Matrix& w, int64_t group, int bits, bool symmetric, 
 NB_MODULE(_core, m) {
   m.attr("__version__") = TERSOR_VERSION;
   m.attr("KERNEL_ABI") = TERSOR_KERNEL_ABI;
-  nb::exception<Error>(m, "NativeError", PyExc_ValueError);
+  // Bad input is a TersorError, wherever it is found.
+  nb::exception<Error>(m, "NativeError",
+                       nb::module_::import_("tersor.errors").attr("TersorError").ptr());
 
   m.def("kernels", [] {
     nb::list rows;

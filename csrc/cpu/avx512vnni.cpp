@@ -17,7 +17,7 @@ struct A8 : Avx512 {
   using Sum = int32_t;
   using Acc = __m512i;
   static constexpr bool kSumsAlways = true;
-  static constexpr int kMaxTokens = 12, kUnits = 2, kFewTokens = 4, kFewUnits = 4;
+  static constexpr int kMaxTokens = 8, kUnits = 2, kFewTokens = 4, kFewUnits = 4;
 
   static Acc start(const uint8_t* zeros, int32_t sum) {
     if (!zeros) return _mm512_set1_epi32(-(sum << (BITS - 1)));

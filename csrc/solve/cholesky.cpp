@@ -33,13 +33,11 @@ static_assert(kPanel == kDoubleRows, "the rows of a tile serve as the panel of a
 struct Gram {
   const float* h;
   int64_t k;
-  double mean;  // of the diagonal's live entries; stands in for dead ones and beyond k
+  std::vector<float> diagonal;  // of h, then zeros up to a whole block
+  double mean;                  // of the diagonal's live entries; stands in for the others
   int64_t dead;
 
-  bool live(int64_t i) const { return i < k && h[i * k + i] != 0; }
-  double at(int64_t row, int64_t column) const {
-    return live(row) && live(column) ? h[row * k + column] : 0;
-  }
+  bool live(int64_t i) const { return diagonal[i] != 0; }
 };
 
 class Triangle {
@@ -74,25 +72,27 @@ Gram inspect(const float* h, int64_t k) {
     throw Error("row " + std::to_string(bad_row) +
                 " of the Gram matrix has a NaN, an infinity or a negative diagonal entry; check "
                 "the activations that it was made of");
-  double sum = 0;
-  int64_t live = 0;
+  Gram gram{h, k, std::vector<float>((k + kBlock - 1) / kBlock * kBlock), 0, 0};
   for (int64_t i = 0; i < k; ++i) {
-    sum += h[i * k + i];
-    live += h[i * k + i] != 0;
+    gram.diagonal[i] = h[i * k + i];
+    gram.mean += gram.diagonal[i];
+    gram.dead += !gram.live(i);
   }
-  return {h, k, live ? sum / live : 1, k - live};
+  gram.mean = gram.dead < k ? gram.mean / (k - gram.dead) : 1;
+  return gram;
 }
 
 void load_tile(const Gram& gram, int64_t block, int64_t tile, double added, double* out) {
-  for (int64_t p = 0; p < kBlock; ++p) {
-    const int64_t column = block * kBlock + p;
-    for (int64_t r = 0; r < kDoubleRows; ++r) {
-      const int64_t row = tile * kDoubleRows + r;
+  for (int64_t r = 0; r < kDoubleRows; ++r) {
+    const int64_t row = tile * kDoubleRows + r;
+    const bool live = gram.live(row);
+    for (int64_t p = 0; p < kBlock; ++p) {
+      const int64_t column = block * kBlock + p;
       double value = 0;
       if (row == column)
-        value = gram.live(row) ? gram.at(row, row) + added : gram.mean;
-      else if (row < column)
-        value = gram.at(row, column);
+        value = live ? gram.diagonal[row] + added : gram.mean;
+      else if (row < column && live && gram.live(column))
+        value = gram.h[row * gram.k + column];
       out[p * kDoubleRows + r] = value;
     }
   }
@@ -126,15 +126,13 @@ bool try_factor(const Gram& gram, double added, const Triangle& r) {
             lane.subtract_product(r.tile(c, t), r.tile(c, diagonal + s), kBlock,
                                   r.tile(block, t) + s * kPanel * kDoubleRows);
     });
-    // What is left of panel s once the panels to its right within the block are known.
-    const auto update = [&](int64_t t, int64_t s) {
-      const int64_t known = (s + 1) * kPanel;
-      lane.subtract_product(r.tile(block, t) + known * kDoubleRows,
-                            r.tile(block, diagonal + s) + known * kDoubleRows, kBlock - known,
-                            r.tile(block, t) + s * kPanel * kDoubleRows);
-    };
     const auto square = [&](int64_t t, int64_t s) {
       return r.tile(block, t) + s * kPanel * kDoubleRows;
+    };
+    // Takes from panel s what the panels to its right within the block account for.
+    const auto update = [&](int64_t t, int64_t s) {
+      lane.subtract_product(square(t, s + 1), square(diagonal + s, s + 1),
+                            kBlock - (s + 1) * kPanel, square(t, s));
     };
     for (int64_t s = kPanelsInBlock - 1; s >= 0; --s) {
       for (int64_t t = diagonal; t <= diagonal + s; ++t) update(t, s);

@@ -68,12 +68,19 @@ void store_codes(const Columns& p, int64_t first_row, int64_t first, int64_t wid
 // U[rows, columns] of one block as panels [kPanelsInBlock][kBlock rows][kPanel], with zeros beyond
 // the matrix and on and below its diagonal.
 void pack_unit(const Columns& p, int64_t first_row, int64_t first, float* packed) {
-  for (int64_t i = 0; i < kBlock; ++i)
-    for (int64_t j = 0; j < kBlock; ++j) {
-      const int64_t row = first_row + i, column = first + j;
-      packed[(j / kPanel * kBlock + i) * kPanel + j % kPanel] =
-          row < column && column < p.k ? p.u[row * p.k + column] : 0;
+  for (int64_t i = 0; i < kBlock; ++i) {
+    const int64_t row = first_row + i;
+    const float* from = p.u + row * p.k;
+    for (int64_t s = 0; s < kPanelsInBlock; ++s) {
+      float* to = packed + (s * kBlock + i) * kPanel;
+      const int64_t begin = first + s * kPanel, end = begin + kPanel;
+      if (row < begin && end <= p.k) {
+        std::copy(from + begin, from + end, to);
+        continue;
+      }
+      for (int64_t j = begin; j < end; ++j) to[j - begin] = row < j && j < p.k ? from[j] : 0;
     }
+  }
 }
 
 // Tiles [begin, end), whose scratch memory starts at `memory`.

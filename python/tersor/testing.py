@@ -15,7 +15,6 @@ import ctypes
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -126,7 +125,8 @@ def assert_close(y: Tensor, expected: Tensor, tolerance: Tensor, what: str) -> N
         i, j = (int(v) for v in bad.nonzero()[0])
         raise AssertionError(
             f"{what}: {int(bad.sum())} of {y.numel()} results are off, first [{i}, {j}] = "
-            f"{float(y[i, j])!r}, expected {float(expected[i, j])!r} +- {float(tolerance[i, j]):.3g}"
+            f"{float(y[i, j])!r}, expected {float(expected[i, j])!r} "
+            f"+- {float(tolerance[i, j]):.3g}"
         )
 
 
@@ -318,8 +318,10 @@ class _Run:
 
     def __init__(self, entry: Kernel, case: Case, seed: int) -> None:
         self.entry, self.case, self.seed = entry, case, seed
-        self.spec = _Spec(case.n, case.k, case.g, case.bits, int(not case.symmetric),
-                          DTYPES.index(case.scale_dtype), int(case.activation is not None))  # fmt: skip
+        self.spec = _Spec(
+            case.n, case.k, case.g, case.bits, int(not case.symmetric),
+            DTYPES.index(case.scale_dtype), int(case.activation is not None),
+        )  # fmt: skip
         self.q = random_qweight(case.n, case.k, case.spec(), case.scale_dtype, seed)
         r = torch.Generator().manual_seed(seed)
         self.x = torch.randn(case.m, case.k, generator=r).to(case.dtype)
@@ -428,8 +430,3 @@ class _Run:
         assert not bool(torch.isfinite(y[row]).any()), (
             f"{self.what()}: a token that is not finite gives finite results"
         )
-
-
-def describe(entry: Kernel) -> dict[str, Any]:
-    """A kernel's plain fields, for messages."""
-    return {name: getattr(entry, name) for name in ("name", "isa", "layout", "priority")}
