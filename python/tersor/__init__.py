@@ -1,0 +1,68 @@
+"""Compress language models and run the result with native kernels.
+
+Importing tersor loads neither torch nor transformers; each name does when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tersor.errors import TersorError
+    from tersor.inmemory import quantize_model, swap_linears
+    from tersor.linear import QuantLinear
+    from tersor.loading import TersorConfig, load
+    from tersor.pipeline import quantize_checkpoint
+    from tersor.qweight import ActSpec, QSpec, QWeight, Scheme
+
+_HOME = {  # module of each public name
+    "TersorError": "errors",
+    "QSpec": "qweight",
+    "ActSpec": "qweight",
+    "Scheme": "qweight",
+    "QWeight": "qweight",
+    "QuantLinear": "linear",
+    "load": "loading",
+    "TersorConfig": "loading",
+    "quantize_checkpoint": "pipeline",
+    "quantize_model": "inmemory",
+    "swap_linears": "inmemory",
+}
+
+__all__ = [
+    "ActSpec",
+    "QSpec",
+    "QWeight",
+    "QuantLinear",
+    "Scheme",
+    "TersorConfig",
+    "TersorError",
+    "get_include",
+    "load",
+    "quantize_checkpoint",
+    "quantize_model",
+    "swap_linears",
+]
+
+
+def get_include() -> str:
+    """The folder to give a compiler so that it finds <tersor/kernel.h>, for kernels out of tree."""
+    from tersor import _core
+
+    return str(Path(_core.__file__).parent / "include")
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("tersor")
+    if name not in _HOME:
+        raise AttributeError(f"module 'tersor' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"tersor.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__, "__version__"])

@@ -1,0 +1,98 @@
+"""What tersor has to know about an architecture: a few lines of data, and how names are spelled.
+
+Every quirk of a model (fused or transposed weights, renamed modules, tied heads) is described or
+undone in this package, so that the rest of tersor sees blocks of nn.Linear and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tap:
+    """One activation inside a block and every linear that reads it.
+
+    linears: paths of the linears, relative to the block; those that a block lacks are skipped.
+        `*` is the number of an expert, and stands for one tap per expert: each sees its own tokens.
+    source: path of the module whose output channel j becomes input channel j of these linears and
+        is read by nothing else: a norm, or a linear. Scaling its channels by s > 0 and the columns
+        of the linears by 1 / s leaves the block's function as it was. None: there is no such
+        module. It counts only where the widths agree: v_proj is not the source of o_proj in a
+        model whose query heads share keys and values.
+    source_if: attribute of the model's configuration that must be true for `source` to hold.
+    """
+
+    linears: tuple[str, ...]
+    source: str | None = None
+    source_if: str | None = None
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Gated experts inside a block, y = down(act(gate(x)) * up(x)), mixed by a router.
+
+    module: path of the experts in the block. transformers 5 makes it one module with two
+        parameters, gate_up_proj [E, 2 * inter, hidden] (gate above up) and down_proj
+        [E, hidden, inter]; before, it was an nn.ModuleList of E modules, as unfuse_experts
+        makes it again.
+    router: path of the module that chooses the experts; its weight is never quantized.
+    gate, up, down: names of an expert's linears, in that list and in checkpoint files.
+    """
+
+    module: str
+    router: str
+    gate: str
+    up: str
+    down: str
+
+
+@dataclass(frozen=True)
+class Arch:
+    """One family of models.
+
+    blocks: path of the nn.ModuleList of blocks, relative to the base model: "layers" stands for
+        "layers" in a LlamaModel and for "model.layers" in a LlamaForCausalLM.
+    taps: activations of a block in the order of the forward pass, so that every tap can see the
+        error of those before it.
+    after: paths, relative to the base model, of what runs after the last block. All else outside
+        the blocks and inside the base model (embeddings, rotary tables) runs before the first.
+    head: path of the output projection, relative to the whole model; it may be tied or absent.
+    aliases: pairs of dotted names for one thing: as modules are called now, and as it is called in
+        files or by another version of transformers. The second is what tersor writes.
+    experts: how the experts of a mixture are kept, or None for a dense model.
+    norm_offset: the norms multiply by norm_offset + weight; a fold into a source has to know.
+    causal: tokens see only what came before, so that perplexity means something.
+    """
+
+    name: str
+    blocks: str
+    taps: tuple[Tap, ...]
+    after: tuple[str, ...] = ()
+    head: str | None = None
+    aliases: tuple[tuple[str, str], ...] = ()
+    experts: Experts | None = None
+    norm_offset: float = 0.0
+    causal: bool = True
+
+
+def spellings(path: str, aliases: Iterable[tuple[str, str]]) -> list[str]:
+    """Every way to write a dotted path, as it is given first.
+
+    >>> spellings("mlp.gate", [("mlp", "block_sparse_moe")])
+    ['mlp.gate', 'block_sparse_moe.gate']
+    """
+    result = [path]
+    for pair in aliases:
+        for known in tuple(result):
+            for old, new in (pair, pair[::-1]):
+                other = respell(known, old, new)
+                if other not in result:
+                    result.append(other)
+    return result
+
+
+def respell(path: str, old: str, new: str) -> str:
+    """path with the dotted part `old`, where it stands between dots or at an end, made `new`."""
+    return f".{path}.".replace(f".{old}.", f".{new}.")[1:-1]

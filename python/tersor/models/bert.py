@@ -1,0 +1,31 @@
+"""BERT, RoBERTa and DistilBERT: encoders that normalize after each residual sum.
+
+What a norm puts out is read by the next linears and by the next sum: no norm is a source.
+"""
+
+from tersor.models.arch import Arch, Tap
+
+BERT = Arch(
+    name="bert",
+    blocks="encoder.layer",
+    taps=(
+        Tap(("attention.self.query", "attention.self.key", "attention.self.value")),
+        Tap(("attention.output.dense",), "attention.self.value"),
+        Tap(("intermediate.dense",)),
+        Tap(("output.dense",)),
+    ),
+    after=("pooler",),
+    causal=False,
+)
+
+DISTILBERT = Arch(
+    name="distilbert",
+    blocks="transformer.layer",
+    taps=(
+        Tap(("attention.q_lin", "attention.k_lin", "attention.v_lin")),
+        Tap(("attention.out_lin",), "attention.v_lin"),
+        Tap(("ffn.lin1",)),
+        Tap(("ffn.lin2",)),
+    ),
+    causal=False,
+)

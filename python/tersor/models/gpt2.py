@@ -1,0 +1,16 @@
+"""GPT-2: its linears are Conv1D, stored [in, out]; plain_linears makes them nn.Linear."""
+
+from tersor.models.arch import Arch, Tap
+
+GPT2 = Arch(
+    name="gpt2",
+    blocks="h",
+    taps=(
+        Tap(("attn.c_attn",), "ln_1"),
+        Tap(("attn.c_proj",)),  # made by a third of c_attn
+        Tap(("mlp.c_fc",), "ln_2"),
+        Tap(("mlp.c_proj",)),
+    ),
+    after=("ln_f",),
+    head="lm_head",
+)

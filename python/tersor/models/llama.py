@@ -1,0 +1,20 @@
+"""Llama and Mistral; the halves of their block serve most of the younger families."""
+
+from tersor.models.arch import Arch, Tap
+
+ATTENTION = (
+    Tap(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm"),
+    Tap(("self_attn.o_proj",), "self_attn.v_proj"),
+)
+
+LLAMA = Arch(
+    name="llama",
+    blocks="layers",
+    taps=(
+        *ATTENTION,
+        Tap(("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm"),
+        Tap(("mlp.down_proj",), "mlp.up_proj"),  # down(act(gate) * up): linear in up
+    ),
+    after=("norm",),
+    head="lm_head",
+)

@@ -1,0 +1,17 @@
+"""GPT-NeoX and Pythia: fused q, k and v, and both halves may read the same residual."""
+
+from tersor.models.arch import Arch, Tap
+
+NEOX = Arch(
+    name="gpt_neox",
+    blocks="layers",
+    taps=(
+        Tap(("attention.query_key_value",), "input_layernorm"),
+        Tap(("attention.dense",)),
+        Tap(("mlp.dense_h_to_4h",), "post_attention_layernorm"),
+        Tap(("mlp.dense_4h_to_h",)),
+    ),
+    after=("final_layer_norm",),
+    head="lm_head",
+    aliases=(("lm_head", "embed_out"),),
+)

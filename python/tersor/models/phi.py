@@ -1,0 +1,19 @@
+"""Phi-3 and 4: q, k and v are one linear, so are gate and up.
+
+The producers of o_proj's and down_proj's inputs are parts of a linear, so neither has a source.
+"""
+
+from tersor.models.arch import Arch, Tap
+
+PHI3 = Arch(
+    name="phi3",
+    blocks="layers",
+    taps=(
+        Tap(("self_attn.qkv_proj",), "input_layernorm"),
+        Tap(("self_attn.o_proj",)),
+        Tap(("mlp.gate_up_proj",), "post_attention_layernorm"),
+        Tap(("mlp.down_proj",)),
+    ),
+    after=("norm",),
+    head="lm_head",
+)
