@@ -3,12 +3,40 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 # Before torch or tokenizers are loaded: tests run on small tensors, where more threads only cost,
 # and a fork after tokenizers has started threads would print a warning.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import pytest
 import torch
 
+if TYPE_CHECKING:
+    from tersor.demo_model import DemoModel
+
+CORES = torch.get_num_threads()
 torch.set_num_threads(1)
+
+
+@contextmanager
+def all_cores() -> Iterator[None]:
+    """For the few tests with work enough for all of them."""
+    torch.set_num_threads(CORES)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> DemoModel:
+    """The trained model of `tersor demo`, from the user's cache: made once on each machine, in
+    about two minutes."""
+    from tersor.demo_model import demo_model as make
+
+    with all_cores():
+        return make()

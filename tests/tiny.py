@@ -28,31 +28,20 @@ _LLAMA = _SMALL | {
     "head_dim": 16,
 }
 _GEMMA = _LLAMA | {"num_hidden_layers": 3, "sliding_window": 8, "query_pre_attn_scalar": 16}
+_BERT = _SMALL | {"hidden_size": HIDDEN, "intermediate_size": 96, "num_attention_heads": 4}
+_LAYERS = ["sliding_attention", "sliding_attention", "full_attention"]
 CONFIGS: dict[str, dict[str, object]] = {
     "llama": _LLAMA,
     "mistral": _LLAMA | {"sliding_window": 8},
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
     "gemma2": _GEMMA,
-    "gemma3_text": _GEMMA
-    | {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]},
+    "gemma3_text": _GEMMA | {"layer_types": _LAYERS},
     "phi3": _LLAMA | {"pad_token_id": 0},
-    "opt": _SMALL
-    | {
-        "hidden_size": HIDDEN,
-        "ffn_dim": 96,
-        "num_attention_heads": 4,
-        "word_embed_proj_dim": HIDDEN,
-    },
-    "gpt2": {
-        "vocab_size": VOCAB,
-        "n_positions": CONTEXT,
-        "n_embd": HIDDEN,
-        "n_layer": 2,
-        "n_head": 4,
-    },
-    "gpt_neox": _SMALL | {"hidden_size": HIDDEN, "intermediate_size": 96, "num_attention_heads": 4},
-    "bert": _SMALL | {"hidden_size": HIDDEN, "intermediate_size": 96, "num_attention_heads": 4},
+    "opt": _BERT | {"ffn_dim": 96, "word_embed_proj_dim": HIDDEN},
+    "gpt2": _SMALL | {"n_positions": CONTEXT, "n_embd": HIDDEN, "n_layer": 2, "n_head": 4},
+    "gpt_neox": _BERT,
+    "bert": _BERT,
     "mixtral": _LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2},
 }
 

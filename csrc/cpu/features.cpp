@@ -11,9 +11,12 @@ const char* nothing_missing() { return nullptr; }
 #if defined(__x86_64__)
 
 const char* avx2_missing() {
-  // Compilers before GCC 11 do not know __builtin_cpu_supports("f16c").
-  unsigned a, b, c = 0, d;
-  const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+  // Compilers before GCC 11 do not know __builtin_cpu_supports("f16c"). Asked once: every call of a
+  // kernel comes by here, and a virtual machine takes microseconds for a cpuid.
+  static const bool f16c = [] {
+    unsigned a, b, c = 0, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+  }();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c) return nullptr;
   return "needs AVX2, FMA and F16C";
 }

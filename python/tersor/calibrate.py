@@ -1,0 +1,296 @@
+"""Calibration: text to windows of tokens, and statistics of what the linears of a block read.
+
+`capture` is the only place in the package that hooks a model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from tersor import _core
+from tersor.corpus import Documents, ended, open_documents
+from tersor.errors import TersorError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BOS = ("auto", "always", "never")
+DEFAULT_SEQ_LEN = 2048
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The text that a model is shown while its statistics are collected, and how it is cut.
+
+    sources: files, `name.jsonl:field` taking one field of every line (`text` if none is named);
+        a file of any other kind is plain text. All of it must be UTF-8.
+    texts: more text, already in memory.
+    samples, seq_len: the number of windows and their length in tokens; seq_len None means 2048,
+        or the model's context where that is shorter.
+    seed: chooses which parts of the text are used, and in which order.
+    bos: "auto" frames each window as the tokenizer frames a text (a Llama tokenizer puts <s> in
+        front, a BERT one [CLS] and [SEP] around), "always" puts the BOS token in front, "never"
+        adds nothing. The frame counts in seq_len.
+    """
+
+    sources: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
+    samples: int = 128
+    seq_len: int | None = None
+    seed: int = 0
+    bos: str = "auto"
+
+    def __post_init__(self) -> None:
+        if not self.sources and not self.texts:
+            raise TersorError("calibration needs text; name at least one .txt or .jsonl file")
+        if self.samples < 1:
+            raise TersorError(f"samples must be at least 1, not {self.samples}")
+        if self.seq_len is not None and self.seq_len < 2:
+            raise TersorError(f"seq_len must be at least 2, not {self.seq_len}")
+        if self.bos not in BOS:
+            raise TersorError(f"bos must be one of {', '.join(BOS)}, not {self.bos!r}")
+
+    @property
+    def names(self) -> str:
+        return ", ".join(self.sources) or "the given texts"
+
+    def windows(self, tokenizer: PreTrainedTokenizerBase, context: int | None = None) -> Tensor:
+        """Token ids, int64 [samples, seq_len]; the same for the same text, tokenizer and seed.
+
+        The text is taken in pieces of about two windows, in an order drawn from the seed, until
+        there is enough: a large file costs no more than the part of it that is used.
+
+        context: the most positions that the model has, where it has a limit.
+        Raises TersorError for text that is empty, too short, not UTF-8 or without the field.
+        """
+        seq_len = self.seq_len or min(DEFAULT_SEQ_LEN, context or DEFAULT_SEQ_LEN)
+        if context and seq_len > context:
+            raise TersorError(
+                f"a sequence length of {seq_len} is beyond the model's {context} positions; "
+                f"use {context} or less (--seq-len)"
+            )
+        front, back = _frame(tokenizer, self.bos)
+        body = seq_len - len(front) - len(back)
+        if body < 1:
+            raise TersorError(
+                f"a sequence length of {seq_len} has no room for text beside the special tokens "
+                f"of a window; use {len(front) + len(back) + 1} or more (--seq-len)"
+            )
+        need = self.samples * body
+        ids: list[int] = []
+        for text in self._shuffled(piece=8 * seq_len):
+            ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            if len(ids) >= need:
+                break
+        else:
+            raise TersorError(self._too_short(len(ids), seq_len, body))
+        inner = torch.tensor(ids[:need]).view(self.samples, body)
+        sides = [torch.tensor(s, dtype=torch.int64).expand(self.samples, -1) for s in (front, back)]
+        return torch.cat([sides[0], inner, sides[1]], dim=1)
+
+    def _shuffled(self, piece: int) -> Iterator[str]:
+        """Every document once, in an order that depends on the seed alone."""
+        parts: list[Documents] = [open_documents(source, piece) for source in self.sources]
+        parts.append([ended(text) for text in self.texts])
+        starts = torch.tensor([0] + [len(part) for part in parts]).cumsum(0)
+        order = torch.randperm(int(starts[-1]), generator=torch.Generator().manual_seed(self.seed))
+        which = torch.searchsorted(starts, order, right=True) - 1
+        for part, i in zip(which.tolist(), (order - starts[which]).tolist(), strict=True):
+            yield parts[part][i]
+
+    def _too_short(self, tokens: int, seq_len: int, body: int) -> str:
+        if tokens == 0:
+            return f"the calibration text ({self.names}) is empty; give a file with text in it"
+        fit = tokens // body
+        fix = f"--samples {fit}" if fit else f"--samples 1 --seq-len {tokens + seq_len - body}"
+        return (
+            f"the calibration text ({self.names}) has {tokens} tokens, and {self.samples} windows "
+            f"of {seq_len} need {self.samples * body}; use {fix}, or give more text"
+        )
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a model's folder; no code from the folder is run."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever a broken or missing file makes transformers raise
+        cause = str(error).strip().split("\n")[0]
+        raise TersorError(
+            f"the tokenizer in {folder} cannot be loaded ({cause}); copy the model's tokenizer "
+            f"files into that folder"
+        ) from error
+
+
+def digest(windows: Tensor) -> str:
+    """SHA-256 of token ids: whether two runs were shown the same text."""
+    return hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest()
+
+
+def _frame(tokenizer: PreTrainedTokenizerBase, bos: str) -> tuple[list[int], list[int]]:
+    """The special tokens before and after the text of a window."""
+    if bos == "never":
+        return [], []
+    if bos == "always":
+        if tokenizer.bos_token_id is None:
+            raise TersorError("the tokenizer has no BOS token; use --bos auto or --bos never")
+        return [tokenizer.bos_token_id], []
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    framed = tokenizer("a", add_special_tokens=True)["input_ids"]
+    for i in range(len(framed) - len(plain) + 1):
+        if framed[i : i + len(plain)] == plain:
+            return framed[:i], framed[i + len(plain) :]
+    return [], []
+
+
+@dataclass(frozen=True)
+class Factor:
+    """What the column solver needs of a Gram matrix H: H + damp * mean(diag H) * I = R Rᵀ.
+
+    unit: float32 [k, k]; strictly above the diagonal R[j, i] / R[i, i]. The rest is not read.
+    order: int64 [k], the columns of H in the order in which they were factored, or None.
+    damp: the damping that was needed, at least what was asked.
+    dead: the number of inputs that were zero for every token.
+    """
+
+    unit: Tensor
+    order: Tensor | None
+    damp: float
+    dead: int
+
+
+class GramStats:
+    """The Gram matrix of a linear's input, H = Σ x xᵀ over the tokens seen.
+
+    gram: float32 [k, k]. Inputs in bfloat16 and float16 are exact in float32, and every update
+    adds the sum over its tokens, so that the rounding error grows with the number of updates and
+    not of tokens. H is symmetric: once `factor` has been called, the lower triangle with the
+    diagonal is still H (in the order of the factor) and the rest holds the factor, which saves a
+    second k × k matrix where it would decide the peak of memory.
+
+    notes, departure: what a reader of the report should know of the factor, and in what it is not
+    what was asked.
+    """
+
+    def __init__(self, k: int) -> None:
+        self.gram = torch.zeros(k, k)
+        self.tokens = 0
+        self.notes: list[str] = []
+        self.departure: str | None = None
+        self._factor: Factor | None = None
+        self._asked: tuple[float, bool] | None = None
+
+    @property
+    def k(self) -> int:
+        return self.gram.shape[0]
+
+    def update(self, x: Tensor) -> None:
+        """Adds the tokens of x, [..., k] in any floating-point dtype."""
+        rows = x.reshape(-1, self.k).float()
+        self.gram.addmm_(rows.T, rows)
+        self.tokens += rows.shape[0]
+
+    def merge(self, other: GramStats) -> None:
+        """Adds what another has seen, before either is factored."""
+        self.gram += other.gram
+        self.tokens += other.tokens
+
+    def check(self, layer: str) -> None:
+        """TersorError where an input was NaN or infinite: its square is on the diagonal."""
+        bad = (~self.gram.diagonal().isfinite()).sum().item()
+        if bad:
+            raise TersorError(
+                f"the activations that {layer} reads hold NaN or Inf ({bad} of its {self.k} "
+                f"inputs); the model overflows in its own dtype, so convert it to bfloat16 or "
+                f"float32, or check its weights"
+            )
+
+    def factor(self, damp: float, act_order: bool) -> Factor:
+        """The factor of H for the solver, made once for all the linears that share the input.
+
+        damp: fraction of the mean diagonal added to it, doubled until H can be factored.
+        act_order: the most active columns first.
+        """
+        if self._factor is None:
+            order = None
+            if act_order:
+                order = torch.argsort(self.gram.diagonal(), descending=True, stable=True)
+                _permute_symmetric(self.gram, order)
+            used, dead = _core.factor(self.gram, damp)
+            self._factor = Factor(self.gram, order, used, dead)
+            self._asked = (damp, act_order)
+            if dead:
+                self.notes.append(f"{dead} of its {self.k} inputs were always zero")
+            if self.tokens < self.k:
+                self.notes.append(f"only {self.tokens} tokens for {self.k} inputs")
+            if used > damp:
+                self.departure = f"damping raised from {damp:g} to {used:g} to factor its inputs"
+        if self._asked != (damp, act_order):
+            raise ValueError(f"already factored with damp and act_order {self._asked}")
+        return self._factor
+
+    def loss(self, error: Tensor) -> float:
+        """tr(E H Eᵀ) for E float32 [n, k]: the squared error of the outputs, summed over tokens."""
+        order = self._factor.order if self._factor else None
+        if order is not None:
+            error = error[:, order]
+        total = torch.zeros((), dtype=torch.float64)
+        for j in range(0, self.k, BLOCK):
+            here = error[:, j : j + BLOCK]
+            lower = self.gram[j:, j : j + BLOCK].tril()
+            total += 2 * ((error[:, j:] @ lower) * here).sum(dtype=torch.float64)
+            total -= (here.square() @ self.gram.diagonal()[j : j + BLOCK]).sum(dtype=torch.float64)
+        return float(total)
+
+
+BLOCK = 512  # columns of a Gram matrix handled at a time
+
+
+def _permute_symmetric(gram: Tensor, order: Tensor) -> None:
+    """gram[order][:, order] in place, for a symmetric matrix, with a few rows of extra memory."""
+    for _ in range(2):  # (H P)ᵀ = Pᵀ H, so the second round makes Pᵀ H P
+        for i in range(0, gram.shape[0], BLOCK):
+            gram[i : i + BLOCK] = gram[i : i + BLOCK, order]
+        _transpose(gram)
+
+
+def _transpose(square: Tensor) -> None:
+    for i in range(0, square.shape[0], BLOCK):
+        a = slice(i, i + BLOCK)
+        for j in range(0, i + 1, BLOCK):
+            b = slice(j, j + BLOCK)
+            mirrored = square[b, a].T.clone()
+            square[b, a] = square[a, b].T.clone() if i != j else mirrored
+            square[a, b] = mirrored
+
+
+def capture(linears: Mapping[str, nn.Linear], passes: Iterable[object]) -> dict[str, GramStats]:
+    """The statistics, by name, of what each linear reads while `passes` is gone through.
+
+    linears: one for each distinct input. passes: does a forward pass whenever it is advanced.
+    A linear that was never called, such as an expert that no token chose, has tokens == 0.
+    Raises TersorError naming the linear where an input was NaN or infinite.
+    """
+    stats = {name: GramStats(linear.in_features) for name, linear in linears.items()}
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda module, args: stats[name].update(args[0])
+
+    handles = [m.register_forward_pre_hook(hook(name)) for name, m in linears.items()]
+    try:
+        deque(passes, maxlen=0)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, gram in stats.items():
+        gram.check(name)
+    return stats

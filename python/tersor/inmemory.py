@@ -1,0 +1,169 @@
+"""Quantizing a model that is in memory: any nn.Module, changed in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tersor.blocks import Call, batches, catch
+from tersor.errors import TersorError
+from tersor.formats import FORMATS
+from tersor.layerwise import Solved, Solver, find_solver, quantize_block, settings_of
+from tersor.linear import QuantLinear
+from tersor.models import FoundArch, find_arch, plain_linears
+from tersor.qweight import Scheme
+from tersor.report import Report, Timings, versions
+from tersor.scope import settle, settle_all
+
+
+def quantize_model(
+    model: nn.Module,
+    calibration: Tensor | Iterable[Any] | None = None,
+    *,
+    scheme: Scheme,
+    method: str | Solver = "gptq",
+    ignore: Sequence[str] = (),
+    sequential: bool = False,
+) -> Report:
+    """Puts a QuantLinear in the place of the model's linears; returns what came of each.
+
+    model: of transformers or not, on the CPU. Where its blocks can be found (see tersor.models),
+        the linears in them are quantized, each block on what the quantized ones before it give; of
+        another module every nn.Linear is, on what the original module computes.
+    calibration: token ids, int64 [samples, seq_len] (Calibration(...).windows(tokenizer) makes
+        them), or inputs: for each a tensor, or a tuple or dict of the model's arguments. None for
+        methods that need none.
+    scheme, method, ignore, sequential: as in quantize_checkpoint.
+
+    Raises TersorError for bad input; one that is found in the course of the work (activations that
+    are not finite) leaves the blocks before it quantized.
+    """
+    solver = find_solver(method)
+    inputs = _inputs(calibration)
+    if solver.needs is not None and not inputs:
+        raise TersorError(
+            f"{solver.name} needs inputs to calibrate on; pass token ids as `calibration`, or use "
+            f'method="rtn", which needs none'
+        )
+    with _evaluating(model):
+        found, texts = _start(model, inputs)
+        if found is None:
+            scope = settle_all(model, scheme.weight, ignore)
+        else:
+            scope = settle(model, found, scheme.weight, ignore)
+        report = Report(
+            model=type(model).__name__,
+            fingerprint="in memory",
+            architecture=found.how if found else "every nn.Linear of the module",
+            settings=settings_of(scheme, solver, ignore, sequential),
+            versions=versions(),
+            calibration={"inputs": len(inputs)} if inputs else None,
+            kept=scope.kept,
+            departures=scope.departures,
+        )
+        for block in scope.blocks:
+            module = model.get_submodule(block.path)
+            passes = partial(_passes, texts, module) if texts else None
+            solved = list(
+                quantize_block(model, block, solver, scheme, passes, sequential, Timings())
+            )
+            if block is not scope.blocks[-1]:
+                for text in texts:
+                    text.advance(module)
+            for each in solved:
+                _install(model, each, scheme)
+                report.layers.append(each.report)
+                if each.departure:
+                    report.departures[each.name] = each.departure
+    return report
+
+
+def swap_linears(model: nn.Module, scheme: Scheme, ignore: Sequence[str] = ()) -> Report:
+    """quantize_model by rounding to nearest, which needs no calibration."""
+    return quantize_model(model, scheme=scheme, method="rtn", ignore=ignore)
+
+
+class _Text:
+    """One input on its way through the model's blocks, or at the door of a model without blocks."""
+
+    def __init__(self, model: nn.Module, found: FoundArch | None, call: Call) -> None:
+        self.hidden: Tensor | None = None
+        self.calls = [call]
+        if found is not None:
+            blocks = [block for _, block in found.blocks(model)]
+            self.hidden, self.calls = catch(model, blocks, *call.args, **call.kwargs)
+
+    def through(self, block: nn.Module) -> Any:
+        """What comes out of the block that the text has come to."""
+        with torch.no_grad():
+            if self.hidden is None:
+                return block(*self.calls[0].args, **self.calls[0].kwargs)
+            return self.calls[0](block, self.hidden)
+
+    def advance(self, block: nn.Module) -> None:
+        self.hidden = self.through(block)
+        self.calls = self.calls[1:]
+
+
+def _passes(texts: list[_Text], block: nn.Module) -> Iterator[Any]:
+    return (text.through(block) for text in texts)
+
+
+def _install(model: nn.Module, solved: Solved, scheme: Scheme) -> None:
+    linear = model.get_submodule(solved.name)
+    layer = QuantLinear(solved.weight, linear.bias, scheme.activation, linear.weight.dtype)
+    solved.report.bytes = sum(t.nbytes for t in FORMATS[layer.format].pack(solved.weight).values())
+    model.set_submodule(solved.name, layer)
+
+
+def _inputs(calibration: Tensor | Iterable[Any] | None) -> list[Call]:
+    if calibration is None:
+        return []
+    if isinstance(calibration, Tensor):
+        if calibration.dim() != 2 or calibration.dtype != torch.int64:
+            raise TersorError(
+                f"a calibration tensor holds token ids, int64 [samples, seq_len], not "
+                f"{calibration.dtype} {tuple(calibration.shape)}; pass other inputs as a list"
+            )
+        return [Call((ids,), {}) for ids in batches(calibration)]
+    calls = []
+    for each in calibration:
+        if isinstance(each, Mapping):
+            calls.append(Call((), dict(each)))
+        else:
+            calls.append(Call(tuple(each) if isinstance(each, (tuple, list)) else (each,), {}))
+    if not calls:
+        raise TersorError("the calibration inputs are empty; pass at least one")
+    return calls
+
+
+def _start(model: nn.Module, inputs: list[Call]) -> tuple[FoundArch | None, list[_Text]]:
+    """The model's architecture and the inputs at its first block; or None and the inputs as they
+    are, where it has no blocks or does not call them one after the other."""
+    try:
+        found = find_arch(model)
+        plain_linears(model, found.arch)
+        return found, [_Text(model, found, each) for each in inputs]
+    except TersorError:
+        return None, [_Text(model, None, each) for each in inputs]
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout, and without a cache of keys that would be kept for every text."""
+    config, training = getattr(model, "config", None), model.training
+    cache = getattr(config, "use_cache", None)
+    model.eval()
+    if config is not None and cache is not None:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        model.train(training)
+        if config is not None and cache is not None:
+            config.use_cache = cache

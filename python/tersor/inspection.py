@@ -1,0 +1,141 @@
+"""What is in a model's folder, and which kernels would serve it: `tersor inspect`."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tersor.checkpoint import Checkpoint
+from tersor.errors import TersorError
+from tersor.formats import FORMATS, parse_config
+from tersor.formats.config import Group
+from tersor.kernels import explain
+from tersor.models import build_skeleton, find_arch
+from tersor.report import Report
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Linears that are alike."""
+
+    n: int
+    k: int
+    group: Group
+
+
+def inspect(folder: str | Path) -> Iterator[str | Table]:
+    """Lines and a table for people. Reads headers and a few bytes. TersorError for a folder that
+    is damaged."""
+    checkpoint = Checkpoint.open(folder)
+    yield f"{folder}: {_architecture(checkpoint)}"
+    total = sum(checkpoint.metadata(name).nbytes for name in checkpoint.names)
+    if "quantization_config" not in checkpoint.config:
+        yield f"not quantized: {_mb(total)}: {_dtypes(checkpoint)}"
+        return
+    kinds, quantized = _kinds(checkpoint)
+    yield _table(kinds)
+    weights = sum(kind.n * kind.k * count for kind, (count, _) in kinds.items())
+    inside = sum(nbytes for _, nbytes in kinds.values())
+    yield (
+        f"quantized: {sum(count for count, _ in kinds.values())} linears, {_mb(inside)}, "
+        f"{8 * inside / weights:.2f} bits per weight"
+    )
+    yield f"not quantized: {_mb(total - inside)}: {_dtypes(checkpoint, quantized)}"
+    if report := Report.read(checkpoint.folder):
+        yield _summary(report)
+
+
+def _architecture(checkpoint: Checkpoint) -> str:
+    model = build_skeleton(checkpoint.config)
+    try:
+        found = find_arch(model)
+    except TersorError as error:
+        return f"{type(model).__name__}; {error}"
+    return f"{type(model).__name__}, {len(list(found.blocks(model)))} blocks ({found.how})"
+
+
+def _kinds(checkpoint: Checkpoint) -> tuple[dict[Kind, tuple[int, int]], set[str]]:
+    """Kind -> (how many linears, their bytes); and the names of all their tensors."""
+    config = parse_config(checkpoint.config)
+    kinds: dict[Kind, tuple[int, int]] = defaultdict(lambda: (0, 0))
+    quantized: set[str] = set()
+    for scale in checkpoint.names:
+        stem, _, last = scale.rpartition(".")
+        group = config.group_for(stem) if last == "weight_scale" else None
+        if group is None:
+            continue
+        local = [f"{stem}.{name}" for name in FORMATS[group.format].tensors]
+        names = [name for name in local if name in checkpoint]
+        n, k = checkpoint.metadata(names[0]).shape
+        if f"{stem}.weight_shape" in checkpoint:
+            n, k = checkpoint.load(f"{stem}.weight_shape").tolist()
+        kind = Kind(n, k, group)
+        count, nbytes = kinds[kind]
+        kinds[kind] = count + 1, nbytes + sum(checkpoint.metadata(name).nbytes for name in names)
+        quantized.update(names)
+    if not kinds:
+        raise TersorError(
+            f"config.json of {checkpoint.folder} says that it is quantized, but no tensor is; "
+            f"download or quantize it again"
+        )
+    return dict(kinds), quantized
+
+
+def _table(kinds: dict[Kind, tuple[int, int]]) -> Table:
+    from rich.table import Table
+
+    shown = Table()
+    for head in ("n x k", "linears", "scheme", "group", "zero points", "format", "bits", "size"):
+        shown.add_column(head)
+    for m in (1, 512):
+        shown.add_column(f"serves m = {m}")
+    for kind, (count, nbytes) in kinds.items():
+        spec = kind.group.scheme.weight
+        shown.add_row(
+            f"{kind.n} x {kind.k}",
+            str(count),
+            str(kind.group.scheme),
+            str(spec.group or "row"),
+            "no" if spec.symmetric else "yes",
+            kind.group.format,
+            f"{8 * nbytes / (count * kind.n * kind.k):.2f}",
+            _mb(nbytes),
+            *(_serving(kind, m) for m in (1, 512)),
+        )
+    return shown
+
+
+def _serving(kind: Kind, m: int) -> str:
+    scheme = kind.group.scheme
+    rows = explain(m, kind.n, kind.k, scheme.weight, scheme.activation)
+    return next((name for name, reason in rows if reason is None), "none on this machine")
+
+
+def _dtypes(checkpoint: Checkpoint, without: Collection[str] = ()) -> str:
+    """Megabytes by dtype, of the tensors that are not in `without`."""
+    sizes: dict[str, int] = defaultdict(int)
+    for name in checkpoint.names:
+        if name not in without:
+            sizes[checkpoint.metadata(name).dtype] += checkpoint.metadata(name).nbytes
+    return ", ".join(f"{_mb(size)} {dtype}" for dtype, size in sizes.items()) or "nothing"
+
+
+def _summary(report: Report) -> str:
+    settings, text = report.settings, report.calibration
+    source = f"{text['tokens']} tokens" if text and "tokens" in text else "no text"
+    errors = [layer.error for layer in report.layers]
+    return (
+        f"made by tersor {report.versions.get('tersor', '?')}: {settings.get('method')}, {source}; "
+        f"output error {min(errors):.1e} to {max(errors):.1e}; "
+        f"{len(report.departures)} modules not treated as asked"
+    )
+
+
+def _mb(nbytes: int) -> str:
+    return f"{nbytes / 1e6:.2f} MB"

@@ -1,0 +1,234 @@
+"""The native kernels seen from Python: which there are, which serves, and the operator that calls
+them.
+
+A weight in kernel order is a uint8 tensor that begins with a header; only the native code looks
+inside. `torch.ops.tersor.linear` is the operator: it can be compiled, exported and differentiated
+with respect to its input. Kernels of other packages (entry point `tersor.kernels`) are registered
+before the first one is chosen.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tersor import _core
+from tersor.errors import TersorError
+from tersor.qweight import ActSpec, QSpec, QWeight
+
+ENTRY_POINT = "tersor.kernels"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of enum tersor_dtype
+_ROWS = 1024  # of a weight that are dequantized at once in the backward pass
+
+
+# --- the tables ----------------------------------------------------------------------------------
+
+
+@functools.cache
+def _load_outside_kernels() -> None:
+    """Registers what other packages offer; one that is broken is named and left out."""
+    for entry in entry_points(group=ENTRY_POINT):
+        try:
+            _core.register_kernels(entry.load()())
+        except Exception as error:
+            package = entry.dist.name if entry.dist else entry.value
+            warnings.warn(
+                f"the kernels of package {package} ({entry.value}) cannot be used: "
+                f"{type(error).__name__}: {error}; update or uninstall it",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+@dataclass(frozen=True)
+class KernelInfo:
+    """A row of the kernel table. unavailable: why this machine cannot run it, or None if it can.
+    address: of its struct tersor_kernel, for as long as the process lives."""
+
+    name: str
+    isa: str
+    layout: str
+    priority: int
+    unavailable: str | None
+    address: int
+
+
+def table() -> list[KernelInfo]:
+    """Every kernel that tersor knows, best priority first."""
+    _load_outside_kernels()
+    return [KernelInfo(**row) for row in _core.kernels()]
+
+
+def explain(
+    m: int,
+    n: int,
+    k: int,
+    spec: QSpec,
+    activation: ActSpec | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    scale_dtype: torch.dtype = torch.bfloat16,
+) -> list[tuple[str, str | None]]:
+    """(name, reason why it does not serve, or None) for every kernel, best priority first; the
+    first without a reason serves."""
+    _load_outside_kernels()
+    group = spec.group or k
+    spec.groups(k)
+    rows: list[tuple[str, str | None]] = _core.explain(
+        n, k, group, _stored_bits(spec), not spec.symmetric, dtype_code(scale_dtype),
+        int(activation is not None), m, dtype_code(dtype),
+    )  # fmt: skip
+    return rows
+
+
+def dtype_code(dtype: torch.dtype) -> int:
+    """The dtype in enum tersor_dtype; TersorError for one that the kernels do not read."""
+    if dtype not in DTYPES:
+        raise TersorError(f"kernels read float32, bfloat16 and float16, not {dtype}; convert it")
+    return DTYPES.index(dtype)
+
+
+# --- kernel order and back -----------------------------------------------------------------------
+
+
+def _stored_bits(spec: QSpec) -> int:
+    return 8 if spec.bits == 8 else 4
+
+
+def _recentre(spec: QSpec) -> int:
+    """2- and 3-bit codes are stored in 4 bits. A symmetric grid has its zero point in the middle,
+    so its codes move up with it."""
+    return 8 - spec.midpoint if spec.symmetric and spec.bits < 4 else 0
+
+
+def pack_weight(q: QWeight, activation: ActSpec | None = None) -> Tensor:
+    """The weight in the order of the kernel that will run it: uint8, aligned to 64 bytes.
+
+    q.order must be None: a kernel's groups are contiguous (QuantLinear permutes its input).
+    activation is part of the choice of kernel: with it inputs are quantized in the call.
+    """
+    if q.order is not None:
+        raise TersorError("pack_weight needs contiguous groups; sort the columns by q.order first")
+    _load_outside_kernels()
+    shift = _recentre(q.spec)
+    codes = (q.codes + shift if shift else q.codes).contiguous()
+    zeros = None if q.zeros is None else q.zeros.contiguous()
+    bits, code = _stored_bits(q.spec), int(activation is not None)
+    weight = (codes, q.scales.contiguous(), zeros, bits, code)
+    packed = torch.empty(_core.packed_bytes(*weight), dtype=torch.uint8)
+    _core.pack(*weight, packed)
+    return packed
+
+
+def unpack_weight(packed: Tensor, spec: QSpec | None = None) -> QWeight:
+    """The inverse of pack_weight, exactly. Without a spec, 2- and 3-bit weights come back as the
+    4-bit weights that they are stored as."""
+    head = packed_spec(packed)
+    n, k, groups = head["n"], head["k"], head["k"] // head["g"]
+    if spec is None:
+        group = None if groups == 1 else head["g"]
+        spec = QSpec(head["bits"], group, symmetric=not head["asymmetric"])
+    codes = torch.empty(n, k, dtype=torch.uint8)
+    scales = torch.empty(n, groups, dtype=DTYPES[head["scale_dtype"]])
+    zeros = torch.empty(n, groups, dtype=torch.uint8) if head["asymmetric"] else None
+    _core.unpack(packed, codes, scales, zeros)
+    return QWeight(spec, codes.sub_(_recentre(spec)), scales, zeros)
+
+
+def packed_spec(packed: Tensor) -> dict[str, Any]:
+    """What the header of a packed weight says: layout, n, k, g, bits, asymmetric, scale_dtype and
+    activation (the last two as numbers of kernel.h)."""
+    if packed.device.type != "cpu" or packed.dtype != torch.uint8:
+        raise TersorError("a packed weight is a uint8 tensor on the CPU")
+    spec: dict[str, Any] = _core.packed_spec(packed)
+    return spec
+
+
+# --- the operator --------------------------------------------------------------------------------
+
+_library = torch.library.Library("tersor", "DEF")  # the registrations live as long as it does
+
+
+def _define(schema: str, cpu: Callable[..., Tensor], fake: Callable[..., Tensor]) -> None:
+    name = "tersor::" + schema.partition("(")[0]
+    _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    _library.impl(name, cpu, "CPU")
+    torch.library.register_fake(name, fake, lib=_library)
+
+
+def rows_of(x: Tensor, k: int) -> Tensor:
+    """x [..., k] as a matrix [m, k] whose rows are contiguous and do not overlap; a view where
+    possible. TersorError where x is not that wide."""
+    if x.dim() == 0 or x.shape[-1] != k:
+        raise TersorError(f"the layer takes inputs [..., {k}], not {list(x.shape)}")
+    matrix = x.reshape(-1, k)
+    scattered = k > 1 and matrix.stride(1) != 1
+    overlapping = matrix.shape[0] > 1 and matrix.stride(0) < k
+    return matrix.contiguous() if scattered or overlapping else matrix
+
+
+def _linear(x: Tensor, packed: Tensor, bias: Tensor | None, n: int) -> Tensor:
+    k = packed_spec(packed)["k"]
+    matrix = rows_of(x, k)
+    m = matrix.shape[0]
+    if bias is not None and (bias.dtype != torch.float32 or bias.shape != (n,)):
+        raise TersorError(f"bias must be float32 [{n}], not {bias.dtype} {list(bias.shape)}")
+    bias = None if bias is None else bias.contiguous()
+    y = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
+    _core.linear(
+        matrix.data_ptr(), m, k, matrix.stride(0) if m > 1 else k, dtype_code(x.dtype),
+        packed.data_ptr(), packed.numel(), 0 if bias is None else bias.data_ptr(),
+        y.data_ptr(), n, n,
+    )  # fmt: skip
+    return y
+
+
+def _linear_fake(x: Tensor, packed: Tensor, bias: Tensor | None, n: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], n))
+
+
+def _linear_backward(grad: Tensor, packed: Tensor, k: int) -> Tensor:
+    """grad [..., n] @ dequantize(W) [n, k], in float32, a part of the rows of W at a time."""
+    q = unpack_weight(packed)
+    matrix = rows_of(grad, q.n).float()
+    result = torch.zeros(matrix.shape[0], k)
+    for begin in range(0, q.n, _ROWS):
+        part = slice(begin, begin + _ROWS)
+        zeros = None if q.zeros is None else q.zeros[part]
+        weight = QWeight(q.spec, q.codes[part], q.scales[part], zeros).dequantize()
+        result.addmm_(matrix[:, part], weight)
+    return result.to(grad.dtype).view(*grad.shape[:-1], k)
+
+
+def _linear_backward_fake(grad: Tensor, packed: Tensor, k: int) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], k))
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, packed, _, _ = inputs
+    ctx.save_for_backward(packed)
+    ctx.k = x.shape[-1]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    # Weights and bias are frozen. Where activations are quantized in the call, their rounding
+    # counts as the identity (the straight-through estimator of Bengio et al., 2013).
+    (packed,) = ctx.saved_tensors
+    return torch.ops.tersor.linear_backward(grad, packed, ctx.k), None, None, None
+
+
+_define(
+    "linear_backward(Tensor grad, Tensor packed, int k) -> Tensor",
+    _linear_backward,
+    _linear_backward_fake,
+)
+_define("linear(Tensor x, Tensor packed, Tensor? bias, int n) -> Tensor", _linear, _linear_fake)
+torch.library.register_autograd(
+    "tersor::linear", _backward, setup_context=_save_for_backward, lib=_library
+)

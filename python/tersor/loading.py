@@ -1,0 +1,345 @@
+"""Quantized folders as transformers models that run on QuantLinear.
+
+`load` builds the model and reads every tensor itself. `TersorConfig` leaves the model to
+transformers' from_pretrained and brings in the quantized layers alone. Both put off the linears
+that the other tensors' loader must not touch (`_defer`), and make them afterwards (`_complete`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import CompressedTensorsConfig, GenerationConfig
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantizer
+
+from tersor.checkpoint import Checkpoint
+from tersor.errors import TersorError
+from tersor.formats import FORMATS, parse_config
+from tersor.formats.config import Group
+from tersor.kernels import dtype_code
+from tersor.linear import QuantLinear
+from tersor.models import (
+    FoundArch,
+    Stored,
+    build_skeleton,
+    fill,
+    find_arch,
+    place_of,
+    plain_linears,
+    same_name,
+    stored,
+)
+from tersor.models.arch import Arch
+
+METHOD = "tersor"
+# Of these a quantized linear has at least one of the first two; a plain one has the last.
+_NAMES = ("weight_scale", "weight_packed", "weight")
+# Tables that older versions of transformers saved, and that models make for themselves now.
+TABLES = re.compile(r"(^|\.)(inv_freq|position_ids|masked_bias|attn\.bias|attention\.bias)$")
+
+
+def load(folder: str | Path, dtype: torch.dtype | None = None) -> Any:
+    """The transformers model of a quantized folder, with a QuantLinear for every quantized linear.
+
+    folder: a compressed-tensors checkpoint, written by tersor, llm-compressor or the like.
+    dtype: of all that is not quantized: float32, bfloat16 or float16; by default what config.json
+        says. Scales stay as they are in the file.
+
+    The model is in evaluation mode and frozen; code that comes with a folder is never run.
+    TersorError names the tensor that is missing, left over or damaged, or what is not supported.
+    """
+    checkpoint = Checkpoint.open(folder)
+    if dtype is not None:
+        dtype_code(dtype)
+    model: Any = build_skeleton(checkpoint.config, dtype)
+    deferred = _defer(model, checkpoint)
+    where = stored(model, deferred.found, checkpoint.names)
+    fill(model, where, where, checkpoint, model.dtype)
+    model.tie_weights()
+    used = {place.name for place in where.values()} | _complete(model, deferred, checkpoint)
+    _check_all_used(model, set(checkpoint.names) - used)
+    model.config.quantization_config = checkpoint.config["quantization_config"]
+    model.config._name_or_path = model.name_or_path = str(folder)
+    if model.can_generate() and (checkpoint.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(folder))
+    return model.eval()
+
+
+class TersorConfig(CompressedTensorsConfig):
+    """Asks transformers to load a compressed-tensors folder on tersor's kernels:
+
+        AutoModelForCausalLM.from_pretrained(folder, quantization_config=tersor.TersorConfig())
+
+    transformers reads the folder's own quantization_config with the compressed-tensors package,
+    which must be installed for this; `tersor.load` does without. The first instance registers a
+    quantizer under the name "tersor", as transformers provides for; nothing else is changed.
+    """
+
+    def __init__(self) -> None:
+        if importlib.util.find_spec("compressed_tensors") is None:
+            raise TersorError(
+                "from_pretrained reads the folder's config with compressed-tensors, which is not "
+                "installed; run pip install compressed-tensors, or use tersor.load(folder)"
+            )
+        if METHOD not in AUTO_QUANTIZER_MAPPING:
+            register_quantizer(METHOD)(TersorQuantizer)
+        self.quant_method = METHOD
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What transformers takes over into the config that it has read from the folder."""
+        return {"quant_method": self.quant_method}
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": self.quant_method}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+
+# from_pretrained takes loading attributes from a config of the same class as the folder's own,
+# and compares the names of the classes. This is a CompressedTensorsConfig, and says so.
+TersorConfig.__name__ = CompressedTensorsConfig.__name__
+
+
+class TersorQuantizer(HfQuantizer):
+    """What from_pretrained calls before and after it has loaded what is not quantized."""
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        if not self.pre_quantized:
+            raise TersorError(
+                "the folder is not quantized; quantize it first (tersor quantize), or load it and "
+                "use tersor.swap_linears"
+            )
+
+    def update_device_map(self, device_map: Any) -> Any:
+        places = device_map.values() if isinstance(device_map, dict) else [device_map]
+        if any(place is not None and str(place) != "cpu" for place in places):
+            raise TersorError(f"device_map={device_map!r}: kernels run on the CPU; leave it out")
+        return device_map
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        files = kwargs.get("checkpoint_files")
+        self._checkpoint = Checkpoint.open(Path(files[0]).parent if files else model.name_or_path)
+        self._deferred = _defer(model, self._checkpoint)
+        # The files hold tensors for deferred layers, which are not unexpected, though transformers
+        # finds no place for them.
+        known = model._keys_to_ignore_on_load_unexpected
+        known = [] if known is None else known  # a list, or in later versions a set
+        patterns = [rf"(^|\.){re.escape(name)}\." for name in self._deferred.owners()]
+        model._keys_to_ignore_on_load_unexpected = type(known)([*known, *patterns])
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        _complete(model, self._deferred, self._checkpoint)
+        model.config.quantization_config = self._checkpoint.config["quantization_config"]
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True  # the state dict of a QuantLinear holds the tensors of the folder's format
+
+    @property
+    def is_trainable(self) -> bool:
+        return True  # what is not quantized, and adapters on what is
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+# --- linears that wait ---------------------------------------------------------------------------
+
+
+@dataclass
+class _Linear:
+    """A linear that is loaded after the rest of the model.
+
+    linear: as it was in the model, on the meta device. name: what the files call it.
+    group: how it is quantized, or None if it is not.
+    """
+
+    linear: nn.Linear
+    name: str
+    group: Group | None
+
+
+class _Absent(nn.Module):
+    """In the place of a linear that is loaded later: it has nothing that a loader could fill, but
+    a weight that models may want to initialise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = torch.empty(0), None
+
+
+@dataclass
+class _Deferred:
+    found: FoundArch
+    linears: dict[str, _Linear]  # by path in the model
+
+    def owners(self) -> set[str]:
+        """Paths, in the model and in the files, that all tensors of deferred linears are under.
+        transformers may have renamed tensors of experts to names of the fused module."""
+        names = {*self.linears, *(each.name for each in self.linears.values())}
+        return names | {name.partition(".experts.")[0] + ".experts" for name in names
+                        if ".experts." in name}  # fmt: skip
+
+
+def _defer(model: nn.Module, checkpoint: Checkpoint) -> _Deferred:
+    """Takes out of the model the linears that the checkpoint holds quantized, and those that have
+    to be made nn.Linear first (fused experts, Conv1D). The model is on the meta device."""
+    if "quantization_config" not in checkpoint.config:
+        raise TersorError(
+            f"{checkpoint.folder} is not quantized; quantize it (tersor quantize), or load it with "
+            "transformers"
+        )
+    config = parse_config(checkpoint.config)
+    found = _find_arch(model)
+    names = frozenset(checkpoint.names)
+    native = {id(module) for module in model.modules() if isinstance(module, nn.Linear)}
+    plain_linears(model, found.arch)
+    linears = {}
+    for path, module in list(model.named_modules()):
+        if not isinstance(module, nn.Linear):
+            continue
+        known = (same_name(found, f"{path}.{local}", names) for local in _NAMES)
+        stored_name = next(filter(None, known), f"{path}.weight")
+        name, _, local = stored_name.rpartition(".")
+        quantized = local != "weight"
+        # Configs name modules as files do, or as the version of transformers did that wrote them.
+        groups = [config.group_for(name), config.group_for(path)]
+        group = next((g for g in groups if (g is not None) == quantized), groups[0])
+        if quantized and group is None:
+            raise TersorError(
+                f"the files hold {name} quantized, but config.json does not say how; its "
+                "quantization_config is not the one of these files"
+            )
+        if group is not None and not quantized:
+            if stored_name in names:  # and otherwise tied, or missed by who loads the rest
+                _report_plain(checkpoint, stored_name)
+            group = None
+        if group is not None or id(module) not in native:
+            linears[path] = _Linear(module, name, group)
+    for path in linears:
+        _replace(model, path, _Absent())
+    _check_no_orphans(names, linears.values())
+    return _Deferred(found, linears)
+
+
+def _complete(model: Any, deferred: _Deferred, checkpoint: Checkpoint) -> set[str]:
+    """Puts the deferred linears into the model, and returns the names of the tensors read."""
+    names = frozenset(checkpoint.names)
+    local: dict[str, list[str]] = {}  # the tensors directly under a name
+    for name in sorted(names):
+        local.setdefault(name.rpartition(".")[0], []).append(name)
+    used: set[str] = set()
+    dtype = model.dtype
+    for path, each in deferred.linears.items():
+        if each.group is not None:
+            layer = _quant_linear(each, each.group, checkpoint, local[each.name], dtype)
+            _replace(model, path, layer)
+            used.update(local[each.name])
+            continue
+        _replace(model, path, each.linear)
+        where: dict[str, Stored] = {}
+        for name in (f"{path}.{parameter}" for parameter, _ in each.linear.named_parameters()):
+            found = place_of(model, deferred.found, name, names)
+            if found is None:
+                raise TersorError(f"the checkpoint has no tensor for {name}; download it again")
+            where[name] = found
+            used.add(found.name)
+        fill(model, where, where, checkpoint, dtype)
+    return used
+
+
+def _quant_linear(
+    each: _Linear, group: Group, checkpoint: Checkpoint, names: Iterable[str], dtype: torch.dtype
+) -> QuantLinear:
+    format = FORMATS[group.format]
+    tensors = {name.rpartition(".")[2]: checkpoint.load(name) for name in names}
+    bias = tensors.pop("bias", None)
+    strange = sorted(set(tensors) - set(format.tensors))
+    n, k = each.linear.out_features, each.linear.in_features
+    try:
+        if strange:
+            raise TersorError(f"{strange[0]} is no tensor of {format.name}")
+        if (bias is None) != (each.linear.bias is None):
+            raise TersorError(f"the bias is {'missing' if bias is None else 'one too many'}")
+        q = format.unpack(tensors, group.scheme.weight)
+        if (q.n, q.k) != (n, k):
+            raise TersorError(f"the weight is {q.n} x {q.k}, config.json asks for {n} x {k}")
+        return QuantLinear(q, bias, group.scheme.activation, dtype, format.name)
+    except TersorError as error:
+        raise TersorError(f"{each.name}: {error}") from error
+
+
+def _find_arch(model: nn.Module) -> FoundArch:
+    """Any model will do whose linears have in the files the names that they have here."""
+    try:
+        return find_arch(model)
+    except TersorError as error:
+        base = getattr(model, "base_model_prefix", "")
+        arch = Arch("unknown", blocks="", taps=())
+        return FoundArch(arch, how=str(error), base=f"{base}." if base else "")
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+
+
+# --- what must not pass in silence ---------------------------------------------------------------
+
+
+def _report_plain(checkpoint: Checkpoint, weight: str) -> None:
+    """config.json says that a linear is quantized, and the files hold one tensor of it."""
+    name = weight.rpartition(".")[0]
+    if not checkpoint.metadata(weight).torch_dtype.is_floating_point:
+        raise TersorError(
+            f"the checkpoint has no tensor {name}.weight_scale; its files are incomplete, download "
+            "or quantize it again"
+        )
+    warnings.warn(
+        f"{name} is quantized according to config.json but not in the files; it is loaded as it "
+        "is stored",
+        stacklevel=2,
+    )
+
+
+def _check_no_orphans(names: Iterable[str], linears: Iterable[_Linear]) -> None:
+    known = {each.name for each in linears}
+    for name in sorted(names):
+        owner, _, last = name.rpartition(".")
+        if last in ("weight_scale", "weight_packed") and owner not in known:
+            raise TersorError(
+                f"the checkpoint holds {owner} quantized, but the model has no such linear; "
+                "config.json is of another model, or transformers has renamed it: describe the "
+                "architecture in tersor/models"
+            )
+
+
+def _check_all_used(model: Any, left: set[str]) -> None:
+    ignored = [re.compile(p) for p in model._keys_to_ignore_on_load_unexpected or []]
+    tied = set(getattr(model, "_tied_weights_keys", None) or ())
+    strange = [
+        name
+        for name in sorted(left)
+        if not TABLES.search(name)
+        and name not in tied
+        and not any(pattern.search(name) for pattern in ignored)
+    ]
+    if strange:
+        more = f" (and {len(strange) - 1} more)" if len(strange) > 1 else ""
+        raise TersorError(
+            f"the checkpoint holds {strange[0]}{more}, for which {type(model).__name__} has no "
+            "place; config.json names another class than these files are of"
+        )

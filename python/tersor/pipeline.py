@@ -1,0 +1,241 @@
+"""A checkpoint in, a quantized checkpoint out, with one block of the model in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tersor.blocks import Flow
+from tersor.calibrate import Calibration, digest, load_tokenizer
+from tersor.checkpoint import check_finite
+from tersor.errors import TersorError
+from tersor.formats import FORMATS, quantization_config
+from tersor.formats.config import default_format
+from tersor.layerwise import Solver, find_solver, quantize_block, settings_of
+from tersor.progress import Progress
+from tersor.qweight import QWeight, Scheme
+from tersor.report import REPORT, TIMINGS, LayerReport, Report, Timings, versions
+from tersor.scope import BlockScope, Scope, settle
+from tersor.shards import ShardWriter
+from tersor.source import Source
+
+OUTSIDE_BYTES = 1 << 30  # of tensors outside the blocks that are written together
+BEGUN = "hidden states"  # commit: what enters the first block is on disk
+
+
+def quantize_checkpoint(
+    model: str | Path,
+    out: str | Path,
+    *,
+    scheme: Scheme,
+    method: str | Solver = "gptq",
+    calibration: Calibration | None = None,
+    ignore: Sequence[str] = (),
+    sequential: bool = False,
+    strict: bool = False,
+    progress: bool | None = None,
+) -> Report:
+    """Quantizes the linears in the blocks of a Hugging Face checkpoint, and writes a checkpoint.
+
+    model: a folder with config.json, safetensors and, where text is used, the tokenizer.
+    out: the folder to make. While the run lasts its work is in `<out>.partial`: started again with
+        the same arguments it goes on after the last whole block, with the same bits in the end.
+    scheme: what every linear becomes.
+    method: "gptq", "rtn", or a solver with settings of its own, such as GPTQ(act_order=True).
+    calibration: the text; None for methods that need none. Each block is calibrated on what the
+        quantized blocks before it give.
+    ignore: shell patterns of modules to leave alone, such as "*.down_proj". What is outside the
+        blocks (embeddings, the head) is left alone anyway.
+    sequential: within a block, collect statistics anew once the linears that came before are
+        quantized: one forward pass for every distinct input instead of one for the block.
+    strict: raise TersorError as soon as a module is not treated as asked. What has been done is
+        kept, so that the same call without it goes on.
+    progress: show a bar; by default where stderr is a terminal.
+
+    Returns the report, which is in the folder as well (see tersor.report).
+    Raises TersorError for bad input, before any work where that can be known.
+    """
+    solver = find_solver(method)
+    source = Source.open(model)
+    scope = settle(source.model, source.found, scheme.weight, ignore)
+    windows = _windows(source, solver, calibration)
+    report = Report(
+        model=source.checkpoint.folder.resolve().name,
+        fingerprint=source.checkpoint.fingerprint(),
+        architecture=source.found.how,
+        settings=settings_of(scheme, solver, ignore, sequential),
+        versions=versions(),
+        calibration=None
+        if calibration is None or windows is None
+        else {
+            "sources": list(calibration.sources) or "texts in memory",
+            "samples": windows.shape[0],
+            "seq_len": windows.shape[1],
+            "seed": calibration.seed,
+            "bos": calibration.bos,
+            "tokens": windows.numel(),
+            "sha256": digest(windows),
+        },
+        kept=scope.kept,
+        departures=scope.departures,
+        bytes_before=source.nbytes,
+    )
+    if strict:
+        report.require_strict()
+    with ShardWriter(out, _identity(report)) as writer, Progress(progress) as bar:
+        run = _Run(source, scope, scheme, solver, sequential, writer, bar)
+        run.write_outside()
+        for block in run.blocks(windows):
+            report.add(writer.done[block.path])
+            if strict:
+                report.require_strict()
+        report.bytes_after = sum(info["bytes"] for info in writer.done.values())
+        files = {REPORT: report.to_json(), TIMINGS: run.timings.to_json()}
+        config = source.checkpoint.config | {
+            "quantization_config": quantization_config(
+                scheme,
+                scope.unquantized,
+                actorder="weight" if report.settings.get("act_order") else None,
+            )
+        }
+        writer.finish(config, source.checkpoint.folder, files)
+    return report
+
+
+def _windows(source: Source, solver: Solver, calibration: Calibration | None) -> Tensor | None:
+    """The token ids, int64 [samples, seq_len], checked against the model."""
+    if calibration is None:
+        if solver.needs is not None:
+            raise TersorError(
+                f"{solver.name} needs text to calibrate on; give --calibration FILE, or use "
+                f"--method rtn, which needs none"
+            )
+        return None
+    windows = calibration.windows(load_tokenizer(source.checkpoint.folder), source.context)
+    vocabulary = source.model.get_input_embeddings().num_embeddings
+    if int(windows.max()) >= vocabulary:
+        raise TersorError(
+            f"the tokenizer gives token {int(windows.max())}, but the model has {vocabulary} "
+            f"embeddings; the tokenizer files in {source.checkpoint.folder} are of another model"
+        )
+    return windows
+
+
+def _identity(report: Report) -> dict[str, Any]:
+    """What two runs must have in common for one to continue the other."""
+    text = {k: v for k, v in (report.calibration or {}).items() if k != "sources"}
+    return {
+        **report.settings,
+        "model": report.fingerprint,
+        **{f"calibration {key}": value for key, value in text.items()},
+        **{f"version of {key}": value for key, value in report.versions.items()},
+    }
+
+
+@dataclass
+class _Run:
+    """The work between the checks and the last rename. Whatever a commit covers is durable and is
+    passed over when the run is started again."""
+
+    source: Source
+    scope: Scope
+    scheme: Scheme
+    solver: Solver
+    sequential: bool
+    writer: ShardWriter
+    bar: Progress
+    timings: Timings = field(default_factory=Timings)
+
+    def write_outside(self) -> None:
+        """Copies the tensors that are in no block, some at a time."""
+        for number, part in enumerate(self.source.outside(OUTSIDE_BYTES)):
+            key = f"outside {number}"
+            if key in self.writer.done:
+                continue
+            self.bar.say("copying what is outside the blocks")
+            with self.timings.stage("copy"):
+                for name in part:
+                    tensor = self.source.checkpoint.load(name)
+                    check_finite(name, tensor)
+                    self.writer.add(name, tensor)
+                nbytes = sum(self.source.checkpoint.metadata(name).nbytes for name in part)
+                self.writer.commit(key, {"bytes": nbytes})
+
+    def blocks(self, windows: Tensor | None) -> Iterator[BlockScope]:
+        """Yields each block once it is done, in this run or in one that was interrupted."""
+        blocks = self.scope.blocks
+        todo = [block for block in blocks if block.path not in self.writer.done]
+        flow = self._begin(windows) if todo and windows is not None else None
+        passes = len(flow.batches) if flow else 0
+        for block in todo:  # text through it once more than it is observed: for what comes out
+            rounds = len(block.rounds(self.sequential)) + 1
+            self.bar.expect(len(block.linears) + passes * rounds)
+        for number, block in enumerate(blocks):
+            if block in todo:
+                self.bar.say(f"block {number + 1} of {len(blocks)}")
+                self._block(number, block, flow)
+            self.timings.add(self.writer.done[block.path]["seconds"])
+            yield block
+
+    def _begin(self, windows: Tensor) -> Flow:
+        """The text at the first block, or where an interrupted run has left it."""
+        self.bar.say("the text up to the first block")
+        with self.timings.stage("run"), self.source.loaded(self.source.before()):
+            flow = Flow(
+                self.source.model,
+                self.source.blocks,
+                windows,
+                lambda number: self.writer.state_path(f"hidden-{number}"),
+                self.bar.step,
+            )
+            if BEGUN not in self.writer.done:
+                flow.enter()
+                self.writer.commit(BEGUN, {"bytes": 0})
+        return flow
+
+    def _block(self, number: int, block: BlockScope, flow: Flow | None) -> None:
+        model, timings = self.source.model, Timings()
+        module = model.get_submodule(block.path)
+        names = self.source.names(block.path)
+        layers: list[LayerReport] = []
+        departures: dict[str, str] = {}
+        passes = partial(flow.through, number, module) if flow else None
+
+        with ExitStack() as memory:
+            with timings.stage("read"):
+                memory.enter_context(self.source.loaded(names))
+            for solved in quantize_block(
+                model, block, self.solver, self.scheme, passes, self.sequential, timings
+            ):
+                solved.report.bytes = self._add(solved.name, solved.weight)
+                layers.append(solved.report)
+                if solved.departure:
+                    departures[solved.name] = solved.departure
+                self.bar.step()
+            if flow and number + 1 < len(self.scope.blocks):
+                with timings.stage("run"):
+                    flow.advance(number, module)
+        with self.timings.stage("write"):
+            nbytes = sum(layer.bytes for layer in layers)
+            quantized = {f"{name}.weight" for name in block.linears}
+            for name, tensor in self.source.unchanged(n for n in names if n not in quantized):
+                self.writer.add(name, tensor)
+                nbytes += tensor.nbytes
+            info = {"layers": [asdict(layer) for layer in layers], "departures": departures}
+            self.writer.commit(block.path, info | {"bytes": nbytes, "seconds": timings.seconds})
+        if flow:
+            flow.forget(number)
+
+    def _add(self, name: str, weight: QWeight) -> int:
+        """Puts the tensors of a quantized linear into the block's shard; returns their bytes."""
+        stem = self.source.where[f"{name}.weight"].saved_as.removesuffix("weight")
+        packed = FORMATS[default_format(self.scheme)].pack(weight)
+        for local, tensor in packed.items():
+            self.writer.add(stem + local, tensor)
+        return sum(tensor.nbytes for tensor in packed.values())

@@ -1,0 +1,187 @@
+"""What a run did, layer by layer: `tersor_report.json` in the output folder.
+
+The report holds nothing that differs between two runs with the same arguments, so that it is the
+same, byte for byte, whether or not the run was interrupted. What does differ, the seconds and the
+peak of memory, is in `tersor_timings.json` beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tersor.errors import TersorError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+REPORT = "tersor_report.json"
+TIMINGS = "tersor_timings.json"
+
+
+@dataclass
+class LayerReport:
+    """One quantized linear.
+
+    error: tr((W - Q) H (W - Q)ᵀ) / tr(W H Wᵀ), the squared error of its outputs relative to the
+        outputs, over the calibration tokens; without calibration H is the identity.
+    tokens: calibration tokens that it read; 0 where there were none.
+    bytes: of the tensors that are stored for it, with scales and zero points.
+    notes: what a reader should know; nothing here departs from what was asked.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    scheme: str
+    method: str
+    error: float
+    tokens: int
+    bytes: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def bits_per_weight(self) -> float:
+        n, k = self.shape
+        return 8 * self.bytes / (n * k)
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> LayerReport:
+        """The inverse of asdict, also after JSON."""
+        return cls(**(content | {"shape": tuple(content["shape"])}))
+
+
+@dataclass
+class Report:
+    """A whole run.
+
+    fingerprint: of the checkpoint's contents. architecture: where it was found.
+    settings: everything that the result depends on, except the checkpoint and the text.
+    calibration: sources, number of windows and tokens, and the SHA-256 of the token ids; or None.
+    layers: the linears that were quantized, in order.
+    kept: modules that were not meant to be quantized, each with the rule or the pattern.
+    departures: modules that were not treated as asked, each with the reason.
+    bytes_before, bytes_after: of all tensors of the checkpoint.
+    """
+
+    model: str
+    fingerprint: str
+    architecture: str
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    calibration: dict[str, Any] | None
+    layers: list[LayerReport] = field(default_factory=list)
+    kept: dict[str, str] = field(default_factory=dict)
+    departures: dict[str, str] = field(default_factory=dict)
+    bytes_before: int = 0
+    bytes_after: int = 0
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Mean over the weights of the quantized layers, with scales and zero points."""
+        weights = sum(n * k for n, k in (layer.shape for layer in self.layers))
+        return 8 * sum(layer.bytes for layer in self.layers) / weights if weights else 0.0
+
+    def add(self, block: dict[str, Any]) -> None:
+        """What was recorded of a block when it was done: layers and departures."""
+        self.layers += [LayerReport.from_dict(layer) for layer in block["layers"]]
+        self.departures |= block["departures"]
+
+    def to_json(self) -> str:
+        content = asdict(self) | {"bits_per_weight": self.bits_per_weight}
+        return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def read(cls, folder: Path) -> Report | None:
+        """The report in a folder that tersor wrote; None where there is none.
+        TersorError where it is not a report."""
+        path = folder / REPORT
+        if not path.is_file():
+            return None
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            content.pop("bits_per_weight", None)
+            layers = [LayerReport.from_dict(layer) for layer in content.pop("layers")]
+            return cls(layers=layers, **content)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise TersorError(
+                f"{path} is not a tersor report ({error}); remove it, the model does not need it"
+            ) from None
+
+    def require_strict(self) -> None:
+        """TersorError naming the modules that were not treated as asked, if there are any."""
+        if self.departures:
+            first = "; ".join(f"{name}: {why}" for name, why in list(self.departures.items())[:3])
+            more = f"; and {len(self.departures) - 3} more" if len(self.departures) > 3 else ""
+            raise TersorError(
+                f"{len(self.departures)} modules were not treated as asked ({first}{more}); "
+                f"mend the cause, --ignore them, or leave out --strict"
+            )
+
+
+@dataclass
+class Timings:
+    """Seconds per stage, and the peak of resident memory. Where a run was interrupted and started
+    again, reading, observing and solving count in all its parts, the rest in the last one."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add({name: time.perf_counter() - start})
+
+    def add(self, seconds: dict[str, float]) -> None:
+        for name, value in seconds.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + value
+
+    def to_json(self) -> str:
+        content = {
+            "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
+            "peak_resident_bytes": peak_resident_bytes(),
+        }
+        return json.dumps(content, indent=2) + "\n"
+
+
+def table(report: Report) -> Table:
+    """The relative output error for people: a row for each block, a column for each of its linears,
+    of experts the worst."""
+    from rich.table import Table
+
+    rows: dict[str, dict[str, float]] = {}
+    for layer in report.layers:
+        # "model.layers.3.mlp.experts.7.w1": block 3, linear "mlp.experts.*.w1"
+        parts = layer.name.split(".")
+        at = next((i for i, part in enumerate(parts) if part.isdecimal()), -1)
+        column = ".".join("*" if part.isdecimal() else part for part in parts[at + 1 :])
+        row = rows.setdefault(".".join(parts[: at + 1]), {})
+        row[column] = max(layer.error, row.get(column, 0.0))
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    shown = Table(title="squared error of the outputs, relative to the outputs")
+    shown.add_column("block")
+    for column in columns:
+        shown.add_column(column.rpartition(".")[2], justify="right")
+    for name, row in rows.items():
+        shown.add_row(name, *(f"{row[c]:.2e}" if c in row else "" for c in columns))
+    return shown
+
+
+def peak_resident_bytes() -> int:
+    """The most memory that this process has held, as Linux counts it."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def versions() -> dict[str, str]:
+    """Of everything that the bits of a result can depend on."""
+    names = ("tersor", "torch", "transformers", "tokenizers", "safetensors")
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}

@@ -1,0 +1,159 @@
+"""What of a model is to be quantized, what is not, and why: settled before any work is done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from tersor.errors import TersorError
+from tersor.models import FoundArch, taps_of, untapped
+from tersor.models.arch import spellings
+from tersor.qweight import QSpec
+
+GROUPS = (128, 64, 32, 16)  # that a message may propose
+
+
+@dataclass(frozen=True)
+class BlockScope:
+    """One block. path: in the model. taps: paths, in the model too, of the linears to quantize;
+    those in one tuple read the same activation."""
+
+    path: str
+    taps: tuple[tuple[str, ...], ...]
+
+    @property
+    def linears(self) -> list[str]:
+        return [path for tap in self.taps for path in tap]
+
+    def rounds(self, sequential: bool) -> list[tuple[tuple[str, ...], ...]]:
+        """The taps in parts, each observed in one forward pass."""
+        if sequential:
+            return [(tap,) for tap in self.taps]
+        return [self.taps] if self.taps else []
+
+
+@dataclass
+class Scope:
+    """A whole model.
+
+    kept: modules with a weight matrix that are not to be quantized, each with the rule or pattern.
+    departures: those that ought to be and cannot, each with the reason.
+    unquantized: names of the linears in both, in every spelling that a reader may know.
+    """
+
+    blocks: list[BlockScope] = field(default_factory=list)
+    kept: dict[str, str] = field(default_factory=dict)
+    departures: dict[str, str] = field(default_factory=dict)
+    unquantized: list[str] = field(default_factory=list)
+
+    @property
+    def linears(self) -> list[str]:
+        return [path for block in self.blocks for path in block.linears]
+
+
+def settle(model: nn.Module, found: FoundArch, spec: QSpec, ignore: Sequence[str]) -> Scope:
+    """The scope of a model (after plain_linears; a skeleton will do).
+
+    ignore: shell patterns over module paths, in any spelling; each must match something.
+    Raises TersorError where a pattern matches nothing, nothing is left to quantize, or the group
+    does not divide a linear's inputs; it names the linears and how to go on.
+    """
+    scope = Scope()
+    patterns = _Patterns(ignore, found.arch.aliases)
+    experts, aliases = found.arch.experts, found.arch.aliases
+    routers = spellings(experts.router, aliases) if experts else []
+    for path, block in found.blocks(model):
+        taps = taps_of(found.arch, block)
+        for name, reason in untapped(found.arch, block, taps).items():
+            ignored = patterns.match(f"{path}.{name}")
+            meant = name in routers or not isinstance(block.get_submodule(name), nn.Linear)
+            known = scope.kept if ignored or meant else scope.departures
+            known[f"{path}.{name}"] = ignored or reason
+        chosen = []
+        for tap in taps:
+            linears = {f"{path}.{name}": patterns.match(f"{path}.{name}") for name in tap.linears}
+            scope.kept.update({name: why for name, why in linears.items() if why})
+            chosen.append(tuple(name for name, why in linears.items() if not why))
+        scope.blocks.append(BlockScope(path, tuple(filter(None, chosen))))
+    prefix = f"{found.prefix}{found.arch.blocks}."
+    for name, module in model.named_modules():
+        if not name.startswith(prefix) and isinstance(module, (nn.Linear, nn.Embedding)):
+            kind = "an embedding" if isinstance(module, nn.Embedding) else "outside the blocks"
+            scope.kept[name] = patterns.match(name) or f"{kind}, kept by rule"
+    for name in (*scope.kept, *scope.departures):
+        if not isinstance(model.get_submodule(name), nn.Embedding):
+            scope.unquantized += spellings(name, aliases)
+    _check(scope, model, spec, patterns)
+    return scope
+
+
+def settle_all(model: nn.Module, spec: QSpec, ignore: Sequence[str]) -> Scope:
+    """The scope of a module of which nothing is known: every nn.Linear, each with an input of its
+    own, all in one block. Raises as `settle` does."""
+    scope = Scope()
+    taps: list[tuple[str, ...]] = []
+    patterns = _Patterns(ignore, ())
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        if ignored := patterns.match(name):
+            scope.kept[name] = ignored
+        elif type(module) is nn.Linear:
+            taps.append((name,))
+        else:  # such as nn.MultiheadAttention's, whose weight is read from outside
+            scope.departures[name] = f"{type(module).__name__} may do more than a linear does"
+    scope.blocks.append(BlockScope("", tuple(taps)))
+    _check(scope, model, spec, patterns)
+    return scope
+
+
+def _check(scope: Scope, model: nn.Module, spec: QSpec, patterns: _Patterns) -> None:
+    example = next(iter((*scope.linears, *scope.kept)), None)
+    if example is None:
+        raise TersorError("the model has no nn.Linear to quantize")
+    if patterns.unused:
+        raise TersorError(
+            f"--ignore {' '.join(patterns.unused)} matches no module of this model; modules are "
+            f"called like {example}"
+        )
+    if not scope.linears:
+        raise TersorError("--ignore leaves nothing to quantize; give narrower patterns")
+    check_group(spec, {name: model.get_submodule(name).in_features for name in scope.linears})
+
+
+def check_group(spec: QSpec, inputs: dict[str, int]) -> None:
+    """TersorError unless the group divides every linear's number of input features."""
+    bad = {name: k for name, k in inputs.items() if spec.group and k % spec.group}
+    if not bad:
+        return
+    fits = [g for g in GROUPS if all(k % g == 0 for k in inputs.values())]
+    fixes = [f"--group {fits[0]}"] if fits else []
+    fixes.append("--group row")
+    endings = sorted({name.rpartition(".")[2] for name in bad})
+    if len(bad) < len(inputs) and len(endings) < 4:
+        fixes.append("--ignore " + " ".join(f"'*.{ending}'" for ending in endings))
+    first = ", ".join(f"{name} with {k}" for name, k in list(bad.items())[:3])
+    more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+    raise TersorError(
+        f"group {spec.group} does not divide the input features of {first}{more}; use "
+        f"{' or '.join(fixes)}"
+    )
+
+
+class _Patterns:
+    """The patterns of --ignore. unused: those that have matched nothing yet."""
+
+    def __init__(self, patterns: Iterable[str], aliases: tuple[tuple[str, str], ...]) -> None:
+        self.patterns = tuple(dict.fromkeys(patterns))
+        self.unused = list(self.patterns)
+        self.aliases = aliases
+
+    def match(self, path: str) -> str | None:
+        """Why the module is ignored, or None."""
+        names = spellings(path, self.aliases)
+        hits = [p for p in self.patterns if any(fnmatchcase(name, p) for name in names)]
+        self.unused = [pattern for pattern in self.unused if pattern not in hits]
+        return f"ignored, {hits[0]}" if hits else None

@@ -1,0 +1,131 @@
+"""A checkpoint as the model that it is of, whose weights come and go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tersor.checkpoint import Checkpoint, check_finite
+from tersor.errors import TersorError
+from tersor.models import (
+    FoundArch,
+    Stored,
+    build_skeleton,
+    empty,
+    fill,
+    find_arch,
+    plain_linears,
+    stored,
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """model: on the meta device, all its linears nn.Linear. where: the place of each of its
+    parameters in the checkpoint. dtype: what the model computes in."""
+
+    checkpoint: Checkpoint
+    model: nn.Module
+    found: FoundArch
+    where: dict[str, Stored]
+    dtype: torch.dtype
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Source:
+        """TersorError for a damaged checkpoint, one that is quantized already, or a model that
+        cannot be built or whose blocks cannot be found."""
+        checkpoint = Checkpoint.open(folder)
+        if "quantization_config" in checkpoint.config:
+            raise TersorError(f"{folder} is quantized already; give the original model")
+        dtype = _dtype(checkpoint)
+        model = build_skeleton(checkpoint.config, dtype)
+        model.config.use_cache = False
+        found = find_arch(model)
+        plain_linears(model, found.arch)
+        return cls(checkpoint, model, found, stored(model, found, checkpoint.names), dtype)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return [block for _, block in self.found.blocks(self.model)]
+
+    @property
+    def context(self) -> int | None:
+        """The most positions that the model has, where it says so."""
+        config = self.model.config.get_text_config()
+        limit = getattr(config, "max_position_embeddings", None)
+        return limit if isinstance(limit, int) and limit > 0 else None
+
+    def before(self) -> list[str]:
+        """The parameters of what runs before the first block."""
+        return self.found.outside(self.where)[0]
+
+    def names(self, block: str) -> list[str]:
+        """The parameters of the block with that path."""
+        return [name for name in self.where if name.startswith(f"{block}.")]
+
+    @contextmanager
+    def loaded(self, names: Iterable[str]) -> Iterator[None]:
+        """While it lasts, these parameters are in memory, in the model's dtype.
+        TersorError where one holds NaN or infinity."""
+        names = list(names)
+        try:
+            fill(self.model, names, self.where, self.checkpoint, self.dtype)
+            for name in names:
+                check_finite(self.where[name].name, _tensor(self.model, name))
+            yield
+        finally:
+            empty(self.model, names)
+
+    def unchanged(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """These parameters as (name to write, tensor) with the bits and the order of the files."""
+        for name in names:
+            place = self.where[name]
+            if place.expert is None:
+                yield place.saved_as, self.checkpoint.load(place.name)
+            else:  # a slice of a fused tensor, whose name stands for all of it
+                yield place.saved_as, place.read(self.checkpoint)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors of the checkpoint."""
+        return sum(self.checkpoint.metadata(name).nbytes for name in self.checkpoint.names)
+
+    def outside(self, limit: int) -> list[list[str]]:
+        """Tensors of the checkpoint that are in no block, by their names in it, in parts of at most
+        `limit` bytes or one tensor."""
+        blocks = tuple(f"{path}." for path, _ in self.found.blocks(self.model))
+        inside = {place.name for name, place in self.where.items() if name.startswith(blocks)}
+        parts: list[list[str]] = []
+        room = 0
+        for name in self.checkpoint.names:
+            if name in inside:
+                continue
+            nbytes = self.checkpoint.metadata(name).nbytes
+            if not parts or nbytes > room:
+                parts.append([])
+                room = limit
+            parts[-1].append(name)
+            room -= nbytes
+        return parts
+
+
+def _tensor(model: nn.Module, name: str) -> Tensor:
+    path, _, last = name.rpartition(".")
+    tensor: Tensor = getattr(model.get_submodule(path), last)
+    return tensor
+
+
+def _dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """What the configuration says, or else what the first matrix of the files is in."""
+    config = checkpoint.config.get("text_config") or checkpoint.config
+    named = config.get("dtype") or config.get("torch_dtype")
+    dtype = getattr(torch, named, None) if isinstance(named, str) else None
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    matrices = (checkpoint.metadata(n) for n in checkpoint.names)
+    return next((m.torch_dtype for m in matrices if len(m.shape) == 2), None) or torch.float32

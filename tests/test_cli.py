@@ -1,0 +1,230 @@
+"""The command line: what it prints, where errors go, and what it must not do before it has to."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tiny
+from tersor import cli
+from tersor.errors import TersorError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, a text, and the model quantized through the command line."""
+    home = tmp_path_factory.mktemp("cli")
+    tiny.save(home / "model")
+    (home / "text.txt").write_text(tiny.text())
+    arguments = ["--group", "32", "--samples", "8", "--calibration", str(home / "text.txt")]
+    assert cli.main(["quantize", str(home / "model"), "--out", str(home / "int4"), *arguments]) == 0
+    return home
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, str]:
+    try:
+        code = cli.main([str(a) for a in argv])
+    except SystemExit as end:  # argparse: bad arguments, --help and --version
+        code = int(end.code or 0)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+# --- every command -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", cli.EXAMPLES)
+def test_help_and_its_example(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    code, out, _ = run(capsys, command, "--help")
+    assert code == 0
+    assert " ".join(cli.EXAMPLES[command].split()) in " ".join(out.split())
+    args = cli.build_parser().parse_args(shlex.split(cli.EXAMPLES[command])[1:])
+    assert args.run is not None
+
+
+def test_quantize_prints_the_errors(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--method", "rtn", "--bits", "3", "--group", "row", "--asymmetric", "--clip"]
+    code, out, _ = run(
+        capsys, "quantize", folder / "model", "--out", tmp_path / "q", *options,
+        "--ignore", "*.down_proj", "*.0.*.up_proj",
+    )  # fmt: skip
+    assert code == 0
+    for word in ("model.layers.0", "model.layers.1", "q_proj", "gate_proj", "bits per quantized"):
+        assert word in out
+    assert "down_proj" not in out
+    config = json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]
+    weights = config["config_groups"]["group_0"]["weights"]
+    assert (weights["num_bits"], weights["strategy"], weights["symmetric"]) == (3, "channel", False)
+    settings = json.loads((tmp_path / "q" / "tersor_report.json").read_text())["settings"]
+    assert settings["clip"] is True
+
+
+def test_options_reach_the_solver_and_the_text(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = run(
+        capsys, "quantize", folder / "model", "--out", tmp_path / "q", "--bits", "8",
+        "--activations", "int8", "--act-order", "--damp", "0.05", "--no-clip", "--sequential",
+        "--calibration", folder / "text.txt", "--samples", "4", "--seq-len", "32", "--seed", "3",
+        "--bos", "never", "--strict",
+    )  # fmt: skip
+    assert code == 0, err
+    report = json.loads((tmp_path / "q" / "tersor_report.json").read_text())
+    asked = {"bits": 8, "group": None, "activations": 8, "method": "gptq", "act_order": True,
+             "damp": 0.05, "clip": False, "sequential": True}  # fmt: skip
+    assert asked.items() <= report["settings"].items()
+    text = {"samples": 4, "seq_len": 32, "seed": 3, "bos": "never", "tokens": 128}
+    assert text.items() <= report["calibration"].items()
+    assert report["calibration"]["sources"] == [str(folder / "text.txt")]
+
+
+def test_eval(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["eval", folder / "int4", "--baseline", folder / "model"]
+    arguments += ["--text", folder / "text.txt", "--samples", "6", "--seq-len", "32"]
+    code, out, _ = run(capsys, *arguments)
+    assert code == 0
+    assert "perplexity" in out
+    code, out, _ = run(capsys, *arguments, "--json", "--speed")
+    result = json.loads(out)
+    assert result.keys() == {str(folder / "int4"), str(folder / "model")}
+    quality = result[str(folder / "int4")]["quality"]
+    assert quality["windows"] == 6
+    assert 0 < quality["kl"]["mean"] < 0.1
+    assert result[str(folder / "model")]["quality"]["top1"] == 1
+    assert result[str(folder / "int4")]["speed"]["decode"] > 0
+
+
+def test_inspect(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "inspect", folder / "int4")
+    assert code == 0
+    for word in ("LlamaForCausalLM, 2 blocks", "W4A16", "pack-quantized", "14 linears", "gptq"):
+        assert word in out
+    code, out, _ = run(capsys, "inspect", folder / "model")
+    assert code == 0
+    assert "not quantized" in out
+
+
+def test_generate(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for draw in ([], [], ["--temperature", "1.5", "--seed", "1"]):
+        code, out, _ = run(
+            capsys, "generate", folder / "int4", "terso", "--max-tokens", "12", *draw
+        )
+        assert code == 0
+        assert out.startswith("terso")
+        texts.append(out)
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_kernels(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "kernels")
+    assert code == 0
+    assert "w4a8_scalar" in out
+    code, out, _ = run(capsys, "kernels", "--shape", 1, 4096, 4096, "--activations", "int8")
+    assert code == 0
+    assert out.count(" serves ") == 1
+
+
+def test_version_and_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tersor", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("tersor 0.")
+
+
+def test_nothing_heavy_is_imported_to_parse() -> None:
+    code = "import sys, tersor.cli; tersor.cli.build_parser(); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+# --- errors --------------------------------------------------------------------------------------
+
+
+QUANTIZE = "quantize {model} --out {out}"
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (f"{QUANTIZE} --group 32", "needs text to calibrate on; give --calibration FILE"),
+        ("quantize {model} --out {model} --method rtn --group 32", "exists already"),
+        (f"{QUANTIZE} --bits 5", "invalid choice: 5"),
+        (f"{QUANTIZE} --group many", "neither a number of columns nor 'row'; see tersor quantize"),
+        (f"{QUANTIZE} --group 24", "multiple of 16"),
+        (f"{QUANTIZE} --method rtn", "group 128 does not divide"),
+        (f"{QUANTIZE} --method rtn --act-order", "--act-order changes nothing"),
+        ("quantize {model}", "arguments are required: --out"),
+        ("quantize {out} --out {out}", "there is no folder"),
+        ("inspect {out}", "there is no folder"),
+        ("eval {model} --text {out}", "there is no text file"),
+        ("eval {model} --text {model}/config.json --seq-len 9999", "does not fill one window of 9"),
+        ("generate {out} hello", "cannot be loaded"),
+        ("kernels --shape 1 64 63", "does not divide"),
+        ("squash", "invalid choice: 'squash'"),
+        ("", "arguments are required: COMMAND"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, message: str
+) -> None:
+    places = {"model": str(folder / "model"), "out": str(tmp_path / "none")}
+    code, out, err = run(capsys, *command.format(**places).split())
+    assert code == 2
+    assert out == ""
+    assert err.startswith("tersor: error: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    with pytest.raises(TersorError, match="there is no folder"):
+        cli.main(["inspect", str(tmp_path / "none"), "--debug"])
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "tersor: stopped\n"),
+        (KeyError("x"), 1, "tersor: internal error: KeyError: 'x'; run again with --debug"),
+        (OSError(5, "Input/output error", "disk"), 2, "tersor: error: disk: Input/output error\n"),
+    ],
+)
+def test_other_ends(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    code: int,
+    message: str,
+) -> None:
+    def fail(args: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "inspect", fail)
+    got, _, err = run(capsys, "inspect", "x")
+    assert got == code
+    assert err.startswith(message)
+
+
+def test_an_interrupted_run_says_that_it_continues(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupt(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tersor.pipeline.quantize_checkpoint", interrupt)
+    code, _, err = run(
+        capsys, "quantize", folder / "model", "--out", tmp_path / "q", "--method", "rtn"
+    )
+    assert code == 130
+    assert "the same command again goes on" in err

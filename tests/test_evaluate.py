@@ -1,0 +1,230 @@
+"""Evaluation against plain float64 computations in numpy, on models whose logits are known."""
+
+from __future__ import annotations
+
+import json
+import math
+from types import SimpleNamespace
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tiny
+from tersor import evaluate as ev
+from tersor.errors import TersorError
+
+VOCAB, LENGTH, COUNT = 37, 12, 9
+
+
+class Bigram(nn.Module):
+    """Logits that depend on the last token alone: a table looked up."""
+
+    def __init__(self, seed: int, scale: float = 2.0) -> None:
+        super().__init__()
+        draw = torch.Generator().manual_seed(seed)
+        self.table = scale * torch.randn(VOCAB, VOCAB, generator=draw)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.table[ids]
+
+
+@pytest.fixture
+def windows() -> Tensor:
+    return torch.randint(VOCAB, (COUNT, LENGTH), generator=torch.Generator().manual_seed(7))
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def by_hand(p: Bigram, q: Bigram, windows: Tensor) -> dict[str, np.ndarray]:
+    """Loops over windows and positions; every formula written out."""
+    log_p, log_q = (log_softmax(m.table.numpy().astype(np.float64)) for m in (p, q))
+    out = {name: np.empty((COUNT, LENGTH - 1)) for name in ("nll_p", "nll_q", "kl", "same")}
+    for w, window in enumerate(windows.tolist()):
+        for t in range(LENGTH - 1):
+            a, b = log_p[window[t]], log_q[window[t]]
+            out["nll_p"][w, t] = -a[window[t + 1]]
+            out["nll_q"][w, t] = -b[window[t + 1]]
+            out["kl"][w, t] = sum(math.exp(a[v]) * (a[v] - b[v]) for v in range(VOCAB))
+            out["same"][w, t] = a.argmax() == b.argmax()
+    return out
+
+
+def standard_error(per_window: np.ndarray) -> float:
+    return per_window.std(ddof=1) / math.sqrt(len(per_window))
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("chunk", [ev.CHUNK, 3 * VOCAB])
+def test_every_figure_agrees_with_loops_in_float64(
+    windows: Tensor, batch: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ev, "CHUNK", chunk)
+    p, q = Bigram(0), Bigram(1)
+    q.table = p.table + 0.3 * q.table
+    got = ev.evaluate({"q": q, "p": p}, windows, baseline="p", batch=batch)
+    want = by_hand(p, q, windows)
+    nll, nll_p, kl = want["nll_q"].mean(1), want["nll_p"].mean(1), want["kl"].mean(1)
+    # Both sides are float64 from the same float32 logits: only the order of sums differs.
+    near = pytest.approx
+    assert list(got) == ["q", "p"]
+    assert got["p"].nll.mean == near(nll_p.mean(), rel=1e-12)
+    assert got["q"].nll.mean == near(nll.mean(), rel=1e-12)
+    assert got["q"].nll.error == near(standard_error(nll), rel=1e-10)
+    assert got["q"].perplexity.mean == near(math.exp(nll.mean()), rel=1e-12)
+    assert got["q"].delta == ev.Estimate(
+        near((nll - nll_p).mean(), rel=1e-10), near(standard_error(nll - nll_p), rel=1e-10)
+    )
+    assert got["q"].kl == ev.Estimate(
+        near(kl.mean(), rel=1e-10), near(standard_error(kl), rel=1e-10)
+    )
+    ranked = np.sort(want["kl"].ravel())
+    assert got["q"].kl_99 == near(ranked[math.ceil(0.99 * ranked.size) - 1], rel=1e-10)
+    assert got["q"].top1 == near(want["same"].mean(), rel=1e-12)
+    assert 0 < got["q"].top1 < 1
+    assert (got["q"].windows, got["q"].tokens) == (COUNT, COUNT * (LENGTH - 1))
+
+
+def test_identical_models_do_not_differ_at_all(windows: Tensor) -> None:
+    quality = ev.evaluate({"a": Bigram(0), "b": Bigram(0)}, windows, baseline="a")["b"]
+    assert quality.kl == ev.Estimate(0.0, 0.0)
+    assert quality.delta == ev.Estimate(0.0, 0.0)
+    assert (quality.kl_99, quality.top1) == (0.0, 1.0)
+
+
+def test_pairing_removes_what_the_windows_have_in_common(windows: Tensor) -> None:
+    """A model that is worse by the same constant everywhere: the difference has no error."""
+    p = Bigram(0)
+
+    def q(ids: Tensor) -> Tensor:
+        # One more token in the vocabulary takes half of the probability: log 2 worse everywhere.
+        log_p = p(ids).double().log_softmax(-1)
+        return torch.cat([log_p, torch.zeros_like(log_p[..., :1])], dim=-1)
+
+    def padded(ids: Tensor) -> Tensor:
+        return nn.functional.pad(p(ids).double(), (0, 1), value=-math.inf)
+
+    quality = ev.evaluate({"p": padded, "q": q}, windows, baseline="p")["q"]
+    assert quality.delta.mean == pytest.approx(math.log(2), rel=1e-12)
+    assert quality.delta.error < 1e-12
+    assert quality.nll.error > 0.01
+    # What the baseline excludes costs nothing; the rest is 2 × less likely.
+    assert quality.kl.mean == pytest.approx(math.log(2), rel=1e-12)
+
+
+def test_without_a_baseline_there_is_perplexity_only(windows: Tensor) -> None:
+    quality = ev.evaluate({"p": Bigram(0)}, windows)["p"]
+    assert quality.delta is quality.kl is quality.kl_99 is quality.top1 is None
+    assert math.isnan(ev.evaluate({"p": Bigram(0)}, windows[:1])["p"].nll.error)
+
+
+def test_transformers_model_gives_its_own_loss() -> None:
+    model = tiny.model("llama")
+    ids = torch.randint(tiny.VOCAB, (3, 20), generator=torch.Generator().manual_seed(0))
+    got = ev.evaluate({"m": model}, ids, batch=2)["m"].nll.mean
+    with torch.no_grad():
+        want = float(model(ids, labels=ids).loss)
+    assert got == pytest.approx(want, rel=1e-5)  # their loss is in float32
+
+
+def test_windows_follow_one_another_and_drop_the_tail() -> None:
+    tokenizer, text = tiny.tokenizer(), tiny.text(300)
+    ids = tokenizer(text)["input_ids"]
+    cut = ev.text_windows(text, tokenizer, 16)
+    assert cut.shape == (len(ids) // 16, 16)
+    assert cut.flatten().tolist() == ids[: cut.numel()]
+    framed = ev.text_windows(text, tokenizer, 17, bos=True)
+    assert framed[:, 0].eq(tokenizer.bos_token_id).all()
+    plain = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert framed[:, 1:].flatten().tolist() == plain[: 16 * len(framed)]
+
+
+def test_errors_name_the_cause(windows: Tensor) -> None:
+    broken = Bigram(0)
+    broken.table[int(windows[4, 3])] = math.nan
+    with pytest.raises(TersorError, match=r"not finite in \d of 9 windows"):
+        ev.evaluate({"m": broken}, windows)
+    with pytest.raises(TersorError, match="the baseline 'x' is none of p"):
+        ev.evaluate({"p": Bigram(0)}, windows, baseline="x")
+    with pytest.raises(TersorError, match="needs a causal language model"):
+        ev.evaluate({"m": lambda ids: torch.zeros(len(ids), VOCAB)}, windows)
+    with pytest.raises(TersorError, match="does not fill one window of 512"):
+        ev.text_windows("short", tiny.tokenizer(), 512)
+    tokenizer = tiny.tokenizer()
+    tokenizer.bos_token = None
+    with pytest.raises(TersorError, match="no BOS token"):
+        ev.text_windows("a" * 99, tokenizer, 4, bos=True)
+
+
+class Clocked(nn.Module):
+    """Takes `cost` seconds per token by a clock of the test's own, and notes how it was called."""
+
+    now = 0.0
+    calls: ClassVar[list[tuple[str, int, object]]] = []
+
+    def __init__(self, name: str, cost: float) -> None:
+        super().__init__()
+        self.name, self.cost = name, cost
+        self.register_buffer("weight", torch.zeros(10))
+
+    def forward(self, ids: Tensor, past_key_values: object = None, use_cache: bool = False):
+        Clocked.now += self.cost * ids.shape[1]
+        Clocked.calls.append((self.name, ids.shape[1], past_key_values))
+        logits = torch.zeros(*ids.shape, VOCAB)
+        return SimpleNamespace(logits=logits, past_key_values=(self.name, past_key_values))
+
+
+def test_speed_reads_the_prompt_once_and_then_one_token_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Clocked, "calls", [])
+    monkeypatch.setattr(ev.time, "perf_counter", lambda: Clocked.now)
+    models = {"slow": Clocked("slow", 0.5), "fast": Clocked("fast", 0.25)}
+    speeds = ev.measure_speed(models, torch.zeros(1, 8, dtype=torch.int64), generated=3, runs=2)
+    shared = {"prompt": 8, "generated": 3, "runs": 2, "weights": 40}
+    resident = speeds["slow"].resident
+    assert speeds["slow"] == ev.Speed(prefill=2.0, decode=2.0, resident=resident, **shared)
+    assert speeds["fast"] == ev.Speed(prefill=4.0, decode=4.0, resident=resident, **shared)
+    assert resident > 10 << 20
+    # The models take turns, and each call is given the cache of the one before it.
+    assert [name for name, _, _ in Clocked.calls] == (["slow"] * 4 + ["fast"] * 4) * 3
+    assert [length for _, length, _ in Clocked.calls[:4]] == [8, 1, 1, 1]
+    caches = [cache for _, _, cache in Clocked.calls[:4]]
+    assert caches[0] is None
+    assert caches[3] == ("slow", ("slow", ("slow", None)))
+
+
+def test_decoding_with_a_real_model_and_cache() -> None:
+    speeds = ev.measure_speed(
+        {"m": tiny.model("llama")}, torch.arange(8).view(1, 8), generated=2, runs=1
+    )
+    assert speeds["m"].prefill > 0
+    assert speeds["m"].decode > 0
+
+
+def test_weight_bytes_count_shared_storage_once() -> None:
+    one = nn.Linear(6, 5, bias=False)
+    pair = nn.ModuleList([one, nn.Linear(6, 5)])
+    pair[1].weight = one.weight
+    assert ev.weight_bytes(pair) == 4 * (30 + 5)
+
+
+def test_resident_bytes_follow_an_allocation() -> None:
+    before = ev.resident_bytes()
+    block = torch.ones(64 << 20, dtype=torch.uint8)
+    assert ev.resident_bytes() - before > 0.9 * block.numel()
+
+
+def test_results_as_json_and_as_a_table(windows: Tensor) -> None:
+    got = ev.evaluate({"p": Bigram(0), "q": Bigram(1)}, windows, baseline="p")
+    speed = {"q": ev.Speed(100.0, 10.0, 8, 4, 3, 40, 80)}
+    content = json.loads(ev.to_json(got, speed))
+    assert content["q"]["quality"]["kl"]["mean"] == got["q"].kl.mean
+    assert content["q"]["quality"]["perplexity"]["error"] == got["q"].perplexity.error
+    assert content["q"]["speed"]["decode"] == 10.0
+    assert "speed" not in content["p"]
+    assert ev.table(got).row_count == 2
