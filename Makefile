@@ -11,8 +11,9 @@ BUILT := $(VENV)/.built
 NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h')
 # The tests that exercise native code, and that run once for every instruction set.
-NATIVE_TESTS = $(wildcard tests/test_kernels.py tests/test_solve_native.py)
-ISAS = $(shell $(BIN)/python .ci/isas.py)
+NATIVE_TESTS := tests/test_kernels.py tests/test_solve_native.py
+# Sets $isas, to all that this machine has unless the environment names some; fails if there is none.
+FIND_ISAS := set -e; isas="$${ISAS:-$$($(BIN)/python .ci/isas.py)}"; test -n "$$isas"
 
 .DEFAULT_GOAL := build
 .PHONY: build demo test test-isas lint format stubs bench wheel sanitize clean
@@ -27,7 +28,7 @@ test: build
 
 # Every instruction set of this machine, forced in turn.
 test-isas: build
-	set -e; for isa in $(ISAS); do \
+	$(FIND_ISAS); for isa in $$isas; do \
 	  echo "TERSOR_ISA=$$isa"; TERSOR_ISA=$$isa $(BIN)/python -m pytest $(NATIVE_TESTS); \
 	done
 
@@ -43,16 +44,16 @@ format: $(READY)
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-# The types of the native module, as Python tools see them; checked in, and a test says when it is old.
+# The types of the native module for Python tools: checked in, and a test says when it is out of date.
 stubs: build
 	$(BIN)/python -m nanobind.stubgen -q -m tersor._core -o python/tersor/_core.pyi
 
 # Not part of `test`: a timing on a busy machine says nothing. Writes bench/results/.
 bench: build
-	$(BIN)/python bench/gemm.py
-	$(BIN)/python bench/solve.py
+	set -e; for each in gemm solve threads streaming; do $(BIN)/python bench/$$each.py; done
 
 wheel: $(READY)
+	rm -rf dist
 	$(PIP) wheel --no-deps --wheel-dir dist .
 	$(BIN)/auditwheel show dist/tersor-*.whl
 
@@ -67,13 +68,14 @@ sanitize: $(READY)
 	  -C build-dir=$(SANITIZE)/cmake -C cmake.build-type=RelWithDebInfo \
 	  -C cmake.define.TERSOR_SANITIZE=ON .
 	$(BIN)/python -m venv --without-pip $(SANITIZE)/venv
-	set -e; site=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))'); \
-	for isa in $(ISAS); do \
+	$(FIND_ISAS); \
+	site=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))'); \
+	for isa in $$isas; do \
 	  echo "TERSOR_ISA=$$isa, with sanitizers"; \
 	  TERSOR_ISA=$$isa PYTHONPATH=$(SANITIZE)/site:$$site \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  $(SANITIZE)/venv/bin/python -m pytest -p no:cacheprovider $(NATIVE_TESTS); \
+	  $(SANITIZE)/venv/bin/python -m pytest --capture=sys -p no:cacheprovider $(NATIVE_TESTS); \
 	done
 
 clean:

@@ -53,7 +53,7 @@ def library() -> ctypes.CDLL:
 
 
 def best(function, repeats: int = 5) -> float:
-    """Highest rate of `repeats` runs: the limit is what the machine can do when nothing else does."""
+    """The highest rate of some runs: a limit is what the machine can do undisturbed."""
     return max(function() for _ in range(repeats))
 
 
@@ -67,8 +67,8 @@ def read_bandwidth(threads: int) -> float:
         def once() -> float:
             start = time.perf_counter()
             for buffer in buffers:
-                base = buffer.data_ptr()
-                list(pool.map(lambda t: lib.read_all(base + t * part, part), range(threads)))
+                parts = range(buffer.data_ptr(), buffer.data_ptr() + threads * part, part)
+                list(pool.map(lib.read_all, parts, [part] * threads))
             return BUFFERS * part * threads / (time.perf_counter() - start)
 
         return best(once)

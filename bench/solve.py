@@ -21,10 +21,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import machine
 import torch
 from torch import Tensor
 
+import machine
 from tersor import _core
 from tersor.qweight import QSpec
 from tersor.solvers.rtn import find_grid
@@ -34,7 +34,7 @@ SHAPES = ("4096,4096", "14336,4096", "4096,14336")
 
 
 def gram(k: int, draw: torch.Generator) -> Tensor:
-    """Of correlated inputs whose channels differ in size, as a model's do; mean diagonal about 1."""
+    """Of correlated inputs whose channels differ in size, as a model's do."""
     tokens, rank = max(2048, 5 * k // 4), k // 16
     x = torch.randn(tokens, rank, generator=draw) @ torch.randn(rank, k, generator=draw)
     x = x.div_(rank**0.5).add_(torch.randn(tokens, k, generator=draw), alpha=0.5)

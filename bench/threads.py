@@ -15,10 +15,10 @@ import time
 from statistics import median
 from typing import Any
 
-import machine
 import torch
 from torch import Tensor
 
+import machine
 from tersor import _core
 from tersor.linear import QuantLinear
 from tersor.qweight import QSpec, QWeight

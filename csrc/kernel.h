@@ -26,7 +26,8 @@ extern "C" {
 enum tersor_dtype { TERSOR_F32 = 0, TERSOR_BF16 = 1, TERSOR_F16 = 2 };
 
 /* How the activations enter the product: as they are, or as int8 with one scale per token
- * (absmax / 127, rounded to nearest even), computed in the call. */
+ * computed in the call: scale = absmax / 127.5,
+ * code = x / scale rounded to nearest even, at most 127, as compressed-tensors defines it. */
 enum tersor_activation { TERSOR_A16 = 0, TERSOR_A8 = 1 };
 
 /* What is fixed when a weight is loaded. */

@@ -21,7 +21,7 @@ BLOCKS = {
 }
 
 
-@pytest.mark.parametrize("kind", tiny.CONFIGS)
+@pytest.mark.parametrize("kind", tiny.KINDS)
 def test_blocks_one_by_one_are_the_model(kind: str) -> None:
     model = tiny.model(kind)
     model.config.use_cache = False
@@ -46,16 +46,6 @@ def test_blocks_one_by_one_are_the_model(kind: str) -> None:
             assert torch.equal(hidden, want)
 
 
-def test_masks_alternate_with_the_layers() -> None:
-    """Gemma's blocks are called differently, and each keeps its own call."""
-    model = tiny.model("gemma2")
-    model.config.use_cache = False
-    ids = torch.randint(2, tiny.VOCAB, (1, 24))
-    _, calls = catch(model, model.model.layers, ids)
-    masks = [call.kwargs["attention_mask"] for call in calls]
-    assert masks[0] is None or masks[1] is None or not torch.equal(masks[0], masks[1])
-
-
 def test_batches_of_other_sizes_are_apart() -> None:
     windows = torch.zeros(130, 32, dtype=torch.int64)
     assert [len(b) for b in batches(windows)] == [64, 64, 2]
@@ -72,11 +62,42 @@ class Forgetful(nn.Module):
         return self.layers[0](self.embed(ids))
 
 
+def test_each_block_keeps_its_own_call() -> None:
+    """As where windowed and full attention take turns, and whatever the blocks return."""
+
+    class Alternating(Forgetful):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            hidden = self.embed(ids)
+            for i, layer in enumerate(self.layers):
+                hidden = layer(hidden, i, mask=f"mask {i}")[0]
+            return hidden
+
+    model = Alternating()
+    ids = torch.tensor([[1, 2, 3]])
+    hidden, calls = catch(model, model.layers, ids)
+    assert torch.equal(hidden, model.embed(ids))
+    assert [(call.args, call.kwargs) for call in calls] == [
+        ((0,), {"mask": "mask 0"}),
+        ((1,), {"mask": "mask 1"}),
+    ]
+
+
 def test_a_block_that_is_not_called_is_an_error() -> None:
     model = Forgetful()
     with pytest.raises(TersorError, match="calls 1 of its 2 blocks"):
         catch(model, model.layers, torch.zeros(1, 3, dtype=torch.int64))
     assert "forward" not in vars(model.layers[0])
+
+
+def test_a_model_that_fails_on_the_way_is_an_error() -> None:
+    class Unpacking(Forgetful):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            hidden, attention = self.layers[0](self.embed(ids))
+            return self.layers[1](hidden + attention)
+
+    model = Unpacking()
+    with pytest.raises(TersorError, match=r"up to its last block \(ValueError: not enough values"):
+        catch(model, model.layers, torch.zeros(1, 3, dtype=torch.int64))
 
 
 def test_calls_that_depend_on_the_text_are_refused() -> None:
@@ -100,6 +121,8 @@ def test_hidden_states_return_from_the_file(tmp_path: Path, dtype: torch.dtype) 
     file = HiddenFile(tmp_path / "h", [4, 4, 1], (5, 3), dtype)
     file.write(iter(states))
     assert all(torch.equal(a, b) for a, b in zip(file, states, strict=True))
+    with pytest.raises(TersorError, match="models whose hidden states change"):
+        file.write(iter([state[:, :4] for state in states]))
     (tmp_path / "h").write_bytes((tmp_path / "h").read_bytes()[:-1])
     with pytest.raises(TersorError, match="damaged"):
         list(file)

@@ -189,13 +189,15 @@ def gram_of(x: Tensor) -> Tensor:
     return rows.T @ rows
 
 
+@pytest.mark.parametrize("k", [24, 700])  # below and above the block that is handled at a time
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_gram_is_the_sum_over_tokens(dtype: torch.dtype) -> None:
+def test_gram_is_the_sum_over_tokens(dtype: torch.dtype, k: int) -> None:
     torch.manual_seed(0)
-    batches = [torch.randn(2, 50, 24).to(dtype) for _ in range(3)]
-    stats = GramStats(24)
+    batches = [torch.randn(2, 50, k).to(dtype) for _ in range(3)]
+    stats = GramStats(k)
     for x in batches:
         stats.update(x)
+        assert stats.gram.shape == (k, k)  # looking at it in between is harmless
     want = gram_of(torch.cat(batches))
     assert stats.tokens == 300
     # Products and sums of 300 terms in float32: relative to |x|ᵀ|x| no more than (300 + 1) eps.

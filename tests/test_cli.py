@@ -161,6 +161,7 @@ QUANTIZE = "quantize {model} --out {out}"
         (f"{QUANTIZE} --group 24", "multiple of 16"),
         (f"{QUANTIZE} --method rtn", "group 128 does not divide"),
         (f"{QUANTIZE} --method rtn --act-order", "--act-order changes nothing"),
+        (f"{QUANTIZE} --method awq", "--method awq is unknown; use rtn or gptq"),
         ("quantize {model}", "arguments are required: --out"),
         ("quantize {out} --out {out}", "there is no folder"),
         ("inspect {out}", "there is no folder"),

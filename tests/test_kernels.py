@@ -37,6 +37,13 @@ def usable(name: str) -> testing.Kernel:
     return testing.Kernel.from_address(entry["address"])
 
 
+def needs(dtype: torch.dtype, bits: int = 4, activation: ActSpec | None = None) -> None:
+    """Skips where TERSOR_ISA forces kernels that are for other requests."""
+    reasons = explain(1, DTYPES.index(dtype), bits, int(activation is not None)).values()
+    if FORCED and None not in reasons:
+        pytest.skip(f"TERSOR_ISA={FORCED} has no kernel for this")
+
+
 def pack(q: QWeight, activation: ActSpec | None) -> torch.Tensor:
     """The packed weight as the library makes it."""
     arguments = (q.codes, q.scales, q.zeros, q.spec.bits, int(activation is not None))
@@ -103,6 +110,7 @@ def test_the_check_notices_a_wrong_kernel():
 @pytest.mark.parametrize("activation", [None, ActSpec()], ids=["a16", "a8"])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_any_m_equals_the_oracle(bits, activation):
+    needs(torch.bfloat16, bits, activation)
     # 513 and 4096 tokens are prepared in more than one slab.
     q = testing.random_qweight(80, 128, QSpec(bits, 32, symmetric=False), torch.bfloat16)
     packed = pack(q, activation)
@@ -114,6 +122,7 @@ def test_any_m_equals_the_oracle(bits, activation):
 
 @pytest.mark.parametrize("activation", [None, ActSpec()], ids=["a16", "a8"])
 def test_a_token_does_not_depend_on_its_batch_or_on_threads(activation):
+    needs(torch.bfloat16, 4, activation)
     q = testing.random_qweight(528, 512, QSpec(4, 128), torch.float16)
     packed = pack(q, activation)
     x = torch.randn(40, 512, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -129,6 +138,7 @@ def test_a_token_does_not_depend_on_its_batch_or_on_threads(activation):
 def test_calls_from_many_threads_at_once():
     from concurrent.futures import ThreadPoolExecutor
 
+    needs(torch.float32)
     q = testing.random_qweight(256, 256, QSpec(4, 64), torch.float16)
     packed = pack(q, None)
     xs = [torch.randn(m, 256, generator=torch.Generator().manual_seed(m)) for m in range(1, 33)]
@@ -136,11 +146,14 @@ def test_calls_from_many_threads_at_once():
     for backend in ("openmp", "pool"):
         _core.set_threads_backend(backend)
         with ThreadPoolExecutor(8) as pool:
-            for got, want in zip(pool.map(lambda x: linear(x, packed, 256), xs * 8), expected * 8):
+            for got, want in zip(
+                pool.map(lambda x: linear(x, packed, 256), xs * 8), expected * 8, strict=True
+            ):
                 assert torch.equal(got, want)
 
 
 def test_a_forked_child_computes():
+    needs(torch.float32)
     script = (
         "import os, torch, tests.test_kernels as t\n"
         "from tersor import _core, testing\n"
@@ -263,6 +276,7 @@ def test_pack_refuses_arrays_of_another_kind(change):
 
 
 def test_linear_refuses():
+    needs(torch.float32)
     q, x = small(), torch.ones(2, 64)
     packed, y = pack(q, None), torch.empty(2, 32)
     good = [x.data_ptr(), 2, 64, 64, 0, packed.data_ptr(), packed.numel(), 0, y.data_ptr(), 32, 32]

@@ -7,6 +7,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ def test_gptq_is_the_published_form_block_by_block(
             check(part)
 
 
-@pytest.mark.parametrize("kind", tiny.CONFIGS)
+@pytest.mark.parametrize("kind", tiny.KINDS)
 def test_every_architecture_goes_through(kind: str, tmp_path: Path, out: Path) -> None:
     """At 8 bits the result computes nearly what the original does: each weight is in its place."""
     source = tiny.save(tmp_path / "m", kind)
@@ -130,8 +131,9 @@ def test_every_architecture_goes_through(kind: str, tmp_path: Path, out: Path) -
     ids = torch.randint(2, tiny.VOCAB, (2, 32), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         want, got = original(ids).logits, quantized(ids).logits
-    assert (got - want).norm() < 0.03 * want.norm()
-    assert (got != want).any()
+    # The median over tokens: a router may send one of them elsewhere for the least difference.
+    far = (got - want).norm(dim=-1) / want.norm(dim=-1)
+    assert 0 < far.median() < 0.03
 
 
 def test_experts_that_are_fused_in_the_files(tmp_path: Path) -> None:
@@ -215,6 +217,18 @@ def test_errors_without_text_are_those_of_the_weights(llama: Path, out: Path) ->
     assert layer.tokens == 0
 
 
+def test_progress_is_shown_when_asked(
+    llama: Path, out: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    quantize_checkpoint(llama, out, scheme=W4, calibration=TEXT)
+    assert "block" not in capfd.readouterr().err  # not a terminal: quiet
+    quantize_checkpoint(llama, out.with_name("2"), scheme=W4, calibration=TEXT, progress=True)
+    shown = capfd.readouterr().err
+    # Two blocks of 7 linears; two batches through both to observe, and through the first again.
+    assert "block 2 of 2" in shown
+    assert "20/20" in shown
+
+
 # --- what is not as it should be -----------------------------------------------------------------
 
 
@@ -233,6 +247,23 @@ def test_departures_are_reported_and_strict_makes_them_errors(tmp_path: Path, ou
         assert "no calibration token reached it" in report.departures[name]
     seen = [layer for layer in report.layers if layer.tokens]
     assert any("only 8 tokens for 64 inputs" in layer.notes for layer in seen)
+
+
+def test_a_linear_that_no_tap_names_is_a_departure(llama: Path, out: Path) -> None:
+    """As in a model that is newer than its entry in the table."""
+    from tersor.models import ARCHS
+
+    taps = ARCHS["llama"].taps[:-1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ARCHS, "llama", replace(ARCHS["llama"], taps=taps))
+        with pytest.raises(TersorError, match=r"2 modules were not .*no tap of llama names"):
+            quantize_checkpoint(llama, out, scheme=W4, method="rtn", strict=True)
+        assert not list(out.parent.iterdir())
+        report = quantize_checkpoint(llama, out, scheme=W4, method="rtn")
+    names = {f"model.layers.{i}.mlp.down_proj" for i in range(2)}
+    assert report.departures.keys() == names
+    assert not names & weights(out).keys()
+    load(out)
 
 
 def damaged(folder: Path, to: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:

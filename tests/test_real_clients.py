@@ -174,8 +174,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @contextmanager
 def quantized_inputs(model: nn.Module, config: Any) -> Iterator[None]:
-    """Inputs of the layers that `config` gives int8 activations, rounded per token. compressed-
-    tensors takes absmax / 127.5 for the step, where integer kernels take absmax / 127."""
+    """Inputs of the layers that `config` gives int8 activations, rounded per token."""
 
     def round_input(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         step = args[0].abs().amax(-1, keepdim=True) / 127.5

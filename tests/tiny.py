@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -44,6 +45,9 @@ CONFIGS: dict[str, dict[str, object]] = {
     "bert": _BERT,
     "mixtral": _LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2},
 }
+
+
+KINDS = [kind for kind in CONFIGS if kind in CONFIG_MAPPING]  # qwen3 came with transformers 4.51
 
 
 def text(words: int = 4000, seed: int = 0) -> str:

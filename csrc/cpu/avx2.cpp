@@ -25,9 +25,6 @@ struct Avx2 {
     __builtin_memcpy(&word, bytes, 4);
     return _mm256_set1_epi32(word);
   }
-  static __m256i centre(__m256i line) {
-    return _mm256_xor_si256(line, _mm256_set1_epi8(static_cast<char>(0x80)));
-  }
   static __m256 widen(__m128i half, int32_t dtype) {
     if (dtype == TERSOR_F16) return _mm256_cvtph_ps(half);
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
@@ -65,51 +62,50 @@ struct A8 : Avx2 {
   using Acc = __m256i;
   static constexpr bool kSumsAlways = true;
   static constexpr int kMaxTokens = 4, kUnits = 2, kFewTokens = 1, kFewUnits = 4;
-  // 8-bit codes enter the product less 128, see dot().
-  static constexpr int kOffset = BITS == 8 ? 128 : 0;
 
   static Acc start(const uint8_t* zeros, int32_t sum) {
-    if (!zeros) return _mm256_set1_epi32(-sum * ((1 << (BITS - 1)) - kOffset));
-    const __m256i off = _mm256_sub_epi32(_mm256_set1_epi32(kOffset), load_bytes(zeros));
-    return _mm256_mullo_epi32(off, _mm256_set1_epi32(sum));
+    if (!zeros) return _mm256_set1_epi32(-sum * (1 << (BITS - 1)));
+    return _mm256_mullo_epi32(load_bytes(zeros), _mm256_set1_epi32(-sum));
   }
   static Float to_float(Acc acc) { return _mm256_cvtepi32_ps(acc); }
 
-  // vpmaddubsw adds pairs of products in 16 bits, saturating. 4-bit codes are at most 15, so one
-  // instruction adds at most 2 * 15 * 127 = 3810 and a line's two at most 7620. For 8-bit codes
-  // the sign of code - 128 is moved to the activation: 2 * 128 * 127 = 32512 still fits.
+  // 4 bits: vpmaddubsw adds pairs of products in 16 bits; 15 * 128 * 2 fits, and so do a line's
+  // two. 8 bits: it would saturate, so bytes are widened to 16 bits, even and odd columns apart.
   template <int MR, int NU>
   static void dot(Acc (&acc)[MR][NU], const uint8_t* const (&w)[NU], int64_t lines, const int8_t* a,
                   int64_t stride) {
-    const __m256i nibble = _mm256_set1_epi8(15);
+    const __m256i mask = BITS == 4 ? _mm256_set1_epi8(15) : _mm256_set1_epi16(255);
     const __m256i ones = _mm256_set1_epi16(1);
     for (int64_t l = 0; l < lines; ++l) {
-      __m256i first[NU], second[NU];
+      __m256i first[NU], second[NU];  // low and high nibbles, or even and odd columns
 #pragma GCC unroll 8
       for (int u = 0; u < NU; ++u) {
         const __m256i line = load_line(w[u] + l * kLineBytes);
-        if constexpr (BITS == 4) {
-          first[u] = _mm256_and_si256(line, nibble);
-          second[u] = _mm256_and_si256(_mm256_srli_epi16(line, 4), nibble);
-        } else {
-          first[u] = centre(line);
-          second[u] = _mm256_abs_epi8(first[u]);
-        }
+        first[u] = _mm256_and_si256(line, mask);
+        second[u] = _mm256_srli_epi16(line, BITS);
+        if constexpr (BITS == 4) second[u] = _mm256_and_si256(second[u], mask);
       }
 #pragma GCC unroll 16
       for (int t = 0; t < MR; ++t) {
         const int8_t* token = a + t * stride + l * (BITS == 4 ? 8 : 4);
         const __m256i x = broadcast4(token);
-        const __m256i x4 = BITS == 4 ? broadcast4(token + 4) : x;
+        if constexpr (BITS == 4) {
+          const __m256i x4 = broadcast4(token + 4);
 #pragma GCC unroll 8
-        for (int u = 0; u < NU; ++u) {
-          __m256i pairs;
-          if constexpr (BITS == 4)
-            pairs = _mm256_add_epi16(_mm256_maddubs_epi16(first[u], x),
-                                     _mm256_maddubs_epi16(second[u], x4));
-          else
-            pairs = _mm256_maddubs_epi16(second[u], _mm256_sign_epi8(x4, first[u]));
-          acc[t][u] = _mm256_add_epi32(acc[t][u], _mm256_madd_epi16(pairs, ones));
+          for (int u = 0; u < NU; ++u) {
+            const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(first[u], x),
+                                                   _mm256_maddubs_epi16(second[u], x4));
+            acc[t][u] = _mm256_add_epi32(acc[t][u], _mm256_madd_epi16(pairs, ones));
+          }
+        } else {
+          const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8);
+          const __m256i odd = _mm256_srai_epi16(x, 8);
+#pragma GCC unroll 8
+          for (int u = 0; u < NU; ++u) {
+            const __m256i sum = _mm256_add_epi32(_mm256_madd_epi16(first[u], even),
+                                                 _mm256_madd_epi16(second[u], odd));
+            acc[t][u] = _mm256_add_epi32(acc[t][u], sum);
+          }
         }
       }
     }

@@ -20,7 +20,7 @@ struct A8 : Avx512 {
   static constexpr int kMaxTokens = 8, kUnits = 2, kFewTokens = 4, kFewUnits = 4;
 
   static Acc start(const uint8_t* zeros, int32_t sum) {
-    if (!zeros) return _mm512_set1_epi32(-(sum << (BITS - 1)));
+    if (!zeros) return _mm512_set1_epi32(-sum * (1 << (BITS - 1)));
     return _mm512_mullo_epi32(load_bytes(zeros), _mm512_set1_epi32(-sum));
   }
   static Float to_float(Acc acc) { return _mm512_cvtepi32_ps(acc); }

@@ -25,7 +25,7 @@ namespace {
 constexpr int64_t kTileRows = 16;
 constexpr int64_t kLineBytes = 64;
 // A group is summed in int32 or float over at most this many columns before it is scaled: 4096
-// columns of 255 * 127 stay below 2^27.
+// columns of 255 * 128 stay below 2^28.
 constexpr int64_t kMaxChunk = 4096;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -37,7 +37,8 @@ float sum_chunk(const void* x, int64_t begin, int64_t end) {
   return part[0];
 }
 
-// Symmetric int8 with one scale per token: scale = absmax / 127, code = rint(x / scale).
+// Symmetric int8 with one scale per token: scale = absmax / 127.5, code = rint(x / scale), at
+// most 127. The largest value takes code -128 where it is negative.
 template <class Load>
 void quantize_token(const tersor_spec& s, const Prepared& p, const void* x, int8_t* codes,
                     float* scale, int32_t* sums) {
@@ -48,7 +49,7 @@ void quantize_token(const tersor_spec& s, const Prepared& p, const void* x, int8
     top = bits > top ? bits : top;
   }
   const bool finite = top < 0x7f800000u;
-  const float step = bits_to_float(top) / 127.0f;
+  const float step = bits_to_float(top) / 127.5f;
   *scale = finite ? step : bits_to_float(0x7fc00000u);  // NaN in, NaN out
   const float divisor = step > 0 ? step : 1.0f;
   for (int64_t c = 0; c < p.chunks; ++c) {
@@ -58,7 +59,7 @@ void quantize_token(const tersor_spec& s, const Prepared& p, const void* x, int8
       // Adding and subtracting 1.5 * 2^23 rounds to the nearest integer, ties to even.
       float q = Load::at(x, i) / divisor;
       q = q > 127.0f ? 127.0f : q;
-      q = q < -127.0f ? -127.0f : q;
+      q = q < -128.0f ? -128.0f : q;
       const int32_t code = finite ? static_cast<int32_t>((q + 12582912.0f) - 12582912.0f) : 0;
       codes[i] = static_cast<int8_t>(code);
       sum += code;

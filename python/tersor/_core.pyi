@@ -3,10 +3,12 @@ from typing import Annotated
 import numpy
 from numpy.typing import NDArray
 
+import tersor.errors
+
 
 KERNEL_ABI: int = 1
 
-class NativeError(ValueError):
+class NativeError(tersor.errors.TersorError):
     pass
 
 def kernels() -> list: ...

@@ -76,6 +76,11 @@ def catch(
             model(*args, **kwargs)
         except _CaughtError:
             pass
+        except Exception as error:  # such as a block's result that is taken apart before the next
+            raise TersorError(
+                f"the model cannot be run up to its last block ({type(error).__name__}: {error}); "
+                f"if it works otherwise, quantize it in memory (tersor.quantize_model)"
+            ) from error
         else:
             raise TersorError(
                 f"the model calls {len(seen)} of its {len(blocks)} blocks; only models that call "
@@ -144,7 +149,13 @@ class HiddenFile:
     def write(self, stream: Iterator[Tensor]) -> None:
         """Replaces the file by what the stream yields; durable, and whole or not there."""
         with durable(self.path) as file:
-            for batch in stream:
+            for size, batch in zip(self.sizes, stream, strict=True):
+                if batch.shape != (size, *self.shape) or batch.dtype != self.dtype:
+                    raise TersorError(
+                        f"a block of this model makes {batch.dtype} {tuple(batch.shape)} of "
+                        f"{self.dtype} {(size, *self.shape)}; models whose hidden states change "
+                        f"can only be quantized in memory (tersor.quantize_model)"
+                    )
                 file.write(memoryview(batch.contiguous().view(torch.uint8).numpy()).cast("B"))
 
 

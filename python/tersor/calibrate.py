@@ -171,42 +171,54 @@ class Factor:
 class GramStats:
     """The Gram matrix of a linear's input, H = Σ x xᵀ over the tokens seen.
 
-    gram: float32 [k, k]. Inputs in bfloat16 and float16 are exact in float32, and every update
-    adds the sum over its tokens, so that the rounding error grows with the number of updates and
-    not of tokens. H is symmetric: once `factor` has been called, the lower triangle with the
-    diagonal is still H (in the order of the factor) and the rest holds the factor, which saves a
-    second k × k matrix where it would decide the peak of memory.
+    Inputs in bfloat16 and float16 are exact in float32, and every update adds the sum over its
+    tokens, so that the rounding error grows with the number of updates and not of tokens. Once
+    `factor` has been called, the lower triangle of `gram` with the diagonal is still H (in the
+    order of the factor) and the rest holds the factor, which saves a second k x k matrix where it
+    would decide the peak of memory.
 
-    notes, departure: what a reader of the report should know of the factor, and in what it is not
-    what was asked.
+    tokens: how many were seen. notes, departure: what a reader of the report should know of the
+    factor, and in what it is not what was asked.
     """
 
     def __init__(self, k: int) -> None:
-        self.gram = torch.zeros(k, k)
+        self.k = k
         self.tokens = 0
         self.notes: list[str] = []
         self.departure: str | None = None
+        self._gram = torch.zeros(k, k)
+        self._half = False  # whether only blocks on and above the diagonal are up to date
         self._factor: Factor | None = None
         self._asked: tuple[float, bool] | None = None
 
     @property
-    def k(self) -> int:
-        return self.gram.shape[0]
+    def gram(self) -> Tensor:
+        """H, float32 [k, k], as long as it is not factored."""
+        if self._half:
+            for i in range(0, self.k, BLOCK):
+                j = i + BLOCK
+                self._gram[j:, i:j] = self._gram[i:j, j:].T
+            self._half = False
+        return self._gram
 
     def update(self, x: Tensor) -> None:
         """Adds the tokens of x, [..., k] in any floating-point dtype."""
         rows = x.reshape(-1, self.k).float()
-        self.gram.addmm_(rows.T, rows)
+        for i in range(0, self.k, BLOCK):
+            j = i + BLOCK
+            self._gram[i:j, i:].addmm_(rows[:, i:j].T, rows[:, i:])
+        self._half = True
         self.tokens += rows.shape[0]
 
     def merge(self, other: GramStats) -> None:
         """Adds what another has seen, before either is factored."""
-        self.gram += other.gram
+        self._gram += other._gram
+        self._half = self._half or other._half
         self.tokens += other.tokens
 
     def check(self, layer: str) -> None:
         """TersorError where an input was NaN or infinite: its square is on the diagonal."""
-        bad = (~self.gram.diagonal().isfinite()).sum().item()
+        bad = (~self._gram.diagonal().isfinite()).sum().item()
         if bad:
             raise TersorError(
                 f"the activations that {layer} reads hold NaN or Inf ({bad} of its {self.k} "
@@ -240,15 +252,15 @@ class GramStats:
 
     def loss(self, error: Tensor) -> float:
         """tr(E H Eᵀ) for E float32 [n, k]: the squared error of the outputs, summed over tokens."""
-        order = self._factor.order if self._factor else None
+        gram, order = self.gram, self._factor.order if self._factor else None
         if order is not None:
             error = error[:, order]
         total = torch.zeros((), dtype=torch.float64)
         for j in range(0, self.k, BLOCK):
             here = error[:, j : j + BLOCK]
-            lower = self.gram[j:, j : j + BLOCK].tril()
+            lower = gram[j:, j : j + BLOCK].tril()
             total += 2 * ((error[:, j:] @ lower) * here).sum(dtype=torch.float64)
-            total -= (here.square() @ self.gram.diagonal()[j : j + BLOCK]).sum(dtype=torch.float64)
+            total -= (here.square() @ gram.diagonal()[j : j + BLOCK]).sum(dtype=torch.float64)
         return float(total)
 
 

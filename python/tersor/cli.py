@@ -93,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     ).add_argument
     add("model", metavar="MODEL", help="folder with config.json and safetensors")
     add("--out", metavar="DIR", required=True, help="folder to make")
-    add("--method", default="gptq", choices=("gptq", "rtn"), help="default: gptq")
+    add("--method", default="gptq", metavar="NAME", help="gptq or rtn; default: gptq")
     add("--bits", type=int, default=4, choices=(2, 3, 4, 8), help="of a weight; default: 4")
     add(
         "--group",
@@ -103,8 +103,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="columns that share a scale, or 'row'; default: 128, or row for W8A8",
     )
     add("--asymmetric", action="store_true", help="store a zero point for each group")
-    add("--act-order", action="store_true", help="gptq: the most active columns first")
-    add("--damp", type=float, default=0.01, help="gptq: damping of the inputs; default: 0.01")
+    add(
+        "--act-order",
+        action="store_true",
+        default=None,
+        help="gptq: the most active columns first",
+    )
+    add("--damp", type=float, metavar="D", help="gptq: damping of the inputs; default: 0.01")
     add(
         "--clip",
         action=argparse.BooleanOptionalAction,
@@ -236,14 +241,21 @@ def quantize(args: argparse.Namespace) -> None:
 
 
 def _solver(args: argparse.Namespace) -> Solver:
-    from tersor.solvers import GPTQ, RTN
+    """The method with the settings that were given; whichever a method lacks is refused."""
+    from dataclasses import fields
 
-    if args.method == "gptq":
-        clip = True if args.clip is None else args.clip
-        return GPTQ(damp=args.damp, act_order=args.act_order, clip=clip)
-    if args.act_order:
-        raise TersorError("--act-order changes nothing for --method rtn; leave it out")
-    return RTN(clip=bool(args.clip))
+    from tersor.solvers import SOLVERS
+
+    if args.method not in SOLVERS:
+        names = " or ".join(SOLVERS)
+        raise TersorError(f"--method {args.method} is unknown; use {names}")
+    solver = SOLVERS[args.method]
+    settings = {name: getattr(args, name) for name in ("act_order", "damp", "clip")}
+    given = {name: value for name, value in settings.items() if value is not None}
+    for name in given.keys() - {field.name for field in fields(solver)}:
+        option = "--" + name.replace("_", "-")
+        raise TersorError(f"{option} changes nothing for --method {args.method}; leave it out")
+    return solver(**given)
 
 
 def evaluate(args: argparse.Namespace) -> None:

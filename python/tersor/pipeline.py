@@ -71,17 +71,7 @@ def quantize_checkpoint(
         architecture=source.found.how,
         settings=settings_of(scheme, solver, ignore, sequential),
         versions=versions(),
-        calibration=None
-        if calibration is None or windows is None
-        else {
-            "sources": list(calibration.sources) or "texts in memory",
-            "samples": windows.shape[0],
-            "seq_len": windows.shape[1],
-            "seed": calibration.seed,
-            "bos": calibration.bos,
-            "tokens": windows.numel(),
-            "sha256": digest(windows),
-        },
+        calibration=_describe(calibration, windows),
         kept=scope.kept,
         departures=scope.departures,
         bytes_before=source.nbytes,
@@ -125,6 +115,20 @@ def _windows(source: Source, solver: Solver, calibration: Calibration | None) ->
             f"embeddings; the tokenizer files in {source.checkpoint.folder} are of another model"
         )
     return windows
+
+
+def _describe(calibration: Calibration | None, windows: Tensor | None) -> dict[str, Any] | None:
+    if calibration is None or windows is None:
+        return None
+    return {
+        "sources": list(calibration.sources) or "texts in memory",
+        "samples": windows.shape[0],
+        "seq_len": windows.shape[1],
+        "seed": calibration.seed,
+        "bos": calibration.bos,
+        "tokens": windows.numel(),
+        "sha256": digest(windows),
+    }
 
 
 def _identity(report: Report) -> dict[str, Any]:
@@ -173,8 +177,8 @@ class _Run:
         todo = [block for block in blocks if block.path not in self.writer.done]
         flow = self._begin(windows) if todo and windows is not None else None
         passes = len(flow.batches) if flow else 0
-        for block in todo:  # text through it once more than it is observed: for what comes out
-            rounds = len(block.rounds(self.sequential)) + 1
+        for block in todo:  # the text goes through to observe, and again for what enters the next
+            rounds = len(block.rounds(self.sequential)) + (block is not blocks[-1])
             self.bar.expect(len(block.linears) + passes * rounds)
         for number, block in enumerate(blocks):
             if block in todo:

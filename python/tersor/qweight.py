@@ -61,7 +61,8 @@ class QSpec:
 
 @dataclass(frozen=True)
 class ActSpec:
-    """How activations enter the product: bits=8 is int8, one scale per token, absmax / 127,
+    """How activations enter the product: bits=8 is int8, one scale per token, absmax / 127.5
+    and codes -128 to 127 as in compressed-tensors,
     computed in the call."""
 
     bits: int = 8

@@ -117,12 +117,13 @@ class Report:
 
     def require_strict(self) -> None:
         """TersorError naming the modules that were not treated as asked, if there are any."""
-        if self.departures:
+        count = len(self.departures)
+        if count:
             first = "; ".join(f"{name}: {why}" for name, why in list(self.departures.items())[:3])
-            more = f"; and {len(self.departures) - 3} more" if len(self.departures) > 3 else ""
+            more = f"; and {count - 3} more" if count > 3 else ""
             raise TersorError(
-                f"{len(self.departures)} modules were not treated as asked ({first}{more}); "
-                f"mend the cause, --ignore them, or leave out --strict"
+                f"{count} module{'s were' if count > 1 else ' was'} not treated as asked "
+                f"({first}{more}); mend the cause, --ignore them, or leave out --strict"
             )
 
 

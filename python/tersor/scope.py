@@ -14,6 +14,7 @@ from tersor.models.arch import spellings
 from tersor.qweight import QSpec
 
 GROUPS = (128, 64, 32, 16)  # that a message may propose
+NEVER = (nn.Embedding, nn.Conv1d, nn.Conv2d)  # weights in a block that no one expects quantized
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def settle(model: nn.Module, found: FoundArch, spec: QSpec, ignore: Sequence[str
         taps = taps_of(found.arch, block)
         for name, reason in untapped(found.arch, block, taps).items():
             ignored = patterns.match(f"{path}.{name}")
-            meant = name in routers or not isinstance(block.get_submodule(name), nn.Linear)
+            meant = name in routers or isinstance(block.get_submodule(name), NEVER)
             known = scope.kept if ignored or meant else scope.departures
             known[f"{path}.{name}"] = ignored or reason
         chosen = []

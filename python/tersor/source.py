@@ -58,6 +58,10 @@ class Source:
         """The most positions that the model has, where it says so."""
         config = self.model.config.get_text_config()
         limit = getattr(config, "max_position_embeddings", None)
+        for name, module in self.model.named_modules():
+            # RoBERTa counts its positions from the padding token's number on.
+            if name.endswith("position_embeddings") and getattr(module, "padding_idx", None):
+                limit = module.num_embeddings - module.padding_idx - 1
         return limit if isinstance(limit, int) and limit > 0 else None
 
     def before(self) -> list[str]:

@@ -84,17 +84,17 @@ def oracle(
 def _quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     """What int8 activations stand for, [m, k], and by how much float32 arithmetic may move each.
 
-    A token's scale is absmax / 127 and its codes are rounded half to even. In float32 the
+    A token's scale is absmax / 127.5; codes are rounded half to even, at most 127. In float32 the
     quotient is off by up to four roundings, so that a value this close to half a step may go
-    either way. Where absmax / 127 is a power of two nothing is rounded: ties must go to even.
+    either way. Where absmax / 127.5 is a power of two nothing is rounded: ties must go to even.
     """
     absmax = x.abs().amax(dim=1, keepdim=True)
-    scale = torch.where(absmax > 0, absmax / 127, torch.ones_like(absmax))
+    scale = torch.where(absmax > 0, absmax / 127.5, torch.ones_like(absmax))
     steps = x / scale
-    codes = torch.round(steps)  # half to even
+    codes = torch.round(steps).clamp(max=127)  # half to even
     exact = torch.frexp(scale).mantissa == 0.5
     distance = (steps - torch.floor(steps) - 0.5).abs()
-    close = (distance <= 127 * 4 * torch.finfo(torch.float32).eps / 2) & ~exact
+    close = (distance <= 128 * 4 * torch.finfo(torch.float32).eps / 2) & ~exact
     return codes * scale, close * scale
 
 
@@ -334,7 +334,7 @@ class _Run:
             self.x[0] = 0.0  # a token without a scale
             steps = torch.randint(-126, 126, (case.k,), generator=r) + 0.5  # ties, all exact:
             self.x[1] = steps.to(case.dtype)
-            self.x[1, 0] = 127.0  # the scale is 1
+            self.x[1, 0] = 127.5  # the scale is 1
 
     def refused(self, m: int) -> bytes | None:
         reason: bytes | None = self.entry.refuses(self.spec, m, DTYPES.index(self.case.dtype))

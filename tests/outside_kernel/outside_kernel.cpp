@@ -35,9 +35,9 @@ uint16_t to_half(float value) {
   return sign | uint16_t(units + ((exponent + 14) << 10));
 }
 
-float load(const void *base, int64_t index, int32_t dtype) {
-  if (dtype == TERSOR_F32) return static_cast<const float *>(base)[index];
-  uint16_t bits = static_cast<const uint16_t *>(base)[index];
+float load(const void* base, int64_t index, int32_t dtype) {
+  if (dtype == TERSOR_F32) return static_cast<const float*>(base)[index];
+  uint16_t bits = static_cast<const uint16_t*>(base)[index];
   if (dtype == TERSOR_F16) return from_half(bits);
   uint32_t wide = uint32_t(bits) << 16;
   float value;
@@ -45,9 +45,9 @@ float load(const void *base, int64_t index, int32_t dtype) {
   return value;
 }
 
-void store(void *base, int64_t index, int32_t dtype, float value) {
+void store(void* base, int64_t index, int32_t dtype, float value) {
   if (dtype == TERSOR_F32) {
-    static_cast<float *>(base)[index] = value;
+    static_cast<float*>(base)[index] = value;
     return;
   }
   uint16_t bits;
@@ -58,31 +58,31 @@ void store(void *base, int64_t index, int32_t dtype, float value) {
     std::memcpy(&wide, &value, sizeof wide);
     bits = std::isnan(value) ? 0x7fc0 : uint16_t((wide + 0x7fff + (wide >> 16 & 1)) >> 16);
   }
-  static_cast<uint16_t *>(base)[index] = bits;
+  static_cast<uint16_t*>(base)[index] = bits;
 }
 
 // Scales are stored as float but must come back in the checkpoint's dtype to the last bit: every
 // bfloat16 and float16 is a float, so the way there and back is exact.
-int64_t code_bytes(const tersor_spec *spec) { return (spec->k + 7) / 8 * 4; }
-int64_t groups(const tersor_spec *spec) { return spec->k / spec->g; }
-int64_t row_bytes(const tersor_spec *spec) { return code_bytes(spec) + 8 * groups(spec); }
+int64_t code_bytes(const tersor_spec* spec) { return (spec->k + 7) / 8 * 4; }
+int64_t groups(const tersor_spec* spec) { return spec->k / spec->g; }
+int64_t row_bytes(const tersor_spec* spec) { return code_bytes(spec) + 8 * groups(spec); }
 
-const char *unavailable() { return nullptr; }
+const char* unavailable() { return nullptr; }
 
-const char *refuses(const tersor_spec *spec, int64_t, int32_t) {
+const char* refuses(const tersor_spec* spec, int64_t, int32_t) {
   if (spec->bits != 4) return "stores 4-bit codes only";
   if (spec->activation != TERSOR_A16) return "takes activations as they are";
   return nullptr;
 }
 
-size_t packed_bytes(const tersor_spec *spec) { return size_t(spec->n * row_bytes(spec)); }
+size_t packed_bytes(const tersor_spec* spec) { return size_t(spec->n * row_bytes(spec)); }
 
-void pack(const tersor_spec *spec, const tersor_view *view, void *packed, int64_t begin,
+void pack(const tersor_spec* spec, const tersor_view* view, void* packed, int64_t begin,
           int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
-    auto *codes = static_cast<uint8_t *>(packed) + i * row_bytes(spec);
-    auto *scales = reinterpret_cast<float *>(codes + code_bytes(spec));
-    float *zeros = scales + groups(spec);
+    auto* codes = static_cast<uint8_t*>(packed) + i * row_bytes(spec);
+    auto* scales = reinterpret_cast<float*>(codes + code_bytes(spec));
+    float* zeros = scales + groups(spec);
     std::memset(codes, 0, size_t(code_bytes(spec)));
     for (int64_t j = 0; j < spec->k; ++j)
       codes[j / 2] |= uint8_t(view->codes[i * spec->k + j] << 4 * (j % 2));
@@ -93,12 +93,12 @@ void pack(const tersor_spec *spec, const tersor_view *view, void *packed, int64_
   }
 }
 
-void unpack(const tersor_spec *spec, const void *packed, const tersor_view *view, int64_t begin,
+void unpack(const tersor_spec* spec, const void* packed, const tersor_view* view, int64_t begin,
             int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
-    auto *codes = static_cast<const uint8_t *>(packed) + i * row_bytes(spec);
-    auto *scales = reinterpret_cast<const float *>(codes + code_bytes(spec));
-    const float *zeros = scales + groups(spec);
+    auto* codes = static_cast<const uint8_t*>(packed) + i * row_bytes(spec);
+    auto* scales = reinterpret_cast<const float*>(codes + code_bytes(spec));
+    const float* zeros = scales + groups(spec);
     for (int64_t j = 0; j < spec->k; ++j)
       view->codes[i * spec->k + j] = codes[j / 2] >> 4 * (j % 2) & 15;
     for (int64_t u = 0; u < groups(spec); ++u) {
@@ -108,14 +108,14 @@ void unpack(const tersor_spec *spec, const void *packed, const tersor_view *view
   }
 }
 
-size_t workspace_bytes(const tersor_spec *, int64_t, int32_t) { return 0; }
+size_t workspace_bytes(const tersor_spec*, int64_t, int32_t) { return 0; }
 
-void gemm(const tersor_args *args, int64_t begin, int64_t end) {
-  const tersor_spec *spec = &args->spec;
+void gemm(const tersor_args* args, int64_t begin, int64_t end) {
+  const tersor_spec* spec = &args->spec;
   for (int64_t i = begin; i < end; ++i) {
-    auto *codes = static_cast<const uint8_t *>(args->packed) + i * row_bytes(spec);
-    auto *scales = reinterpret_cast<const float *>(codes + code_bytes(spec));
-    const float *zeros = scales + groups(spec);
+    auto* codes = static_cast<const uint8_t*>(args->packed) + i * row_bytes(spec);
+    auto* scales = reinterpret_cast<const float*>(codes + code_bytes(spec));
+    const float* zeros = scales + groups(spec);
     for (int64_t t = 0; t < args->m; ++t) {
       float sum = args->bias ? args->bias[i] : 0.0f;
       for (int64_t u = 0; u < groups(spec); ++u) {
@@ -132,8 +132,9 @@ void gemm(const tersor_args *args, int64_t begin, int64_t end) {
 }
 
 const tersor_kernel kernel = {
-    "outside_w4a16", "scalar", "outside_rows", 100, 1, unavailable,     refuses,
-    packed_bytes,    pack,     unpack,         workspace_bytes, nullptr, gemm,
+    "outside_w4a16", "scalar", "outside_rows", 100,  1,
+    unavailable,     refuses,  packed_bytes,   pack, unpack,
+    workspace_bytes, nullptr,  gemm,
 };
 
 const tersor_kernel_table table = {TERSOR_KERNEL_ABI, sizeof(tersor_kernel), 1, &kernel};
