@@ -85,7 +85,8 @@ typedef struct tersor_kernel {
   /* First stage: tokens [begin, end) of x into the workspace. May be NULL. */
   void (*prepare)(const tersor_args*, int64_t begin, int64_t end);
   /* Second stage: columns [begin, end) of y, for all m tokens. The result must not depend on how
-   * the columns were divided. */
+   * the columns were divided. A token that holds NaN or infinity gives a row of y without a finite
+   * value, and changes no other row. */
   void (*gemm)(const tersor_args*, int64_t begin, int64_t end);
 } tersor_kernel;
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 # Before torch or tokenizers are loaded: tests run on small tensors, where more threads only cost,
@@ -40,3 +42,17 @@ def demo_model() -> DemoModel:
 
     with all_cores():
         return make()
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """case -> the folder that save_pretrained made of architectures.original(case)."""
+    from architectures import original
+
+    @cache
+    def save(case: str) -> Path:
+        folder = tmp_path_factory.mktemp(case)
+        original(case).save_pretrained(folder)
+        return folder
+
+    return save

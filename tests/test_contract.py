@@ -155,7 +155,7 @@ def test_oracle_on_numbers_worked_out_by_hand():
     y, tolerance = testing.oracle(x, q, torch.tensor([1.0, 0.0]))
     assert y.tolist() == [[0.5, -8.25]]
     assert float(tolerance.max()) < 1e-3
-    # As int8: the scale is 3 / 127.5; 3 becomes 127 of its steps (127.5 is cut off), -1 becomes -42.
+    # As int8: the scale is 3 / 127.5; 3 becomes 127 of its steps (not 127.5), -1 becomes -42.
     y, _ = testing.oracle(x, q, None, ActSpec())
     three, one = 127 * 3 / 127.5, 42 * 3 / 127.5
     torch.testing.assert_close(

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tersor.calibrate import Calibration
     from tersor.errors import TersorError
     from tersor.inmemory import quantize_model, swap_linears
     from tersor.linear import QuantLinear
     from tersor.loading import TersorConfig, load
     from tersor.pipeline import quantize_checkpoint
     from tersor.qweight import ActSpec, QSpec, QWeight, Scheme
+    from tersor.solvers import GPTQ, RTN
 
 _HOME = {  # module of each public name
     "TersorError": "errors",
@@ -26,13 +28,19 @@ _HOME = {  # module of each public name
     "QuantLinear": "linear",
     "load": "loading",
     "TersorConfig": "loading",
+    "Calibration": "calibrate",
+    "GPTQ": "solvers",
+    "RTN": "solvers",
     "quantize_checkpoint": "pipeline",
     "quantize_model": "inmemory",
     "swap_linears": "inmemory",
 }
 
 __all__ = [
+    "GPTQ",
+    "RTN",
     "ActSpec",
+    "Calibration",
     "QSpec",
     "QWeight",
     "QuantLinear",
