@@ -92,9 +92,10 @@ class OnnxRuntime:
         self.n, self.products = q.n, copies(packed.nbytes)
         nodes, stored, outputs = [], [], []
         for i in range(self.products):
+            # Rows in another order each time: the runtime merges nodes that compute the same.
             stored += [
-                numpy_helper.from_array(packed, f"w{i}"),
-                numpy_helper.from_array(scales, f"s{i}"),
+                numpy_helper.from_array(np.roll(packed, i, axis=0), f"w{i}"),
+                numpy_helper.from_array(np.roll(scales, i, axis=0), f"s{i}"),
             ]
             nodes.append(
                 helper.make_node(

@@ -36,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; the exit code: 0, 2 for bad input, 1 for what ought not to happen, 130 when
     interrupted."""
     args = build_parser().parse_args(argv)
+    if not sys.stderr.isatty():  # transformers' bars, which it draws into logs as well
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         args.run(args)
     except KeyboardInterrupt:

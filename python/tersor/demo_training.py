@@ -35,10 +35,10 @@ class Training:
     key_value_heads: int = 2
     length: int = 256
     batch: int = 8
-    steps: int = 300
+    steps: int = 260
     warmup: int = 10
-    muon: float = 0.02
-    adamw: float = 0.005
+    muon: float = 0.03
+    adamw: float = 0.01
     seconds: float = 150.0
     seed: int = 0
 
