@@ -54,7 +54,7 @@ bench: build
 
 wheel: $(READY)
 	rm -rf dist
-	$(PIP) wheel --no-deps --wheel-dir dist .
+	$(PIP) wheel --no-deps --wheel-dir dist -C build-dir=build/wheel .
 	$(BIN)/auditwheel show dist/tersor-*.whl
 
 # The native tests under AddressSanitizer and UndefinedBehaviorSanitizer (GCC). The instrumented

@@ -92,7 +92,7 @@ for job in map(json.loads, sys.argv[2:]):
     except Exception as error:
         folder.joinpath(job["name"] + ".error").write_text(repr(error))
         continue
-    weights = {n: p.contiguous() for n, p in model.state_dict().items() if n.endswith("weight")}
+    weights = {n: p.clone() for n, p in model.state_dict().items() if n.endswith("weight")}
     save_file({"logits": logits} | weights, folder / (job["name"] + ".safetensors"))
 assert not any(name.split(".")[0] == "tersor" for name in sys.modules)
 """
