@@ -48,9 +48,10 @@ format: $(READY)
 stubs: build
 	$(BIN)/python -m nanobind.stubgen -q -m tersor._core -o python/tersor/_core.pyi
 
-# Not part of `test`: a timing on a busy machine says nothing. Writes bench/results/.
+# Not part of `test`: a timing on a busy machine says nothing. Writes bench/results/. Other scripts of
+# bench/ (demo, streaming) take their time and are run by themselves.
 bench: build
-	set -e; for each in gemm solve threads streaming; do $(BIN)/python bench/$$each.py; done
+	set -e; for each in gemm solve threads; do $(BIN)/python bench/$$each.py; done
 
 wheel: $(READY)
 	rm -rf dist

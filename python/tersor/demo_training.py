@@ -25,7 +25,8 @@ class Training:
     Every input width (hidden, intermediate) is a multiple of 128, so that the usual groups fit.
     muon, adamw: peak learning rates of the block matrices, and of embeddings and norms.
     seconds: where this is not enough for all the steps, the schedule is compressed into it. It is
-        far more than needed, so that the number of steps and not the clock makes the model.
+        several times what they take, so that the number of steps and not the clock makes the model,
+        on a slow or busy machine too.
     """
 
     hidden: int = 256
@@ -39,7 +40,7 @@ class Training:
     warmup: int = 10
     muon: float = 0.03
     adamw: float = 0.01
-    seconds: float = 150.0
+    seconds: float = 600.0
     seed: int = 0
 
 
