@@ -9,8 +9,10 @@ packages, so give it one of its own:
     .venv-llmcompressor/bin/pip install llmcompressor torch==<the version of yours> .
     .venv-llmcompressor/bin/python bench/solve.py
 
-Without it the solver is timed alone. The limit is (k³/3 + n·k² + n·k·128)·2 operations at the rate
-of torch's float32 matrix product, measured in the same run. Writes bench/results/solve.json.
+Without it the solver is timed alone. The limit is the work at the rate of torch's float32 matrix
+product, measured in the same run: k³/3 operations for the factor, n·k² for carrying the errors of
+each column to those after it (a triangle of products, two operations each) and n·k·128 within the
+blocks. Writes bench/results/solve.json.
 """
 
 from __future__ import annotations
@@ -81,7 +83,7 @@ def measure(n: int, k: int, rounds: int, contestants: dict[str, Callable[..., Te
     draw = torch.Generator().manual_seed(0)
     w, h = torch.randn(n, k, generator=draw) * 0.02, gram(k, draw)
     scales = find_grid(w, QSpec(BITS, GROUP), clip=False)[0]
-    limit = (k**3 / 3 + n * k**2 + n * k * BLOCK) * 2 / matmul_rate()
+    limit = (k**3 / 3 + n * k**2 + n * k * BLOCK) / matmul_rate()
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     stages: dict[str, list[dict[str, float]]] = {name: [] for name in contestants}
     errors: dict[str, float] = {}

@@ -80,6 +80,14 @@ class Workspace {
   size_t size_ = 0;
 };
 
+// Printable, not empty, and ended within its field.
+template <size_t N>
+bool is_name(const char (&text)[N]) {
+  const char* end = std::find(text, text + N, '\0');
+  return end != text && end != text + N &&
+         std::all_of(text, end, [](char c) { return c > ' ' && c < 127; });
+}
+
 std::string shape_text(const tersor_spec& s) {
   return "W" + std::to_string(s.bits) + (s.activation == TERSOR_A8 ? "A8" : "A16") +
          (s.asymmetric ? " asymmetric, n=" : " symmetric, n=") + std::to_string(s.n) +
@@ -207,7 +215,8 @@ const PackedHeader& header(const void* packed, size_t bytes) {
   const auto* head = static_cast<const PackedHeader*>(packed);
   if (reinterpret_cast<uintptr_t>(packed) % TERSOR_ALIGN)
     throw Error("a packed weight must be aligned to 64 bytes");
-  if (bytes < sizeof *head || std::memcmp(head->magic, kPackedMagic, sizeof head->magic))
+  if (bytes < sizeof *head || std::memcmp(head->magic, kPackedMagic, sizeof head->magic) ||
+      !is_name(head->layout))
     throw Error("these bytes are not a packed weight");
   if (head->bytes > bytes - sizeof *head)
     throw Error("a packed weight of " + std::to_string(head->bytes) + " bytes is cut off after " +

@@ -158,6 +158,9 @@ def test_the_fix_for_short_text_works(tokenizer, tmp_path: Path) -> None:
         ('{"body": 1}', "line 1 has no text in a field 'text' .it has body."),
         ("[1, 2]", "it has no fields"),
         ("{", "line 1 is not JSON"),
+        ("[" * 100_000, "line 1 is not JSON .*recursion"),
+        ("[" + "1" * 5000 + "]", "line 1 is not JSON .*digits"),
+        (r'{"text": "a\ud800b"}', "line 1 has half of a surrogate pair"),
     ],
 )
 def test_bad_jsonl(tokenizer, tmp_path: Path, line: str, message: str) -> None:

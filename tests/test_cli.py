@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import tiny
 from tersor import cli
@@ -17,13 +20,26 @@ from tersor.errors import TersorError
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, a text, and the model quantized through the command line."""
+    """A model, a text, and the model quantized through the command line; models that lack a tensor,
+    have tensors of another shape than config.json says, and have another vocabulary."""
     home = tmp_path_factory.mktemp("cli")
-    tiny.save(home / "model")
+    model = tiny.save(home / "model")
+    tiny.save(home / "wide", vocab_size=2 * tiny.VOCAB)
+    tensors = load_file(model / "model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    shutil.copytree(model, home / "missing")
+    save_file(tensors, home / "missing" / "model.safetensors", {"format": "pt"})
+    shutil.copytree(model, home / "narrow")
+    change_config(home / "narrow", intermediate_size=64)
     (home / "text.txt").write_text(tiny.text())
     arguments = ["--group", "32", "--samples", "8", "--calibration", str(home / "text.txt")]
     assert cli.main(["quantize", str(home / "model"), "--out", str(home / "int4"), *arguments]) == 0
     return home
+
+
+def change_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, str]:
@@ -101,6 +117,19 @@ def test_eval(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert result[str(folder / "int4")]["speed"]["decode"] > 0
 
 
+def test_eval_reads_json_lines(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    records = [{"text": tiny.text(99, seed), "other": tiny.text(99, seed + 3)} for seed in range(3)]
+    (folder / "text.jsonl").write_text("\n".join(json.dumps(record) for record in records))
+    figures = []
+    for source in ("text.jsonl", "text.jsonl:text", "text.jsonl:other"):
+        code, out, _ = run(
+            capsys, "eval", folder / "model", "--text", folder / source, "--seq-len", "8", "--json"
+        )
+        assert code == 0
+        figures.append(json.loads(out))
+    assert figures[0] == figures[1] != figures[2]
+
+
 def test_inspect(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "inspect", folder / "int4")
     assert code == 0
@@ -166,7 +195,23 @@ QUANTIZE = "quantize {model} --out {out}"
         ("quantize {out} --out {out}", "there is no folder"),
         ("inspect {out}", "there is no folder"),
         ("eval {model} --text {out}", "there is no text file"),
-        ("eval {model} --text {model}/config.json --seq-len 9999", "does not fill one window of 9"),
+        ("eval {model} --text {model}/config.json --seq-len 9999", "use 64 or less"),
+        ("eval {model} --text x --samples 0", "--samples: give a whole number from 1 to"),
+        ("eval {model} --text x --seq-len 1", "--seq-len: give a whole number from 2 to"),
+        ("eval {model} --text {text} --baseline {wide}", "a vocabulary of 160 tokens and the base"),
+        ("eval {text} --text {text}", "cannot be loaded"),
+        ("eval {missing} --text {text}", "has no tensor for model.layers.0.mlp.up_proj.weight;"),
+        ("eval {model} --text {text} --baseline {missing}", "has no tensor for model.layers.0"),
+        ("generate {missing} hello", "has no tensor for model.layers.0.mlp.up_proj.weight;"),
+        ("generate {narrow} hello", "mlp.down_proj.weight in another shape (and 5 more);"),
+        ("generate {model} hello --max-tokens 0", "--max-tokens: give a whole number from 1 to"),
+        ("generate {model} hello --temperature -1", "give 0 or a positive number, not '-1'"),
+        ("generate {model} hello --temperature nan", "give 0 or a positive number, not 'nan'"),
+        ("generate {model} hello --seed -1", "--seed: give a whole number from 0 to"),
+        (f"{QUANTIZE} --seed 9223372036854775808", "--seed: give a whole number from 0 to"),
+        (f"{QUANTIZE} --samples many", "--samples: give a whole number from 1 to"),
+        ("quantize {model} --out / --method rtn --group 32", "--out / is the root of all files"),
+        ("kernels --shape 1 0 64", "--shape: give a whole number from 1 to"),
         ("generate {out} hello", "cannot be loaded"),
         ("kernels --shape 1 64 63", "does not divide"),
         ("squash", "invalid choice: 'squash'"),
@@ -176,13 +221,38 @@ QUANTIZE = "quantize {model} --out {out}"
 def test_bad_input_is_one_line_and_exit_2(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, message: str
 ) -> None:
-    places = {"model": str(folder / "model"), "out": str(tmp_path / "none")}
+    places = {name: folder / name for name in ("model", "missing", "narrow", "wide")}
+    places |= {"text": folder / "text.txt", "out": tmp_path / "none"}
     code, out, err = run(capsys, *command.format(**places).split())
     assert code == 2
     assert out == ""
     assert err.startswith("tersor: error: ")
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_transformers_adds_nothing_to_an_error(folder: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(folder / "missing", tmp_path / "bad")
+    change_config(model, bos_token_id=9999)  # transformers warns of it, and of what is missing
+    done = subprocess.run(
+        [sys.executable, "-m", "tersor", "generate", str(model), "hello"],
+        capture_output=True,
+        text=True,
+        env={k: v for k, v in os.environ.items() if k != "TRANSFORMERS_VERBOSITY"},
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("tersor: error: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_an_interrupt_while_arguments_are_read(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "build_parser", interrupt)
+    assert run(capsys, "inspect", "x") == (130, "", "tersor: stopped\n")
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:

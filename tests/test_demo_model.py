@@ -149,6 +149,10 @@ def test_the_clock_ends_the_training_with_its_schedule(
     assert (record["steps"], record["steps_planned"]) == (10, 20)
     assert rates == pytest.approx([1 - done / 10 for done in range(10)])
 
+    said: list[str] = []
+    dm.demo_model(replace(TINY, training=recipe), said.append)
+    assert said[-1].startswith("Time ran out after 10 of 20 steps")
+
 
 def test_muon_updates_are_nearly_orthogonal() -> None:
     x = torch.randn(3, 16, 40, generator=torch.Generator().manual_seed(0))

@@ -152,6 +152,11 @@ def test_errors_name_the_cause(windows: Tensor) -> None:
         ev.evaluate({"p": Bigram(0)}, windows, baseline="x")
     with pytest.raises(TersorError, match="needs a causal language model"):
         ev.evaluate({"m": lambda ids: torch.zeros(len(ids), VOCAB)}, windows)
+    small, large = tiny.model("llama"), tiny.model("llama", vocab_size=2 * tiny.VOCAB)
+    with pytest.raises(TersorError, match="small has a vocabulary of 160 tokens and the baseline"):
+        ev.evaluate({"small": small, "large": large}, windows, baseline="large")
+    with pytest.raises(TersorError, match="gives token 160, and small has a vocabulary of 160"):
+        ev.evaluate({"small": small}, windows.clamp(min=tiny.VOCAB))
     with pytest.raises(TersorError, match="does not fill one window of 512"):
         ev.text_windows("short", tiny.tokenizer(), 512)
     tokenizer = tiny.tokenizer()

@@ -189,3 +189,20 @@ def test_bad_input(calibration: object, arguments: dict[str, object], message: s
 def test_nothing_to_quantize() -> None:
     with pytest.raises(TersorError, match=r"no nn\.Linear"):
         tersor.swap_linears(nn.ReLU(), W4)
+
+
+def test_a_linear_used_in_two_places_stays_one() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(64, 32)})
+    model["b"] = model["a"]
+    tersor.swap_linears(model, W4)
+    assert isinstance(model["a"], QuantLinear)
+    assert model["b"] is model["a"]
+
+
+def test_what_cannot_be_swapped_says_why() -> None:
+    with pytest.raises(TersorError, match="from_linear"):
+        tersor.swap_linears(nn.Linear(64, 32), W4)
+    model = nn.Sequential(nn.Linear(64, 32))
+    tersor.swap_linears(model, W4)
+    with pytest.raises(TersorError, match="QuantLinears already"):
+        tersor.swap_linears(model, W4)

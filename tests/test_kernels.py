@@ -308,3 +308,13 @@ def test_a_damaged_header_never_reaches_a_kernel_of_another_size():
         except ValueError:
             refused += 1
     assert refused > 2000
+
+
+def test_a_damaged_layout_name_is_no_packed_weight():
+    packed = pack(small(), None)
+    for name in (b"\xff\xfe", b"a b", b"\0" * 31 + b"x", b"x" * 32):
+        damaged = packed.clone()
+        damaged[8:40] = torch.frombuffer(bytearray(name.ljust(32, b"\0")), dtype=torch.uint8)
+        for call in (_core.packed_spec, lambda packed: linear(torch.ones(2, 64), packed, 32)):
+            with pytest.raises(ValueError, match="packed"):
+                call(damaged)

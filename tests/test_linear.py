@@ -105,9 +105,11 @@ def test_an_order_that_permutes_nothing_is_kept():
         inputs(2, 3, K).transpose(0, 1),
         inputs(1, K).expand(3, K),
         inputs(3 * K + 1)[1:].view(3, K),
+        torch._neg_view(inputs(3, K)),
     ],
     ids=["batch", "vector", "empty", "empty batch", "4-d", "columns", "rows", "transposed",
-         "swapped", "expanded", "unaligned"],
+         "swapped", "expanded", "unaligned",
+         "negated"],
 )  # fmt: skip
 def test_any_shape_and_stride(x):
     made = layer()

@@ -274,6 +274,21 @@ def damaged(folder: Path, to: Path, change: Callable[[dict[str, Tensor]], None])
     return to
 
 
+@pytest.mark.parametrize("name", ["foo", "model.layers.7.mlp.up_proj.weight"])
+def test_tensors_that_the_model_has_no_place_for(
+    llama: Path, tmp_path: Path, out: Path, name: str
+) -> None:
+    """They are refused as tersor.load would refuse what comes out; old tables are let through."""
+    tables = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    old = damaged(llama, tmp_path / "old", lambda stored: stored.update(tables))
+    bad = damaged(old, tmp_path / "bad", lambda stored: stored.update({name: torch.ones(4)}))
+    with pytest.raises(TersorError, match=f"holds {name}, for which LlamaForCausalLM has no place"):
+        quantize_checkpoint(bad, out, scheme=W4, calibration=TEXT)
+    assert not out.with_name("out.partial").exists()
+    quantize_checkpoint(old, out, scheme=W4, method="rtn")
+    load(out)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize(
     "name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight", "model.embed_tokens.weight"]

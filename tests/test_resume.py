@@ -157,6 +157,39 @@ def test_another_model_does_not_continue_a_run(
         quantize_checkpoint(other, out, scheme=W4, calibration=TEXT)
 
 
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [os.unlink, lambda path: os.truncate(path, 99), flip])
+@pytest.mark.parametrize("files", ["shard-*", "state/hidden-*"])
+def test_changed_bits_are_not_continued(
+    half_done: Callable[..., Report], out: Path, files: str, damage: Callable[[Path], None]
+) -> None:
+    partial = out.with_name("out.partial")
+    first, *_ = sorted(partial.glob(files))  # of what has been committed
+    damage(first)
+    with pytest.raises(TersorError, match=rf"{first} is missing .*; remove {partial} to start"):
+        half_done()
+    assert not out.exists()
+
+
+def test_a_repaired_model_is_not_held_up_by_a_run_that_did_nothing(
+    llama: Path, whole: Path, tmp_path: Path, out: Path
+) -> None:
+    bad = tmp_path / "bad"
+    shutil.copytree(llama, bad)
+    stored = load_file(bad / "model.safetensors")
+    stored["model.embed_tokens.weight"][0, 0] = float("nan")
+    save_file(stored, bad / "model.safetensors", {"format": "pt"})
+    with pytest.raises(TersorError, match=r"embed_tokens.* holds"):
+        quantize_checkpoint(bad, out, scheme=W4, calibration=TEXT)
+    quantize_checkpoint(llama, out, scheme=W4, calibration=TEXT)
+    assert content(out) == content(whole)
+
+
 def test_a_full_disk(llama: Path, whole: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run stops with one line; with room again, it continues."""
     from tersor import shards

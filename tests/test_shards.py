@@ -295,20 +295,6 @@ def test_what_the_journal_lacks_does_not_exist(folder: Path, source: Path) -> No
             writer.commit("first", {})
 
 
-def test_settings_that_differ_are_named(folder: Path) -> None:
-    out = folder / "out"
-    ShardWriter(out, {"bits": 4, "seed": 0, "old": 1}).close()
-    with pytest.raises(
-        TersorError, match="bits was 4 and is 3; new was absent and is null; old was 1"
-    ):
-        ShardWriter(out, {"bits": 3, "seed": 0, "new": None})
-    ShardWriter(out, {"bits": 4, "seed": 0, "old": 1}).close()  # and nothing was lost
-    with ShardWriter(out, {"bits": 3}, resume=False) as writer:
-        assert writer.done == {}
-    with pytest.raises(TersorError, match="bits was 3"):
-        ShardWriter(out, {"bits": 4})
-
-
 def test_refuses_an_output_that_exists(folder: Path, source: Path) -> None:
     for name, create in (
         ("folder", os.mkdir),
@@ -344,22 +330,10 @@ def test_refuses_a_partial_folder_that_is_not_its_own(folder: Path) -> None:
         with pytest.raises(TersorError, match=r"not a partial run of tersor \(it holds 'thesis"):
             ShardWriter(folder / "out", {}, resume)
     (partial / "thesis.txt").rename(folder / "thesis.txt")
-    for text in ("{", "[]", "{}", '{"version": 2, "settings": {}}'):
+    for text in ("{", "[]", "{}", '{"version": 0, "settings": {}}'):
         (partial / "journal.json").write_text(text)
         with pytest.raises(TersorError, match=r"journal\.json cannot be used: .*; remove"):
             ShardWriter(folder / "out", {})
-
-
-@pytest.mark.parametrize("damage", [os.unlink, lambda path: os.truncate(path, 30)])
-def test_a_committed_shard_that_was_lost_is_noticed(
-    folder: Path, damage: Callable[[Path], None]
-) -> None:
-    with ShardWriter(folder / "out", {}) as writer:
-        writer.add("w", torch.ones(2))
-        writer.commit("first", {})
-    damage(folder / "out.partial" / "shard-00001.safetensors")
-    with pytest.raises(TersorError, match=r"shard-00001\.safetensors is missing or changed"):
-        ShardWriter(folder / "out", {})
 
 
 def test_one_run_at_a_time(folder: Path) -> None:
@@ -375,6 +349,8 @@ def test_one_run_at_a_time(folder: Path) -> None:
 
 
 def test_a_run_that_fails_lets_go_of_the_lock(folder: Path) -> None:
+    with ShardWriter(folder / "out", {"bits": 4}) as writer:
+        writer.commit("first", {})
     with pytest.raises(ZeroDivisionError), ShardWriter(folder / "out", {"bits": 4}):
         raise ZeroDivisionError
     with pytest.raises(TersorError, match="other settings"):

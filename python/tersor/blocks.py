@@ -143,11 +143,14 @@ class HiddenFile:
                 batch = torch.empty(size, *self.shape, dtype=self.dtype)
                 view = memoryview(batch.view(torch.uint8).numpy()).cast("B")
                 if file.readinto(view) != len(view):
-                    raise TersorError(f"{self.path} is damaged; remove its folder to start again")
+                    raise TersorError(
+                        f"{self.path} changed while it was in use; run the same command again"
+                    )
                 yield batch
 
-    def write(self, stream: Iterator[Tensor]) -> None:
-        """Replaces the file by what the stream yields; durable, and whole or not there."""
+    def write(self, stream: Iterator[Tensor]) -> str:
+        """Replaces the file by what the stream yields; durable, and whole or not there. Returns the
+        digest of the file."""
         with durable(self.path) as file:
             for size, batch in zip(self.sizes, stream, strict=True):
                 if batch.shape != (size, *self.shape) or batch.dtype != self.dtype:
@@ -157,6 +160,7 @@ class HiddenFile:
                         f"can only be quantized in memory (tersor.quantize_model)"
                     )
                 file.write(memoryview(batch.contiguous().view(torch.uint8).numpy()).cast("B"))
+        return file.digest
 
 
 class Flow:
@@ -181,9 +185,9 @@ class Flow:
             self._calls.add(len(ids), calls)
         self._shape, self._dtype = hidden.shape[1:], hidden.dtype
 
-    def enter(self) -> None:
-        """Writes what enters the first block."""
-        self._file(0).write(self._entering())
+    def enter(self) -> str:
+        """Writes what enters the first block; returns the digest of the file."""
+        return self._file(0).write(self._entering())
 
     def through(self, number: int, block: nn.Module) -> Iterator[Tensor]:
         """What comes out of a block, a batch of windows at a time."""
@@ -193,9 +197,10 @@ class Flow:
             self._tick()
             yield out
 
-    def advance(self, number: int, block: nn.Module) -> None:
-        """Writes what comes out of a block, durably; it enters the next one."""
-        self._file(number + 1).write(self.through(number, block))
+    def advance(self, number: int, block: nn.Module) -> str:
+        """Writes what comes out of a block, durably; it enters the next one. Returns the digest of
+        the file."""
+        return self._file(number + 1).write(self.through(number, block))
 
     def forget(self, number: int) -> None:
         """Removes what enters a block that is done."""

@@ -7,8 +7,10 @@ Every command imports what it needs when it runs, so that --help does not wait f
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
+import warnings
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -16,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from tersor.errors import TersorError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from rich.console import Console
 
@@ -35,10 +37,13 @@ EXAMPLES = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; the exit code: 0, 2 for bad input, 1 for what ought not to happen, 130 when
     interrupted."""
-    args = build_parser().parse_args(argv)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # tersor says itself what is wrong
+    warnings.filterwarnings("ignore", module="transformers")
     if not sys.stderr.isatty():  # transformers' bars, which it draws into logs as well
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    args = argparse.Namespace(debug=False, stopped="stopped")
     try:
+        args = build_parser().parse_args(argv)
         args.run(args)
     except KeyboardInterrupt:
         return _fail(args.stopped, 130)
@@ -126,14 +131,14 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="text to calibrate on: files of plain text, or FILE.jsonl:FIELD",
     )
-    add("--samples", type=int, default=128, metavar="N", help="windows of text; default: 128")
+    add("--samples", type=_whole(1), default=128, metavar="N", help="windows of text; default: 128")
     add(
         "--seq-len",
-        type=int,
+        type=_whole(2),
         metavar="N",
         help="tokens in a window; default: 2048, or the model's context if that is less",
     )
-    add("--seed", type=int, default=0, help="which parts of the text are taken; default: 0")
+    add("--seed", type=_whole(0), default=0, help="which parts of the text are taken; default: 0")
     add(
         "--bos",
         default="auto",
@@ -146,9 +151,16 @@ def build_parser() -> argparse.ArgumentParser:
     add = command("eval", evaluate, "measure the quality of a model on a text").add_argument
     add("folder", metavar="DIR", help="model, quantized or not")
     add("--baseline", metavar="MODEL", help="the original, to compare with")
-    add("--text", metavar="FILE", required=True, help="plain text that no one calibrated on")
-    add("--seq-len", type=int, metavar="N", help="tokens in a window; default: as in quantize")
-    add("--samples", type=int, metavar="N", help="windows; default: all of the text")
+    add(
+        "--text",
+        metavar="FILE",
+        required=True,
+        help="text that no one calibrated on: plain text, or FILE.jsonl:FIELD",
+    )
+    add(
+        "--seq-len", type=_whole(2), metavar="N", help="tokens in a window; default: as in quantize"
+    )
+    add("--samples", type=_whole(1), metavar="N", help="windows; default: all of the text")
     add("--bos", action="store_true", help="begin each window with the BOS token")
     add("--speed", action="store_true", help="measure tokens per second too")
     add("--json", action="store_true", help="print JSON instead of a table")
@@ -161,21 +173,21 @@ def build_parser() -> argparse.ArgumentParser:
     add = command("generate", generate, "continue a prompt").add_argument
     add("folder", metavar="DIR", help="model, quantized or not")
     add("prompt", metavar="PROMPT")
-    add("--max-tokens", type=int, default=100, metavar="N", help="default: 100")
+    add("--max-tokens", type=_whole(1), default=100, metavar="N", help="default: 100")
     add(
         "--temperature",
-        type=float,
+        type=_temperature,
         default=0.0,
         metavar="T",
         help="draw tokens at this temperature; default: 0, always the likeliest",
     )
-    add("--seed", type=int, default=0, help="of the draw; default: 0")
+    add("--seed", type=_whole(0), default=0, help="of the draw; default: 0")
 
     add = command("kernels", kernels, "list the kernels, and which one serves a shape").add_argument
     add(
         "--shape",
         nargs=3,
-        type=int,
+        type=_whole(1),
         metavar=("M", "N", "K"),
         help="tokens, output and input features of a linear",
     )
@@ -200,6 +212,33 @@ def _group(text: str) -> int | None:
     raise argparse.ArgumentTypeError(f"{text!r} is neither a number of columns nor 'row'")
 
 
+def _whole(least: int) -> Callable[[str], int]:
+    """The type of an option that takes whole numbers from `least` to what an int64 holds."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if not least <= value < 2**63:
+            raise argparse.ArgumentTypeError(
+                f"give a whole number from {least} to 2**63 - 1, not {text!r}"
+            )
+        return value
+
+    return parse
+
+
+def _temperature(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"give 0 or a positive number, not {text!r}")
+    return value
+
+
 # --- the commands --------------------------------------------------------------------------------
 
 
@@ -209,6 +248,8 @@ def quantize(args: argparse.Namespace) -> None:
     from tersor.qweight import ActSpec, QSpec, Scheme
     from tersor.report import table
 
+    if not Path(args.out).resolve().name:
+        raise TersorError(f"--out {args.out} is the root of all files; name a new folder")
     group = getattr(args, "group", None if args.bits == 8 and args.activations else 128)
     report = quantize_checkpoint(
         args.model,
@@ -265,11 +306,11 @@ def evaluate(args: argparse.Namespace) -> None:
     from tersor.calibrate import load_tokenizer
     from tersor.corpus import read_text
 
-    text = read_text(Path(args.text))
+    text = read_text(args.text)
     tokenizer = load_tokenizer(Path(args.folder))
     names = [args.folder] + ([args.baseline] if args.baseline else [])
     models = {name: _load_model(name) for name in names}
-    length = args.seq_len or min(_context(model) for model in models.values())
+    length = _window_length(models.values(), args.seq_len)
     windows = measure.text_windows(text, tokenizer, length, args.bos)[: args.samples]
     qualities = measure.evaluate(models, windows, args.baseline)
     speeds = measure.measure_speed(models, windows[:1]) if args.speed else None
@@ -358,6 +399,7 @@ def _console() -> Console:
 
 
 def _load_model(folder: str) -> Any:
+    """A quantized folder on tersor's kernels; any other as transformers has it, but whole."""
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
@@ -367,14 +409,38 @@ def _load_model(folder: str) -> Any:
     if "quantization_config" in Checkpoint.open(folder).config:
         return load(folder)
     disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, torch_dtype="auto", local_files_only=True, trust_remote_code=False
-    )
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            torch_dtype="auto",
+            local_files_only=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # named below
+            output_loading_info=True,
+        )
+    except Exception as error:  # whatever a config.json that it cannot use makes it raise
+        raise TersorError(
+            f"transformers cannot load {folder} ({type(error).__name__}: {error}); correct its "
+            "config.json, or download the model again"
+        ) from error
+    wrong = [f"no tensor for {name}" for name in sorted(info["missing_keys"])]
+    wrong += [f"{name} in another shape" for name, *_ in sorted(info["mismatched_keys"])]
+    if wrong:  # transformers has put random numbers in their place
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise TersorError(
+            f"{folder} has {wrong[0]}{more}; its files are incomplete, or of another model than "
+            "config.json: download it again"
+        )
     return model.eval()
 
 
-def _context(model: Any) -> int:
+def _window_length(models: Iterable[Any], asked: int | None) -> int:
     from tersor.calibrate import DEFAULT_SEQ_LEN
 
-    limit = getattr(model.config, "max_position_embeddings", None)
-    return min(DEFAULT_SEQ_LEN, limit or DEFAULT_SEQ_LEN)
+    limits = [getattr(model.config, "max_position_embeddings", None) for model in models]
+    context = min(filter(None, limits), default=None)
+    if asked and context and asked > context:
+        raise TersorError(
+            f"--seq-len {asked} is beyond the model's {context} positions; use {context} or less"
+        )
+    return asked or min(DEFAULT_SEQ_LEN, context or DEFAULT_SEQ_LEN)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Protocol
 
@@ -71,11 +72,13 @@ class JsonLines:
 
     def __getitem__(self, i: int) -> str:
         start, end, number = self.places[i]
+        line = _read(self.path, start, end)
         try:
-            record = json.loads(_read(self.path, start, end))
-        except json.JSONDecodeError as error:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            cause = getattr(error, "msg", error)
             raise TersorError(
-                f"{self.path}, line {number} is not JSON ({error.msg}); mend or remove the line"
+                f"{self.path}, line {number} is not JSON ({cause}); mend or remove the line"
             ) from None
         if not isinstance(record, dict) or not isinstance(record.get(self.field), str):
             have = ", ".join(sorted(record)) if isinstance(record, dict) else "no fields"
@@ -83,7 +86,13 @@ class JsonLines:
                 f"{self.path}, line {number} has no text in a field {self.field!r} (it has "
                 f"{have}); name the field as {self.path.name}:FIELD"
             )
-        return ended(record[self.field])
+        text = record[self.field]
+        if re.search("[\ud800-\udfff]", text):
+            raise TersorError(
+                f"{self.path}, line {number} has half of a surrogate pair in its text, which is no "
+                "character; mend or remove the line"
+            )
+        return ended(text)
 
 
 def ended(document: str) -> str:
@@ -104,11 +113,10 @@ def _cut(chunk: bytes) -> int:
     return max(at, 1)
 
 
-def read_text(path: Path) -> str:
-    """A whole text file. TersorError where it is absent or not UTF-8."""
-    if not path.is_file():
-        raise TersorError(f"there is no text file {path}; check the path")
-    return _read(path, 0, path.stat().st_size)
+def read_text(source: str) -> str:
+    """All documents of a source, one after the other. TersorError where it cannot be read."""
+    documents = open_documents(source, piece=1 << 20)
+    return "".join(documents[i] for i in range(len(documents)))
 
 
 def _read(path: Path, start: int, end: int) -> str:

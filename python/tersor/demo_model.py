@@ -141,6 +141,8 @@ def _make(work: Path, recipe: Recipe, say: Callable[[str], None]) -> dict[str, d
     say(f"Training the demo model on {len(training)} files of Python's standard library, once.")
     tokenizer = train_tokenizer(training, recipe.vocabulary)
     model, record = train(tokenizer, training, recipe.training)
+    if (steps := record["steps"]) != recipe.training.steps:
+        say(f"Time ran out after {steps} of {recipe.training.steps} steps; the model is weaker.")
     save_model(model, tokenizer, work / "model")
     manifest = {"recipe": asdict(recipe), "record": record, "files": _sums(work)}
     (work / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")

@@ -138,10 +138,12 @@ def evaluate(
 
     baseline: the name of the model that the others are compared with.
     batch: windows per forward pass. The logits of one batch of every model are in memory at once.
-    Raises TersorError where a model's logits are not finite.
+    Raises TersorError where a model's logits are not finite, or its vocabulary is another than the
+    baseline's or lacks tokens of the windows.
     """
     if baseline is not None and baseline not in models:
         raise TersorError(f"the baseline {baseline!r} is none of {', '.join(models)}")
+    _check_vocabularies(models, windows, baseline)
     # The baseline first: the others are compared with it, a chunk of tokens at a time.
     names = sorted(models, key=lambda name: name != baseline)
     parts: dict[str, list[Tensor]] = {name: [] for name in names}
@@ -162,6 +164,27 @@ def evaluate(
         name: _quality(tokens[name], tokens[baseline] if baseline else None, count, length - 1)
         for name in models
     }
+
+
+def _check_vocabularies(models: Mapping[str, Model], windows: Tensor, baseline: str | None) -> None:
+    """Of transformers models, since a function does not say which tokens it knows."""
+    sizes = {
+        name: model.config.get_text_config().vocab_size
+        for name, model in models.items()
+        if hasattr(model, "config")
+    }
+    largest = int(windows.max())
+    for name, size in sizes.items():
+        if size != (wanted := sizes.get(baseline or name, size)):
+            raise TersorError(
+                f"{name} has a vocabulary of {size} tokens and the baseline {baseline} one of "
+                f"{wanted}; compare a model with the original that it was made from"
+            )
+        if largest >= size:
+            raise TersorError(
+                f"the tokenizer gives token {largest}, and {name} has a vocabulary of {size}; "
+                "copy the model's own tokenizer files into its folder"
+            )
 
 
 def _per_token(log_p: Tensor, target: Tensor, reference: Tensor | None) -> Tensor:

@@ -43,6 +43,12 @@ def quantize_model(
     Raises TersorError for bad input; one that is found in the course of the work (activations that
     are not finite) leaves the blocks before it quantized.
     """
+    if isinstance(model, nn.Linear):
+        raise TersorError(
+            "a bare nn.Linear cannot be replaced within itself; use QuantLinear.from_linear"
+        )
+    if any(isinstance(each, QuantLinear) for each in model.modules()):
+        raise TersorError("the model holds QuantLinears already; begin with the original one")
     solver = find_solver(method)
     inputs = _inputs(calibration)
     if solver.needs is not None and not inputs:
@@ -118,7 +124,10 @@ def _install(model: nn.Module, solved: Solved, scheme: Scheme) -> None:
     linear = model.get_submodule(solved.name)
     layer = QuantLinear(solved.weight, linear.bias, scheme.activation, linear.weight.dtype)
     solved.report.bytes = sum(t.nbytes for t in FORMATS[layer.format].pack(solved.weight).values())
-    model.set_submodule(solved.name, layer)
+    # A linear that the model uses in several places stays one layer in all of them.
+    places = [name for name, each in model.named_modules(remove_duplicate=False) if each is linear]
+    for name in places:
+        model.set_submodule(name, layer)
 
 
 def _inputs(calibration: Tensor | Iterable[Any] | None) -> list[Call]:

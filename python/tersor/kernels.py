@@ -167,7 +167,7 @@ def rows_of(x: Tensor, k: int) -> Tensor:
     possible. TersorError where x is not that wide."""
     if x.dim() == 0 or x.shape[-1] != k:
         raise TersorError(f"the layer takes inputs [..., {k}], not {list(x.shape)}")
-    matrix = x.reshape(-1, k)
+    matrix = x.resolve_neg().reshape(-1, k)
     scattered = k > 1 and matrix.stride(1) != 1
     overlapping = matrix.shape[0] > 1 and matrix.stride(0) < k
     return matrix.contiguous() if scattered or overlapping else matrix

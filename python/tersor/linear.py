@@ -106,7 +106,7 @@ class QuantLinear(nn.Module):
         if code is None or not shape or shape[-1] != k or not size:
             self._refuse(x)
         stride = k
-        if not x.is_contiguous():
+        if not x.is_contiguous() or x.is_neg():
             x = rows_of(x, k)
             stride = x.stride(0) if x.shape[0] > 1 else k
         y = x.new_empty((*shape[:-1], n))

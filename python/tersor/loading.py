@@ -31,6 +31,7 @@ from tersor.models import (
     FoundArch,
     Stored,
     build_skeleton,
+    check_all_used,
     fill,
     find_arch,
     place_of,
@@ -43,8 +44,6 @@ from tersor.models.arch import Arch
 METHOD = "tersor"
 # Of these a quantized linear has at least one of the first two; a plain one has the last.
 _NAMES = ("weight_scale", "weight_packed", "weight")
-# Tables that older versions of transformers saved, and that models make for themselves now.
-TABLES = re.compile(r"(^|\.)(inv_freq|position_ids|masked_bias|attn\.bias|attention\.bias)$")
 
 
 def load(folder: str | Path, dtype: torch.dtype | None = None) -> Any:
@@ -66,7 +65,7 @@ def load(folder: str | Path, dtype: torch.dtype | None = None) -> Any:
     fill(model, where, where, checkpoint, model.dtype)
     model.tie_weights()
     used = {place.name for place in where.values()} | _complete(model, deferred, checkpoint)
-    _check_all_used(model, set(checkpoint.names) - used)
+    check_all_used(model, set(checkpoint.names) - used)
     model.config.quantization_config = checkpoint.config["quantization_config"]
     model.config._name_or_path = model.name_or_path = str(folder)
     if model.can_generate() and (checkpoint.folder / "generation_config.json").is_file():
@@ -325,21 +324,3 @@ def _check_no_orphans(names: Iterable[str], linears: Iterable[_Linear]) -> None:
                 "config.json is of another model, or transformers has renamed it: describe the "
                 "architecture in tersor/models"
             )
-
-
-def _check_all_used(model: Any, left: set[str]) -> None:
-    ignored = [re.compile(p) for p in model._keys_to_ignore_on_load_unexpected or []]
-    tied = set(getattr(model, "_tied_weights_keys", None) or ())
-    strange = [
-        name
-        for name in sorted(left)
-        if not TABLES.search(name)
-        and name not in tied
-        and not any(pattern.search(name) for pattern in ignored)
-    ]
-    if strange:
-        more = f" (and {len(strange) - 1} more)" if len(strange) > 1 else ""
-        raise TersorError(
-            f"the checkpoint holds {strange[0]}{more}, for which {type(model).__name__} has no "
-            "place; config.json names another class than these files are of"
-        )

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tersor import _core
 from tersor.blocks import Flow
 from tersor.calibrate import Calibration, digest, load_tokenizer
 from tersor.checkpoint import check_finite
@@ -142,6 +143,11 @@ def _identity(report: Report) -> dict[str, Any]:
     }
 
 
+def _hidden(number: int) -> str:
+    """The file with what enters a block."""
+    return f"hidden-{number}"
+
+
 @dataclass
 class _Run:
     """The work between the checks and the last rename. Whatever a commit covers is durable and is
@@ -195,12 +201,11 @@ class _Run:
                 self.source.model,
                 self.source.blocks,
                 windows,
-                lambda number: self.writer.state_path(f"hidden-{number}"),
+                lambda number: self.writer.state_path(_hidden(number)),
                 self.bar.step,
             )
             if BEGUN not in self.writer.done:
-                flow.enter()
-                self.writer.commit(BEGUN, {"bytes": 0})
+                self.writer.commit(BEGUN, {"bytes": 0}, {_hidden(0): flow.enter()})
         return flow
 
     def _block(self, number: int, block: BlockScope, flow: Flow | None) -> None:
@@ -209,6 +214,7 @@ class _Run:
         names = self.source.names(block.path)
         layers: list[LayerReport] = []
         departures: dict[str, str] = {}
+        state: dict[str, str] = {}
         passes = partial(flow.through, number, module) if flow else None
 
         with ExitStack() as memory:
@@ -224,17 +230,23 @@ class _Run:
                 self.bar.step()
             if flow and number + 1 < len(self.scope.blocks):
                 with timings.stage("run"):
-                    flow.advance(number, module)
+                    state[_hidden(number + 1)] = flow.advance(number, module)
         with self.timings.stage("write"):
             nbytes = sum(layer.bytes for layer in layers)
             quantized = {f"{name}.weight" for name in block.linears}
             for name, tensor in self.source.unchanged(n for n in names if n not in quantized):
                 self.writer.add(name, tensor)
                 nbytes += tensor.nbytes
-            info = {"layers": [asdict(layer) for layer in layers], "departures": departures}
-            self.writer.commit(block.path, info | {"bytes": nbytes, "seconds": timings.seconds})
+            info = {
+                "layers": [asdict(layer) for layer in layers],
+                "departures": departures,
+                "bytes": nbytes,
+                "seconds": timings.seconds,
+            }
+            self.writer.commit(block.path, info, state)
         if flow:
             flow.forget(number)
+        _core.trim_memory()
 
     def _add(self, name: str, weight: QWeight) -> int:
         """Puts the tensors of a quantized linear into the block's shard; returns their bytes."""

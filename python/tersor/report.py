@@ -168,7 +168,9 @@ def table(report: Report) -> Table:
         row = rows.setdefault(".".join(parts[: at + 1]), {})
         row[column] = max(layer.error, row.get(column, 0.0))
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    shown = Table(title="squared error of the outputs, relative to the outputs")
+    calibrated = any(layer.tokens for layer in report.layers)
+    what = "outputs, by the rounding of weights" if calibrated else "weights"
+    shown = Table(title=f"relative squared error of the {what}")
     shown.add_column("block")
     for column in columns:
         shown.add_column(column.rpartition(".")[2], justify="right")

@@ -10,7 +10,8 @@ While it works, everything is in a folder beside the output:
       out/                       while finish() assembles what is then renamed to `out`
 
 A run may be killed at any moment. Files get their names only when whole, the journal is written
-last, and opening again with equal settings brings the folder back to the last commit.
+last, and opening again with equal settings brings the folder back to the last commit, whose files
+are checked against their digests in the journal.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
+import io
 import json
 import os
 import shutil
 import warnings
 from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from torch import Tensor
 
@@ -36,11 +39,41 @@ _JOURNAL = "journal.json"
 _LOCK = "lock"
 _STATE = "state"
 _STAGING = "out"
-_VERSION = 1
+_VERSION = 2
+_CHUNK = 1 << 20  # bytes that are hashed at a time
+
+
+class HashedFile(io.BufferedWriter):
+    """A new file, and the digest of what has been written to it one call after the other."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path, "wb"))
+        self._hash = _hasher()
+
+    def write(self, data: Any) -> int:
+        self._hash.update(data)
+        return super().write(data)
+
+    @property
+    def digest(self) -> str:
+        return self._hash.hexdigest()
+
+
+def _hasher() -> hashlib.blake2b:
+    return hashlib.blake2b(digest_size=16)
+
+
+def _digest(path: Path) -> str:
+    """What HashedFile.digest was, if the file is as it was written."""
+    found = _hasher()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            found.update(chunk)
+    return found.hexdigest()
 
 
 @contextlib.contextmanager
-def durable(path: Path, nbytes: int = 0) -> Iterator[BinaryIO]:
+def durable(path: Path, nbytes: int = 0) -> Iterator[HashedFile]:
     """Open a file for writing that appears under its name whole and synced to disk, or not at all.
 
     Until then its name is `path` + ".tmp". nbytes, where known, is for the message of a full disk.
@@ -48,7 +81,7 @@ def durable(path: Path, nbytes: int = 0) -> Iterator[BinaryIO]:
     temporary = path.with_name(path.name + ".tmp")
     try:
         with _disk_errors(path.parent, nbytes):
-            with open(temporary, "wb") as file:
+            with HashedFile(temporary) as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -84,6 +117,7 @@ class ShardWriter:
     """Writes a sharded safetensors checkpoint to `out`, which appears whole or not at all.
 
     settings: JSON data that determines the result; a partial run continues only with equal ones.
+        One that has committed nothing is begun anew.
     resume: False throws away a partial run, whatever its settings.
 
     Raises TersorError if `out` exists, if another run is writing it, or if the settings differ.
@@ -139,21 +173,27 @@ class ShardWriter:
         stored_dtype(name, tensor)
         self._pending[name] = tensor
 
-    def commit(self, key: str, info: Mapping[str, Any]) -> None:
+    def commit(
+        self, key: str, info: Mapping[str, Any], state: Mapping[str, str] | None = None
+    ) -> None:
         """Write what was added as one shard, then record the commit; durable on return.
 
         info: JSON data, given back in `done`. A commit without tensors is only recorded. After an
         error (a full disk) nothing is recorded and the same commit may be tried again.
+        state: name -> digest of the files (see state_path) that a run resumed after this commit
+        reads; it is refused if one of them is gone or differs.
         """
         if key in self.done:
             raise TersorError(f"{show(key)} was committed before")
-        commit = {"key": key, "file": None, "bytes": 0, "info": json.loads(json.dumps(dict(info)))}
+        commit: dict[str, Any] = {"key": key, "file": None, "bytes": 0, "digest": None}
+        commit |= {"info": json.loads(json.dumps(dict(info))), "state": dict(state or {})}
         if self._pending:
             commit["file"] = f"shard-{len(self._shards) + 1:05d}.safetensors"
             commit["bytes"] = stored_size(self._pending)
             self.require_space(commit["bytes"])
             with durable(self.folder / commit["file"], commit["bytes"]) as file:
                 write_tensors(file, self._pending)
+            commit["digest"] = file.digest
         self._write_journal([*self._commits, commit])
         self._commits.append(commit)
         self._names.update(dict.fromkeys(self._pending, commit["file"]))
@@ -170,7 +210,8 @@ class ShardWriter:
     def state_path(self, name: str) -> Path:
         """Where the caller may keep a file of its own until finish(): the same name, the same path.
 
-        Write it with tersor.shards.durable; files named *.tmp are removed when a run is resumed.
+        Write it with tersor.shards.durable, whose digest is for commit(); files named *.tmp are
+        removed when a run is resumed.
         """
         with _disk_errors(self.folder):
             (self.folder / _STATE).mkdir(exist_ok=True)
@@ -257,9 +298,9 @@ class ShardWriter:
             if not self.finished:
                 raise TersorError(_exists(self.out))
             return
-        elif resume and journal["settings"] != self.settings:
-            raise TersorError(self._differences(journal["settings"]))
-        elif resume:
+        elif resume and journal["commits"]:
+            if journal["settings"] != self.settings:
+                raise TersorError(self._differences(journal["settings"]))
             self._commits = journal["commits"]
             self._recover()
             return
@@ -267,7 +308,8 @@ class ShardWriter:
         self._write_journal([])
 
     def _recover(self) -> None:
-        """Undo a finish() that was interrupted and remove what the journal does not know."""
+        """Undo a finish() that was interrupted, remove what the journal does not know and check
+        what will still be read."""
         for shard, name in self._final_names().items():
             if (self.folder / _STAGING / name).exists():
                 os.replace(self.folder / _STAGING / name, self.folder / shard)
@@ -277,13 +319,17 @@ class ShardWriter:
             path.unlink()
         for commit in self._shards:
             path = self.folder / commit["file"]
-            if not path.is_file() or path.stat().st_size != commit["bytes"]:
-                raise TersorError(
-                    f"{path} is missing or changed; remove {self.folder} to start again"
-                )
+            self._check(path, commit["digest"])
             stored = TensorFile.open(path).tensors
             self._names.update(dict.fromkeys(stored, commit["file"]))
             self._tensor_bytes += sum(meta.nbytes for meta in stored.values())
+
+        for name, digest in self._commits[-1]["state"].items():
+            self._check(self.folder / _STATE / name, digest)
+
+    def _check(self, path: Path, digest: str) -> None:
+        if not path.is_file() or _digest(path) != digest:
+            raise TersorError(f"{path} is missing or changed; remove {self.folder} to start again")
 
     def _is_in_out(self) -> bool:
         """Whether `out` is the folder that a run of this journal made."""

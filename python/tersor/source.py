@@ -16,6 +16,7 @@ from tersor.models import (
     FoundArch,
     Stored,
     build_skeleton,
+    check_all_used,
     empty,
     fill,
     find_arch,
@@ -37,8 +38,8 @@ class Source:
 
     @classmethod
     def open(cls, folder: str | Path) -> Source:
-        """TersorError for a damaged checkpoint, one that is quantized already, or a model that
-        cannot be built or whose blocks cannot be found."""
+        """TersorError for a checkpoint that is damaged, quantized already or holds what the model
+        has no place for, and for a model that cannot be built or whose blocks cannot be found."""
         checkpoint = Checkpoint.open(folder)
         if "quantization_config" in checkpoint.config:
             raise TersorError(f"{folder} is quantized already; give the original model")
@@ -47,7 +48,9 @@ class Source:
         model.config.use_cache = False
         found = find_arch(model)
         plain_linears(model, found.arch)
-        return cls(checkpoint, model, found, stored(model, found, checkpoint.names), dtype)
+        where = stored(model, found, checkpoint.names)
+        check_all_used(model, set(checkpoint.names) - {place.name for place in where.values()})
+        return cls(checkpoint, model, found, where, dtype)
 
     @property
     def blocks(self) -> list[nn.Module]:

@@ -30,7 +30,7 @@ from tersor.models.gpt2 import GPT2
 from tersor.models.linears import plain_linears, unfuse_experts
 from tersor.models.llama import LLAMA
 from tersor.models.mixtral import MIXTRAL
-from tersor.models.names import Reader, Stored, place_of, same_name, stored
+from tersor.models.names import Reader, Stored, check_all_used, place_of, same_name, stored
 from tersor.models.neox import NEOX
 from tersor.models.opt import OPT
 from tersor.models.phi import PHI3
@@ -46,6 +46,7 @@ __all__ = [
     "Stored",
     "Tap",
     "build_skeleton",
+    "check_all_used",
     "empty",
     "fill",
     "find_arch",

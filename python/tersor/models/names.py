@@ -9,9 +9,10 @@ of them fits here.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -21,6 +22,8 @@ from tersor.models.find import FoundArch
 
 # Files that were once converted from TensorFlow, whatever the architecture.
 LEGACY = (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta"))
+# Tables that older versions of transformers saved, and that models make for themselves now.
+TABLES = re.compile(r"(^|\.)(inv_freq|position_ids|masked_bias|attn\.bias|attention\.bias)$")
 
 
 class Reader(Protocol):
@@ -92,6 +95,25 @@ def stored(model: nn.Module, found: FoundArch, names: Collection[str]) -> dict[s
             f"architecture ({found.how}) needs an entry of its own in tersor.models"
         )
     return result
+
+
+def check_all_used(model: Any, left: Iterable[str]) -> None:
+    """TersorError if a tensor of the files that was not used is none that may be passed over."""
+    ignored = [re.compile(p) for p in model._keys_to_ignore_on_load_unexpected or []]
+    tied = set(getattr(model, "_tied_weights_keys", None) or ())
+    strange = [
+        name
+        for name in sorted(left)
+        if not TABLES.search(name)
+        and name not in tied
+        and not any(pattern.search(name) for pattern in ignored)
+    ]
+    if strange:
+        more = f" (and {len(strange) - 1} more)" if len(strange) > 1 else ""
+        raise TersorError(
+            f"the checkpoint holds {strange[0]}{more}, for which {type(model).__name__} has no "
+            "place; config.json names another class than these files are of"
+        )
 
 
 def same_name(found: FoundArch, name: str, names: Collection[str]) -> str | None:
