@@ -360,7 +360,7 @@ def kernels(args: argparse.Namespace) -> None:
     from rich.table import Table
 
     from tersor import kernels as native
-    from tersor.qweight import ActSpec, QSpec
+    from tersor.qweight import ActSpec, QSpec, Scheme
 
     shown = Table()
     for head in ("kernel", "isa", "layout", "priority", "on this machine"):
@@ -372,7 +372,9 @@ def kernels(args: argparse.Namespace) -> None:
         activation = ActSpec() if args.activations else None
         dtype = getattr(torch, args.dtype)
         reasons = dict(native.explain(m, n, k, spec, activation, dtype))
-        shown.add_column(f"for {m}x{n}x{k}, {args.bits} bits, {args.dtype}")
+        grid = "per row" if spec.group is None else f"g{spec.group}"
+        grid += " asymmetric" if args.asymmetric else ""
+        shown.add_column(f"for {m}x{n}x{k}, {Scheme(spec, activation)} {grid}, {args.dtype}")
     first = True
     for kernel in native.table():
         row = [kernel.name, kernel.isa, kernel.layout, str(kernel.priority)]

@@ -87,7 +87,7 @@ class JsonLines:
                 f"{have}); name the field as {self.path.name}:FIELD"
             )
         text = record[self.field]
-        if re.search("[\ud800-\udfff]", text):
+        if re.search(r"[\ud800-\udfff]", text):
             raise TersorError(
                 f"{self.path}, line {number} has half of a surrogate pair in its text, which is no "
                 "character; mend or remove the line"
