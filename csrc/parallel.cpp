@@ -11,10 +11,11 @@
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
-#include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
+
+#include "dispatch.h"
 
 namespace tersor {
 namespace {
@@ -187,8 +188,8 @@ int environment_threads() {
     char* end = nullptr;
     const long value = std::strtol(text, &end, 10);
     if (*end || value < 1 || value > 1024)
-      throw std::runtime_error(
-          std::string("TERSOR_THREADS must be a number from 1 to 1024, not '") + text + "'");
+      throw Error(std::string("TERSOR_THREADS must be a number from 1 to 1024, not '") + text +
+                  "'");
     return static_cast<int>(value);
   }();
   return count;
@@ -222,7 +223,7 @@ Backend backend() {
 
 void set_backend(Backend wanted) {
   if (wanted == Backend::openmp && !openmp().usable())
-    throw std::runtime_error("no OpenMP runtime is loaded in this process; import torch first");
+    throw Error("no OpenMP runtime is loaded in this process; import torch first");
   pool_forced = wanted == Backend::pool;
 }
 

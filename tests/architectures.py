@@ -36,6 +36,12 @@ DISTIL = {"vocab_size": 96, "dim": 64, "hidden_dim": 96, "n_layers": 2, "n_heads
 GPT2 = {"vocab_size": 96, "n_positions": 64, "n_embd": 64, "n_layer": 2, "n_head": 4}
 OPT = ENCODER | {"ffn_dim": 96, "word_embed_proj_dim": 64}
 MIXTRAL = DECODER | {"num_local_experts": 4, "num_experts_per_tok": 2}
+QWEN_MOE = DECODER | {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 48,
+}
 
 # name: (model_type, class, configuration, taps with a source in every block)
 KNOWN: dict[str, tuple[str, str, dict[str, object], int]] = {
@@ -70,6 +76,14 @@ KNOWN: dict[str, tuple[str, str, dict[str, object], int]] = {
     "roberta": ("roberta", "RobertaForMaskedLM", ENCODER, 1),
     "distilbert": ("distilbert", "DistilBertForMaskedLM", DISTIL, 1),
     "mixtral": ("mixtral", "MixtralForCausalLM", MIXTRAL, 6),
+    "qwen2-moe": ("qwen2_moe", "Qwen2MoeForCausalLM", QWEN_MOE, 7),
+    "qwen3-moe": ("qwen3_moe", "Qwen3MoeForCausalLM", QWEN_MOE, 6),
+    "qwen3-moe-dense": (
+        "qwen3_moe",
+        "Qwen3MoeForCausalLM",
+        QWEN_MOE | {"mlp_only_layers": [0, 1]},
+        4,
+    ),
 }
 UNKNOWN: dict[str, tuple[str, str, dict[str, object], int]] = {
     "falcon": ("falcon", "FalconForCausalLM", ENCODER, 0),
@@ -78,7 +92,8 @@ UNKNOWN: dict[str, tuple[str, str, dict[str, object], int]] = {
     "cohere": ("cohere", "CohereForCausalLM", DECODER, 0),
 }
 CASES = KNOWN | UNKNOWN
-PARTS_CHANGED = ("mixtral", "gpt2")  # plain_linears changes these: equal up to rounding only
+ROUTERS = {"mixtral": 1, "qwen2-moe": 2, "qwen3-moe": 1}  # in a block, and never quantized
+PARTS_CHANGED = (*ROUTERS, "gpt2")  # plain_linears changes these: equal up to rounding only
 
 every_case = pytest.mark.parametrize("case", CASES)
 known_case = pytest.mark.parametrize("case", KNOWN)

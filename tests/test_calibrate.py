@@ -172,6 +172,12 @@ def test_bad_jsonl(tokenizer, tmp_path: Path, line: str, message: str) -> None:
 
 def test_bad_settings(tokenizer, corpus: Path) -> None:
     source = (str(corpus),)
+    with pytest.raises(TersorError, match=r"text 1 of .* half of a surrogate pair at character 2"):
+        Calibration(texts=("fine", "so\ud800"))
+    for field in ("sources", "texts"):
+        for value in ("a string", (b"bytes",)):
+            with pytest.raises(TersorError, match=f"{field} must be a tuple of strings"):
+                Calibration(**{field: value})
     with pytest.raises(TersorError, match="needs text"):
         Calibration()
     with pytest.raises(TersorError, match="samples"):

@@ -8,23 +8,32 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 import tiny
-from tersor import cli
+from tersor import calibrate, cli, commands
 from tersor.errors import TersorError
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, a text, and the model quantized through the command line; models that lack a tensor,
-    have tensors of another shape than config.json says, and have another vocabulary."""
+    """A model, a text, and the model quantized through the command line; models with positions in a
+    table (opt), that only read (bert), that lack a tensor, have tensors of another shape than
+    config.json says, another vocabulary, a config.json that transformers refuses (odd), and no
+    tokenizer (mute)."""
     home = tmp_path_factory.mktemp("cli")
     model = tiny.save(home / "model")
     tiny.save(home / "wide", vocab_size=2 * tiny.VOCAB)
+    tiny.save(home / "opt", "opt")
+    tiny.tokenizer(bos=False).save_pretrained(home / "opt")
+    shutil.copytree(model, home / "odd")
+    change_config(home / "odd", num_hidden_layers="two")
+    tiny.save(home / "bert", "bert")
+    shutil.copytree(model, home / "mute", ignore=shutil.ignore_patterns("tokenizer*"))
     tensors = load_file(model / "model.safetensors")
     del tensors["model.layers.0.mlp.up_proj.weight"]
     shutil.copytree(model, home / "missing")
@@ -117,6 +126,35 @@ def test_eval(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert result[str(folder / "int4")]["speed"]["decode"] > 0
 
 
+def test_eval_begins_windows_as_asked(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figures = {}
+    for bos in ("auto", "always", "never"):
+        code, out, _ = run(
+            capsys, "eval", folder / "model", "--text", folder / "text.txt", "--samples", 2,
+            "--bos", bos, "--json",
+        )  # fmt: skip
+        assert code == 0
+        figures[bos] = json.loads(out)
+    assert figures["auto"] == figures["always"] != figures["never"]  # the tokenizer adds <s>
+    assert cli.BOS == calibrate.BOS
+
+
+def test_the_whole_context_of_a_model_with_a_table_of_positions(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = run(
+        capsys, "eval", folder / "opt", "--text", folder / "text.txt", "--speed",
+        "--seq-len", tiny.CONTEXT, "--samples", 2,
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    assert f"{2 * tiny.CONTEXT} tokens in 2 windows of {tiny.CONTEXT}" in out
+    assert "(32 tokens), decode" in out
+    tokens = len(tiny.tokenizer(bos=False)("terso")["input_ids"])
+    arguments = ["generate", folder / "opt", "terso", "--max-tokens"]
+    assert run(capsys, *arguments, tiny.CONTEXT - tokens)[0] == 0
+    assert run(capsys, *arguments, tiny.CONTEXT - tokens + 1)[0] == 2
+
+
 def test_eval_reads_json_lines(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     records = [{"text": tiny.text(99, seed), "other": tiny.text(99, seed + 3)} for seed in range(3)]
     (folder / "text.jsonl").write_text("\n".join(json.dumps(record) for record in records))
@@ -133,11 +171,32 @@ def test_eval_reads_json_lines(folder: Path, capsys: pytest.CaptureFixture[str])
 def test_inspect(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "inspect", folder / "int4")
     assert code == 0
-    for word in ("LlamaForCausalLM, 2 blocks", "W4A16", "pack-quantized", "14 linears", "gptq"):
+    for word in ("W4A16", "pack-quantized", "14 linears", "method gptq, calibrated on 512 tokens"):
         assert word in out
+    assert "LlamaForCausalLM, 2 blocks\n" in out
+    assert "as asked" not in out
     code, out, _ = run(capsys, "inspect", folder / "model")
     assert code == 0
-    assert "not quantized" in out
+    nbytes = sum(t.nbytes for t in load_file(folder / "model" / "model.safetensors").values())
+    assert out.endswith(f"\nnot quantized: {nbytes / 1e6:.2f} MB of float32\n")
+
+
+def test_inspect_misses_a_weight(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Path(shutil.copytree(folder / "int4", tmp_path / "int4"))
+    (file,) = model.glob("*.safetensors")
+    tensors = load_file(file)
+    lost = "model.layers.0.mlp.up_proj.weight_packed"
+    del tensors[lost]
+    save_file(tensors, file, {"format": "pt"})
+    for index in model.glob("*.index.json"):
+        content = json.loads(index.read_text())
+        del content["weight_map"][lost]
+        index.write_text(json.dumps(content))
+    code, _, err = run(capsys, "inspect", model)
+    assert code == 2
+    assert f"and no {lost}; its files are incomplete" in err
 
 
 def test_generate(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,7 +217,33 @@ def test_kernels(capsys: pytest.CaptureFixture[str]) -> None:
     assert "w4a8_scalar" in out
     code, out, _ = run(capsys, "kernels", "--shape", 1, 4096, 4096, "--activations", "int8")
     assert code == 0
-    assert out.count(" serves ") == 1
+    sentence, table = out.split("\n", 1)
+    serving = sentence.split()[0]
+    assert sentence.startswith(f"{serving} serves 1 x 4096 x 4096: W4A8, a scale per group of 128,")
+    (row,) = (line for line in table.splitlines() if " serves " in line)
+    assert serving in row
+
+
+@pytest.mark.parametrize(
+    ("command", "variable", "value"),
+    [
+        ("kernels", "TERSOR_THREADS", "-3"),
+        ("kernels", "TERSOR_THREADS", "abc"),
+        ("kernels", "TERSOR_ISA", "abc"),
+        ("generate {folder}/int4 terso", "TERSOR_THREADS", "0"),
+    ],
+)
+def test_a_wrong_environment(folder: Path, command: str, variable: str, value: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tersor", *command.format(folder=folder).split()],
+        capture_output=True,
+        text=True,
+        env=os.environ | {variable: value},
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"tersor: error: {variable}")
+    assert value in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_version_and_module() -> None:
@@ -168,10 +253,52 @@ def test_version_and_module() -> None:
     assert done.stdout.startswith("tersor 0.")
 
 
-def test_nothing_heavy_is_imported_to_parse() -> None:
-    code = "import sys, tersor.cli; tersor.cli.build_parser(); print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+@pytest.mark.parametrize(
+    "command",
+    [
+        "quantize --help",
+        "quantize model --out .",
+        "eval x --text .",
+        "demo --json .",
+        "kernels 512",
+    ],
+)
+def test_nothing_heavy_is_imported_before_it_is_needed(tmp_path: Path, command: str) -> None:
+    code = (
+        "import sys, tersor.cli\ntry: tersor.cli.main(sys.argv[1:])\nexcept SystemExit: pass\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    argv = [sys.executable, "-c", code, *command.split()]
+    assert subprocess.run(argv, capture_output=True, cwd=tmp_path).returncode == 0
+
+
+def test_every_argument_is_explained() -> None:
+    parser = cli.build_parser()
+    assert parser._subparsers is not None
+    (action,) = parser._subparsers._group_actions
+    assert isinstance(action.choices, dict)
+    for name, sub in action.choices.items():
+        for action in sub._actions:
+            assert action.help, (name, action.dest)
+
+
+def test_a_solver_from_the_table_takes_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line in SOLVERS is enough for --method, and a field for an option of its name."""
+    from tersor import solvers
+
+    @dataclass(frozen=True)
+    class Mine:
+        damp: float = 0.5
+
+    monkeypatch.setitem(solvers.SOLVERS, "mine", Mine)
+    parse = cli.build_parser().parse_args
+    command = ["quantize", "x", "--out", "y", "--method", "mine"]
+    assert commands._solver(parse(command)) == Mine()
+    assert commands._solver(parse([*command, "--damp", "0.1"])) == Mine(0.1)
+    with pytest.raises(TersorError, match="--clip changes nothing for --method mine"):
+        commands._solver(parse([*command, "--clip"]))
+    with pytest.raises(TersorError, match="use rtn or gptq or mine"):
+        commands._solver(parse([*command[:-1], "other"]))
 
 
 # --- errors --------------------------------------------------------------------------------------
@@ -199,7 +326,12 @@ QUANTIZE = "quantize {model} --out {out}"
         ("eval {model} --text x --samples 0", "--samples: give a whole number from 1 to"),
         ("eval {model} --text x --seq-len 1", "--seq-len: give a whole number from 2 to"),
         ("eval {model} --text {text} --baseline {wide}", "a vocabulary of 160 tokens and the base"),
-        ("eval {text} --text {text}", "cannot be loaded"),
+        ("eval {text} --text {text}", "is not a folder"),
+        ("eval {odd} --text {text}", "transformers cannot load {odd} ("),
+        ("eval {bert} --text {text}", "a BertForMaskedLM, which does not predict the next token"),
+        ("eval {model} --text {text} --baseline {odd}", "transformers cannot load {odd} ("),
+        ("eval {mute} --text {text}", "the tokenizer in {mute} cannot be loaded"),
+        ("eval {model} --text {text} --bos maybe", "invalid choice: 'maybe'"),
         ("eval {missing} --text {text}", "has no tensor for model.layers.0.mlp.up_proj.weight;"),
         ("eval {model} --text {text} --baseline {missing}", "has no tensor for model.layers.0"),
         ("generate {missing} hello", "has no tensor for model.layers.0.mlp.up_proj.weight;"),
@@ -212,8 +344,15 @@ QUANTIZE = "quantize {model} --out {out}"
         (f"{QUANTIZE} --samples many", "--samples: give a whole number from 1 to"),
         ("quantize {model} --out / --method rtn --group 32", "--out / is the root of all files"),
         ("kernels --shape 1 0 64", "--shape: give a whole number from 1 to"),
-        ("generate {out} hello", "cannot be loaded"),
-        ("kernels --shape 1 64 63", "does not divide"),
+        ("generate {out} hello", "there is no folder"),
+        ("generate {odd} hello", "transformers cannot load {odd} ("),
+        ("generate {opt} terso --max-tokens 64", "the 64 positions of the model; use --max-tokens"),
+        ("generate {opt} " + 70 * "terso", "shorten the prompt"),
+        ("generate {opt} ''", "the prompt has no tokens"),
+        ("kernels --shape 1 64 63", "use --group row (one scale per row)"),
+        ("kernels --shape 1 64 192", "use --group 64 or --group row"),
+        ("kernels 512x512", "unrecognized arguments: 512x512; see tersor kernels --help"),
+        ("demo --json {out}/figures", "figures cannot be written"),
         ("squash", "invalid choice: 'squash'"),
         ("", "arguments are required: COMMAND"),
     ],
@@ -221,13 +360,14 @@ QUANTIZE = "quantize {model} --out {out}"
 def test_bad_input_is_one_line_and_exit_2(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, message: str
 ) -> None:
-    places = {name: folder / name for name in ("model", "missing", "narrow", "wide")}
+    names = ("model", "missing", "narrow", "wide", "opt", "odd", "mute", "bert")
+    places = {name: folder / name for name in names}
     places |= {"text": folder / "text.txt", "out": tmp_path / "none"}
-    code, out, err = run(capsys, *command.format(**places).split())
+    code, out, err = run(capsys, *shlex.split(command.format(**places)))
     assert code == 2
     assert out == ""
     assert err.startswith("tersor: error: ")
-    assert message in err
+    assert message.format(**places) in err
     assert err.count("\n") == 1
 
 
@@ -266,6 +406,7 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
         (KeyboardInterrupt(), 130, "tersor: stopped\n"),
         (KeyError("x"), 1, "tersor: internal error: KeyError: 'x'; run again with --debug"),
         (OSError(5, "Input/output error", "disk"), 2, "tersor: error: disk: Input/output error\n"),
+        (OSError("no room"), 2, "tersor: error: input or output: no room\n"),
     ],
 )
 def test_other_ends(
@@ -278,7 +419,7 @@ def test_other_ends(
     def fail(args: object) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "inspect", fail)
+    monkeypatch.setattr(commands, "inspect", fail)
     got, _, err = run(capsys, "inspect", "x")
     assert got == code
     assert err.startswith(message)

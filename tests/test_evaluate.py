@@ -10,10 +10,12 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 
 import tiny
 from tersor import evaluate as ev
+from tersor.calibrate import BOS, Calibration
 from tersor.errors import TersorError
 
 VOCAB, LENGTH, COUNT = 37, 12, 9
@@ -132,15 +134,34 @@ def test_transformers_model_gives_its_own_loss() -> None:
 
 
 def test_windows_follow_one_another_and_drop_the_tail() -> None:
-    tokenizer, text = tiny.tokenizer(), tiny.text(300)
+    tokenizer, text = tiny.tokenizer(bos=False), tiny.text(300)
     ids = tokenizer(text)["input_ids"]
     cut = ev.text_windows(text, tokenizer, 16)
     assert cut.shape == (len(ids) // 16, 16)
     assert cut.flatten().tolist() == ids[: cut.numel()]
-    framed = ev.text_windows(text, tokenizer, 17, bos=True)
-    assert framed[:, 0].eq(tokenizer.bos_token_id).all()
+
+
+@pytest.mark.parametrize("tokenizer_adds_bos", [False, True])
+@pytest.mark.parametrize("bos", BOS)
+def test_windows_begin_as_in_calibration(tokenizer_adds_bos: bool, bos: str) -> None:
+    tokenizer, text = tiny.tokenizer(tokenizer_adds_bos), tiny.text(300)
+    framed = bos == "always" or (bos == "auto" and tokenizer_adds_bos)
+    got = ev.text_windows(text, tokenizer, 16 + framed, bos)
     plain = tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert framed[:, 1:].flatten().tolist() == plain[: 16 * len(framed)]
+    assert got[:, framed:].flatten().tolist() == plain[: 16 * len(got)]
+    calibrated = Calibration(texts=(text,), samples=1, seq_len=16 + framed, bos=bos)
+    assert got[0].tolist() == calibrated.windows(tokenizer)[0].tolist()
+
+
+def test_what_a_tokenizer_puts_behind_a_text_is_not_predicted() -> None:
+    tokenizer = tiny.tokenizer()
+    ends = [("<s>", 0), ("</s>", 1)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=ends
+    )
+    windows = ev.text_windows(tiny.text(300), tokenizer, 16)
+    assert windows[:, 0].eq(0).all()
+    assert not windows[:, 1:].eq(1).any()
 
 
 def test_errors_name_the_cause(windows: Tensor) -> None:
@@ -161,8 +182,10 @@ def test_errors_name_the_cause(windows: Tensor) -> None:
         ev.text_windows("short", tiny.tokenizer(), 512)
     tokenizer = tiny.tokenizer()
     tokenizer.bos_token = None
-    with pytest.raises(TersorError, match="no BOS token"):
-        ev.text_windows("a" * 99, tokenizer, 4, bos=True)
+    with pytest.raises(TersorError, match="no BOS token; use --bos auto or --bos never"):
+        ev.text_windows("a" * 99, tokenizer, 4, bos="always")
+    with pytest.raises(TersorError, match="at least 2 tokens, not 1"):
+        ev.text_windows("a" * 99, tiny.tokenizer(), 1)
 
 
 class Clocked(nn.Module):
@@ -211,6 +234,37 @@ def test_decoding_with_a_real_model_and_cache() -> None:
     assert speeds["m"].decode > 0
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "llama"])
+def test_speed_stays_within_the_context(kind: str) -> None:
+    """Where positions are kept in a table, the model cannot go beyond it."""
+    models = {"m": tiny.model(kind), "short": tiny.model(kind, max_position_embeddings=40)}
+    whole = torch.arange(tiny.CONTEXT).view(1, -1)
+    speed = ev.measure_speed({"m": models["m"]}, whole, generated=20, runs=1)["m"]
+    assert (speed.prompt, speed.generated) == (tiny.CONTEXT - 20, 20)
+    speed = ev.measure_speed(models, whole, generated=32, runs=1)["m"]
+    assert (speed.prompt, speed.generated) == (20, 20)
+
+
+def test_only_positions_in_a_table_end() -> None:
+    limits = {kind: ev.position_limit(tiny.model(kind)) for kind in tiny.KINDS}
+    tables = {"gpt2", "opt", "bert"}
+    assert limits == {kind: tiny.CONTEXT if kind in tables else None for kind in tiny.KINDS}
+
+
+def test_progress_is_drawn_where_it_is_asked_for(
+    windows: Tensor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ev.evaluate({"p": Bigram(0), "q": Bigram(1)}, windows, batch=2)
+    assert capsys.readouterr() == ("", "")
+    ev.evaluate({"p": Bigram(0), "q": Bigram(1)}, windows, batch=2, progress=True)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "10/10" in err  # five batches through two models
+    models = {"m": tiny.model("llama")}
+    ev.measure_speed(models, torch.arange(8).view(1, 8), generated=2, runs=1, progress=True)
+    assert "2/2" in capsys.readouterr().err
+
+
 def test_weight_bytes_count_shared_storage_once() -> None:
     one = nn.Linear(6, 5, bias=False)
     pair = nn.ModuleList([one, nn.Linear(6, 5)])
@@ -233,3 +287,12 @@ def test_results_as_json_and_as_a_table(windows: Tensor) -> None:
     assert content["q"]["speed"]["decode"] == 10.0
     assert "speed" not in content["p"]
     assert ev.table(got).row_count == 2
+    assert len(ev.table(got).columns) == 6
+
+
+def test_one_window_has_no_error_to_show(windows: Tensor) -> None:
+    got = ev.evaluate({"p": Bigram(0)}, windows[:1])
+    content = json.loads(ev.to_json(got), parse_constant=pytest.fail)
+    assert content["p"]["quality"]["nll"]["error"] is None
+    assert "±" not in ev.quality_cells(got["p"])[0]
+    assert len(ev.table(got).columns) == 2  # nothing to compare with

@@ -23,7 +23,7 @@ def quantized(model: nn.Module) -> dict[str, QuantLinear]:
 
 
 @pytest.mark.parametrize("sequential", [False, True])
-@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "gpt2", "mixtral", "bert"])
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "gpt2", "mixtral", "qwen2_moe", "bert"])
 def test_same_as_through_a_folder(kind: str, sequential: bool, tmp_path: Path) -> None:
     """The weights, to the bit, that quantize_checkpoint writes and load reads."""
     source = tiny.save(tmp_path / "m", kind)
@@ -184,6 +184,91 @@ def test_mode_is_restored() -> None:
 def test_bad_input(calibration: object, arguments: dict[str, object], message: str) -> None:
     with pytest.raises(TersorError, match=message):
         tersor.quantize_model(net(), calibration, **({"scheme": Scheme(QSpec(4, 16))} | arguments))
+
+
+def on_meta() -> nn.Module:
+    with torch.device("meta"):
+        return Net()
+
+
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [
+        (torch.full((2, 8), tiny.VOCAB), f"from {tiny.VOCAB} to {tiny.VOCAB}, but the model has"),
+        (torch.full((2, 8), -1), "from -1 to -1, but the model has"),
+        (torch.zeros(8, dtype=torch.int64), r"\[samples, seq_len\] on the CPU, not int64 \[8\]"),
+        (torch.zeros(2, 8, dtype=torch.int32), r"not int32 \[2, 8\]"),
+        (torch.zeros(0, 8, dtype=torch.int64), r"are empty, \(0, 8\)"),
+        (torch.zeros(2, 0, dtype=torch.int64), r"are empty, \(2, 0\)"),
+        ([torch.full((2, 8), tiny.VOCAB)], r"LlamaForCausalLM cannot be run .*\(int64 \[2, 8\]\)"),
+        ([torch.randn(2, 8)], r"cannot be run .*\(float32 \[2, 8\]\)"),
+        ([{"ids": torch.zeros(2, 8)}], r"cannot be run .*\(ids=\.\.\.\)"),
+        (["some text"], r"cannot be run .*\(str\)"),
+        ("some text", "not a str; .* Calibration"),
+        ({"input_ids": torch.zeros(2, 8, dtype=torch.int64)}, "not a dict; put a single input in"),
+        (3, "not a int"),
+    ],
+)
+def test_inputs_that_the_model_cannot_take(calibration: object, message: str) -> None:
+    model = tiny.model("llama")
+    with pytest.raises(TersorError, match=message) as error:
+        tersor.quantize_model(model, calibration, scheme=W4)
+    assert "\n" not in str(error.value)
+    assert not quantized(model)
+
+
+def test_more_positions_than_the_model_has() -> None:
+    ids = torch.zeros(2, tiny.CONTEXT + 1, dtype=torch.int64)
+    with pytest.raises(TersorError, match=r"GPT2LMHeadModel cannot be run .*IndexError"):
+        tersor.quantize_model(tiny.model("gpt2"), ids, scheme=W4)
+
+
+def test_weights_that_are_not_in_memory() -> None:
+    with pytest.raises(TersorError, match=r"first\.weight is on meta; load .* quantize_checkpoint"):
+        tersor.swap_linears(on_meta(), W4)
+
+
+def test_a_model_without_blocks() -> None:
+    model = tiny.model("llama", num_hidden_layers=0, layer_types=None)
+    for ids in (None, torch.zeros(2, 8, dtype=torch.int64)):
+        method = "rtn" if ids is None else "gptq"
+        with pytest.raises(TersorError, match=r"no block in model\.layers"):
+            tersor.quantize_model(model, ids, scheme=W4, method=method)
+
+
+def test_weights_that_hooks_make_are_refused() -> None:
+    model = net()
+    torch.nn.utils.weight_norm(model.second)
+    with pytest.raises(TersorError, match=r"second is made of weight_g, weight_v .*remove_weight"):
+        tersor.swap_linears(model, Scheme(QSpec(4, 16)))
+
+
+def test_hooks_stay() -> None:
+    """They are called as before, with what they were promised, and can be removed."""
+    model, seen = net(), []
+    first = model.first
+    handles = [
+        first.register_forward_pre_hook(lambda m, args: seen.append("pre")),
+        first.register_forward_pre_hook(
+            lambda m, args, kwargs: seen.append(f"pre {len(kwargs)}"), with_kwargs=True
+        ),
+        first.register_forward_hook(lambda m, args, out: out * 0),
+        first.register_forward_hook(
+            lambda m, args, out: seen.append(f"after {type(m).__name__}"), always_call=True
+        ),
+        first.register_full_backward_hook(lambda m, inputs, outputs: seen.append("backward")),
+    ]
+    tersor.swap_linears(model, Scheme(QSpec(4, 16)))
+    seen.clear()
+    x, shift = calls()[0].values()
+    model(x.requires_grad_(), shift=shift).sum().backward()
+    assert seen == ["pre", "pre 0", "after QuantLinear", "backward"]
+    assert not x.grad.any()
+    for handle in handles:
+        handle.remove()
+    seen.clear()
+    assert model.first(x).any()
+    assert not seen
 
 
 def test_nothing_to_quantize() -> None:

@@ -261,7 +261,8 @@ def test_state_dict_is_the_portable_form(spec, order, format):
 
 def on_meta(q: QWeight) -> QWeight:
     zeros = None if q.zeros is None else q.zeros.to("meta")
-    return QWeight(q.spec, q.codes.to("meta"), q.scales.to("meta"), zeros)
+    order = None if q.order is None else q.order.to("meta")
+    return QWeight(q.spec, q.codes.to("meta"), q.scales.to("meta"), zeros, order)
 
 
 @pytest.mark.parametrize("assign", [False, True])
@@ -273,11 +274,27 @@ def test_loads_into_a_layer_on_meta(assign):
     with pytest.raises(TersorError, match="has no weight yet"):
         empty(inputs(1, K))
     with pytest.raises(TersorError, match="has no weight yet"):
-        empty.state_dict()
+        empty.qweight()
     model = nn.Sequential(empty)
     model.load_state_dict({f"0.{k}": v for k, v in made.state_dict().items()}, assign=assign)
     assert same(empty.qweight(), q)
     assert torch.equal(model(inputs(2, K)), made(inputs(2, K)))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("order", [False, True], ids=["", "order"])
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_state_dict_on_meta_tells_what_will_be_there(spec, order, format):
+    q = weight(spec, order)
+    there = QuantLinear(q, inputs(N), format=format).state_dict()
+    empty = QuantLinear(on_meta(q), torch.empty(N, device="meta"), format=format)
+    awaited = empty.state_dict()
+    assert awaited.keys() == there.keys()
+    for name, tensor in there.items():
+        assert awaited[name].is_meta
+        assert (awaited[name].dtype, awaited[name].shape) == (tensor.dtype, tensor.shape)
+    empty.load_state_dict(there)
+    assert not any(tensor.is_meta for tensor in empty.state_dict().values())
 
 
 def test_assign_takes_the_dtype_of_the_bias():

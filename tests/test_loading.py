@@ -31,7 +31,18 @@ IDS = torch.arange(40).view(2, 20)
 FLOAT = torch.float32
 DTYPE = "dtype" if transformers.__version__ >= "4.56" else "torch_dtype"
 # Not quantized: embeddings, norms, heads, and what chooses the experts.
-KEPT = ("embed", "wte", "wpe", "norm", "ln_", "lm_head", "cls", "predictions", ".gate.weight")
+KEPT = (
+    "embed",
+    "wte",
+    "wpe",
+    "norm",
+    "ln_",
+    "lm_head",
+    "cls",
+    "predictions",
+    ".gate.weight",
+    "_gate.weight",
+)
 
 
 def is_linear(name: str, tensor: Tensor) -> bool:
@@ -301,6 +312,18 @@ def test_generates_with_the_folders_settings(llama):
         IDS, attention_mask=torch.ones_like(IDS), pad_token_id=0, use_cache=False
     )
     assert torch.equal(out, again)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral"])
+def test_what_can_be_trained_is_as_from_pretrained_has_it(kind, folders):
+    pytest.importorskip("compressed_tensors")
+    dense = from_pretrained(Path(f"{folders(kind)}-dense"))
+    ours = tersor.load(folders(kind), FLOAT)
+    theirs = from_pretrained(folders(kind), quantization_config=TersorConfig())
+    frozen = {name for name, each in dense.named_parameters() if not each.requires_grad}
+    for model in (ours, theirs):
+        assert {n for n, each in model.named_parameters() if not each.requires_grad} == frozen
+        assert not any(each.requires_grad for each in model.buffers())
 
 
 def test_gradient_reaches_the_embeddings(llama):

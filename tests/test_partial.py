@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tersor.checkpoint import ShardWriter
+from tersor.durable import durable
 from tersor.errors import TersorError
-from tersor.shards import durable
 
 
 @pytest.fixture
@@ -47,7 +47,8 @@ def test_settings_that_differ_are_named(out: Path) -> None:
     with ShardWriter(out, {"bits": 3}, resume=False) as writer:
         assert writer.done == {}
         writer.commit("first", {})
-    with pytest.raises(TersorError, match="bits was 3"):
+    fix = rf"bits was 3 .* use those again; to start anew, remove it: rm -r {out}\.partial$"
+    with pytest.raises(TersorError, match=fix):
         ShardWriter(out, {"bits": 4})
 
 
@@ -62,8 +63,23 @@ def test_a_run_that_committed_nothing_is_begun_anew(out: Path) -> None:
         assert list(writer.done) == ["first"]
 
 
+def test_quick_work_does_not_stand_in_the_way(out: Path) -> None:
+    with ShardWriter(out, {"bits": 4}) as writer:
+        writer.add("embeddings", torch.ones(2))
+        writer.commit("outside", {}, quick=True)
+    with ShardWriter(out, {"bits": 4}) as writer:
+        assert list(writer.done) == ["outside"]  # the same run goes on
+    with ShardWriter(out, {"bits": 3}) as writer:
+        assert writer.done == {}
+        assert not list(writer.folder.glob("part-*"))
+        writer.commit("outside", {}, quick=True)
+        writer.commit("block 0", {})
+    with pytest.raises(TersorError, match="bits was 3"):
+        ShardWriter(out, {"bits": 4})
+
+
 @pytest.mark.parametrize("damage", [os.unlink, lambda path: os.truncate(path, 5), flip])
-@pytest.mark.parametrize("name", ["shard-00001.safetensors", "state/hidden-1"])
+@pytest.mark.parametrize("name", ["part-00001.safetensors", "state/hidden-1"])
 def test_files_that_were_lost_or_changed_are_noticed(
     out: Path, name: str, damage: Callable[[Path], None]
 ) -> None:

@@ -134,33 +134,44 @@ def test_every_architecture_goes_through(kind: str, tmp_path: Path, out: Path) -
     # The median over tokens: a router may send one of them elsewhere for the least difference.
     far = (got - want).norm(dim=-1) / want.norm(dim=-1)
     assert 0 < far.median() < 0.03
+    if quantized.can_generate():
+        assert quantized.generate(ids[:, :4], max_new_tokens=3, min_new_tokens=3).shape == (2, 7)
 
 
-def test_experts_that_are_fused_in_the_files(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "moe", "gate", "up", "down"),
+    [
+        ("mixtral", "block_sparse_moe", "w1", "w3", "w2"),
+        ("qwen2_moe", "mlp", "gate_proj", "up_proj", "down_proj"),
+    ],
+)
+def test_experts_that_are_fused_in_the_files(
+    tmp_path: Path, kind: str, moe: str, gate: str, up: str, down: str
+) -> None:
     """The same weights as three tensors for each expert or as two for all: the same result, also
     where some experts stay as they are."""
-    apart = tiny.save(tmp_path / "apart", "mixtral")
+    apart = tiny.save(tmp_path / "apart", kind)
     fused = tmp_path / "fused"
     shutil.copytree(apart, fused)
     stored = load_file(apart / "model.safetensors")
     for layer in range(2):
-        moe = f"model.layers.{layer}.block_sparse_moe"
+        experts = f"model.layers.{layer}.{moe}.experts"
 
-        def expert(i: int, name: str, moe: str = moe) -> Tensor:
-            return stored.pop(f"{moe}.experts.{i}.{name}.weight")
+        def expert(i: int, name: str, experts: str = experts) -> Tensor:
+            return stored.pop(f"{experts}.{i}.{name}.weight")
 
-        both = [torch.cat([expert(i, "w1"), expert(i, "w3")]) for i in range(4)]
-        stored[f"{moe}.experts.gate_up_proj"] = torch.stack(both)
-        stored[f"{moe}.experts.down_proj"] = torch.stack([expert(i, "w2") for i in range(4)])
+        both = [torch.cat([expert(i, gate), expert(i, up)]) for i in range(4)]
+        stored[f"{experts}.gate_up_proj"] = torch.stack(both)
+        stored[f"{experts}.down_proj"] = torch.stack([expert(i, down) for i in range(4)])
     save_file(stored, fused / "model.safetensors", {"format": "pt"})
     for source in (apart, fused):
         quantize_checkpoint(
             source, tmp_path / f"{source.name}-out", scheme=W4, calibration=TEXT,
-            ignore=["*.experts.2.w1", "*.layers.1.*.w2"],
+            ignore=[f"*.experts.2.{gate}", f"*.layers.1.*.{down}"],
         )  # fmt: skip
     one, two = tensors(tmp_path / "apart-out"), tensors(tmp_path / "fused-out")
     assert one.keys() == two.keys()
-    assert "model.layers.0.block_sparse_moe.experts.2.w1.weight" in one
+    assert f"model.layers.0.{moe}.experts.2.{gate}.weight" in one
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
@@ -352,12 +363,53 @@ def test_output_that_exists(llama: Path, out: Path) -> None:
     with pytest.raises(TersorError, match="exists already"):
         quantize_checkpoint(llama, out, scheme=W4, method="rtn")
     assert (out / "thesis.txt").read_text() == "precious"
+    with pytest.raises(TersorError, match="exists already"):  # before anything else is looked at
+        quantize_checkpoint(out / "no model", out, scheme=Scheme(QSpec(4, 128)), method="awq")
+
+
+def test_a_small_model_is_one_file(llama: Path, out: Path) -> None:
+    quantize_checkpoint(llama, out, scheme=W4, calibration=TEXT)
+    assert [path.name for path in out.glob("model*")] == ["model.safetensors"]
 
 
 def test_a_quantized_folder_is_not_quantized_again(llama: Path, out: Path) -> None:
     quantize_checkpoint(llama, out, scheme=W4, method="rtn")
     with pytest.raises(TersorError, match="quantized already; give the original model"):
         quantize_checkpoint(out, out.with_name("twice"), scheme=W4, method="rtn")
+
+
+def with_config(folder: Path, to: Path, **changes: Any) -> Path:
+    shutil.copytree(folder, to)
+    config = json.loads((to / "config.json").read_text()) | changes
+    (to / "config.json").write_text(json.dumps(config))
+    return to
+
+
+def test_a_null_quantization_config_is_none(llama: Path, tmp_path: Path, out: Path) -> None:
+    source = with_config(llama, tmp_path / "null", quantization_config=None)
+    quantize_checkpoint(source, out, scheme=W4, method="rtn")
+    load(out)
+    with pytest.raises(TersorError, match="is not quantized; quantize it"):
+        load(source)
+
+
+def test_a_model_without_blocks(llama: Path, tmp_path: Path, out: Path) -> None:
+    source = with_config(llama, tmp_path / "none", num_hidden_layers=0, layer_types=None)
+    outside = {n: t for n, t in tensors(llama).items() if ".layers." not in n}
+    save_file(outside, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(TersorError, match=r"no block in model\.layers, .*\(num_hidden_layers\)"):
+        quantize_checkpoint(source, out, scheme=W4, method="rtn")
+
+
+def test_gpt2_is_for_tersor_alone_and_the_report_says_so(tmp_path: Path, out: Path) -> None:
+    """When transformers can load it, the remark and those in models/gpt2.py and README can go."""
+    pytest.importorskip("compressed_tensors")
+    report = quantize_checkpoint(
+        tiny.save(tmp_path / "m", "gpt2"), out, scheme=W4, method="rtn", strict=True
+    )
+    assert "leaves its Conv1D layers random" in report.architecture
+    _, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert "transformer.h.0.mlp.c_fc.weight" in info["missing_keys"]
 
 
 def test_tokenizer_of_another_model(llama: Path, tmp_path: Path, out: Path) -> None:

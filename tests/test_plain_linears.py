@@ -42,7 +42,7 @@ class FusedExperts(nn.Module):
         return torch.einsum("tei,ehi,te->th", self.act_fn(gate) * up, self.down_proj, shares)
 
 
-NAMES = Experts(module="experts", router="gate", gate="w1", up="w3", down="w2")
+NAMES = Experts(module="experts", routers=("gate",), gate="w1", up="w3", down="w2")
 
 
 def test_unfused_experts_compute_the_same() -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import shlex
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -109,12 +111,13 @@ def test_killed_at_random_moments_and_resumed(llama: Path, whole: Path, out: Pat
 
 @pytest.fixture
 def half_done(llama: Path, out: Path) -> Iterator[Callable[..., Report]]:
-    """A run that has been killed after its first commits; the call that would continue it."""
+    """A run that has been killed after its first block; the call that would continue it."""
 
     def run(**changes: Any) -> Report:
         return quantize_checkpoint(llama, out, **({"scheme": W4, "calibration": TEXT} | changes))
 
-    assert in_child(killing(run, 7)) == signal.SIGKILL
+    assert in_child(killing(run, 9)) == signal.SIGKILL
+    assert "model.layers.0" in (out.with_name("out.partial") / "journal.json").read_text()
     assert not out.exists()
     return run
 
@@ -164,7 +167,7 @@ def flip(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [os.unlink, lambda path: os.truncate(path, 99), flip])
-@pytest.mark.parametrize("files", ["shard-*", "state/hidden-*"])
+@pytest.mark.parametrize("files", ["part-*", "state/hidden-*"])
 def test_changed_bits_are_not_continued(
     half_done: Callable[..., Report], out: Path, files: str, damage: Callable[[Path], None]
 ) -> None:
@@ -176,16 +179,36 @@ def test_changed_bits_are_not_continued(
     assert not out.exists()
 
 
-def test_a_repaired_model_is_not_held_up_by_a_run_that_did_nothing(
+def with_nan(model: Path, to: Path, name: str) -> Path:
+    shutil.copytree(model, to)
+    stored = load_file(to / "model.safetensors")
+    stored[name].view(-1)[stored[name].numel() // 2] = float("nan")  # where fingerprints look
+    save_file(stored, to / "model.safetensors", {"format": "pt"})
+    return to
+
+
+@pytest.mark.parametrize("name", ["embed_tokens", "layers.0.mlp.up_proj"])
+def test_a_repaired_model_is_not_held_up_by_a_run_without_a_whole_block(
+    llama: Path, whole: Path, tmp_path: Path, out: Path, name: str
+) -> None:
+    bad = with_nan(llama, tmp_path / "bad", f"model.{name}.weight")
+    with pytest.raises(TersorError, match=rf"{name}.* holds"):
+        quantize_checkpoint(bad, out, scheme=W4, calibration=TEXT)
+    assert out.with_name("out.partial").exists()
+    quantize_checkpoint(llama, out, scheme=W4, calibration=TEXT)
+    assert content(out) == content(whole)
+
+
+def test_a_whole_block_is_thrown_away_by_the_user_alone(
     llama: Path, whole: Path, tmp_path: Path, out: Path
 ) -> None:
-    bad = tmp_path / "bad"
-    shutil.copytree(llama, bad)
-    stored = load_file(bad / "model.safetensors")
-    stored["model.embed_tokens.weight"][0, 0] = float("nan")
-    save_file(stored, bad / "model.safetensors", {"format": "pt"})
-    with pytest.raises(TersorError, match=r"embed_tokens.* holds"):
+    """And the message is a command that does it."""
+    bad = with_nan(llama, tmp_path / "bad", "model.layers.1.mlp.up_proj.weight")
+    with pytest.raises(TersorError, match=r"layers\.1\.mlp\.up_proj.* holds"):
         quantize_checkpoint(bad, out, scheme=W4, calibration=TEXT)
+    with pytest.raises(TersorError, match=r"model was .* use those again; to start anew") as error:
+        quantize_checkpoint(llama, out, scheme=W4, calibration=TEXT)
+    subprocess.run(shlex.split(str(error.value).rpartition(": ")[2]), check=True)
     quantize_checkpoint(llama, out, scheme=W4, calibration=TEXT)
     assert content(out) == content(whole)
 
@@ -197,7 +220,7 @@ def test_a_full_disk(llama: Path, whole: Path, out: Path, monkeypatch: pytest.Mo
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    for target in ("write_tensors", "_sync_folder"):
+    for target in ("write_tensors", "sync_folder"):
         with monkeypatch.context() as patch:
             patch.setattr(shards, target, full)
             with pytest.raises(TersorError, match="the disk is full"):

@@ -15,6 +15,7 @@ from torch import nn
 from architectures import (
     CASES,
     PARTS_CHANGED,
+    ROUTERS,
     configuration,
     construct,
     every_case,
@@ -59,7 +60,7 @@ def test_skeleton_from_files_is_the_model(case: str, saved) -> None:
             turned = is_conv1d(owner) and name.endswith("weight")
             assert torch.equal(tensor.t() if turned else tensor, theirs[name]), name
             compared += 1
-    assert compared == len(theirs) or case == "mixtral"
+    assert compared == len(theirs) or case in ROUTERS
     if case != "roberta":  # transformers 4.50 forgets the bias of this head when it loads
         reference = getattr(transformers, CASES[case][1]).from_pretrained(saved(case))
     ours, expected = run(model), run(reference)

@@ -11,6 +11,7 @@ from architectures import (
     CASES,
     ENCODER,
     KNOWN,
+    ROUTERS,
     UNKNOWN,
     every_case,
     known_case,
@@ -46,11 +47,11 @@ def test_taps_name_every_linear_of_every_block_once(case: str) -> None:
         assert model.get_submodule(path) is block
         taps = taps_of(found.arch, block)
         named = [name for tap in taps for name in tap.linears]
-        routers = {"mlp.gate", "block_sparse_moe.gate"}
+        routers = {"mlp.gate", "block_sparse_moe.gate", "mlp.shared_expert_gate"}
         assert sorted(named) == sorted(linears_of(block) - routers)
         left = untapped(found.arch, block, taps)
         assert set(left) <= routers
-        assert len(left) == (case == "mixtral")
+        assert len(left) == ROUTERS.get(case, 0)
         assert sum(tap.source is not None for tap in taps) == CASES[case][3]
 
 

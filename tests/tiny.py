@@ -30,6 +30,7 @@ _LLAMA = _SMALL | {
 }
 _GEMMA = _LLAMA | {"num_hidden_layers": 3, "sliding_window": 8, "query_pre_attn_scalar": 16}
 _BERT = _SMALL | {"hidden_size": HIDDEN, "intermediate_size": 96, "num_attention_heads": 4}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _LAYERS = ["sliding_attention", "sliding_attention", "full_attention"]
 CONFIGS: dict[str, dict[str, object]] = {
     "llama": _LLAMA,
@@ -44,6 +45,8 @@ CONFIGS: dict[str, dict[str, object]] = {
     "gpt_neox": _BERT,
     "bert": _BERT,
     "mixtral": _LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": _LLAMA | _EXPERTS | {"shared_expert_intermediate_size": 64},
+    "qwen3_moe": _LLAMA | _EXPERTS | {"mlp_only_layers": [0]},
 }
 
 

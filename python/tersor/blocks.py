@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tersor.durable import durable
 from tersor.errors import TersorError
-from tersor.shards import durable
 
 BATCH_TOKENS = 2048  # windows are run together up to this many tokens, so activations stay small
 

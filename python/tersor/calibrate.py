@@ -10,13 +10,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from tersor import _core
-from tersor.corpus import Documents, ended, open_documents
+from tersor.corpus import Documents, check_characters, ended, open_documents
 from tersor.errors import TersorError
 
 if TYPE_CHECKING:
@@ -51,6 +51,12 @@ class Calibration:
     def __post_init__(self) -> None:
         if not self.sources and not self.texts:
             raise TersorError("calibration needs text; name at least one .txt or .jsonl file")
+        given: Any
+        for name, given in (("sources", self.sources), ("texts", self.texts)):
+            if isinstance(given, str) or not all(isinstance(each, str) for each in given):
+                raise TersorError(f"{name} must be a tuple of strings, as in {name}=('...',)")
+        for number, text in enumerate(self.texts):
+            check_characters(text, f"text {number} of the calibration texts")
         if self.samples < 1:
             raise TersorError(f"samples must be at least 1, not {self.samples}")
         if self.seq_len is not None and self.seq_len < 2:
@@ -77,7 +83,7 @@ class Calibration:
                 f"a sequence length of {seq_len} is beyond the model's {context} positions; "
                 f"use {context} or less (--seq-len)"
             )
-        front, back = _frame(tokenizer, self.bos)
+        front, back = frame(tokenizer, self.bos)
         body = seq_len - len(front) - len(back)
         if body < 1:
             raise TersorError(
@@ -136,7 +142,7 @@ def digest(windows: Tensor) -> str:
     return hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest()
 
 
-def _frame(tokenizer: PreTrainedTokenizerBase, bos: str) -> tuple[list[int], list[int]]:
+def frame(tokenizer: PreTrainedTokenizerBase, bos: str) -> tuple[list[int], list[int]]:
     """The special tokens before and after the text of a window."""
     if bos == "never":
         return [], []

@@ -61,6 +61,8 @@ class Checkpoint:
             raise TersorError(_not_a_folder(folder))
         try:
             config = _read_json(folder, "config.json")
+            if config.get("quantization_config", ...) is None:  # null says what absence says
+                del config["quantization_config"]
             files = _open_files(folder)
             if not any(file.tensors for file in files):
                 raise TersorError(f"{folder} holds no tensor at all; download the model again")

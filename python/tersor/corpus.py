@@ -86,13 +86,18 @@ class JsonLines:
                 f"{self.path}, line {number} has no text in a field {self.field!r} (it has "
                 f"{have}); name the field as {self.path.name}:FIELD"
             )
-        text = record[self.field]
-        if re.search(r"[\ud800-\udfff]", text):
-            raise TersorError(
-                f"{self.path}, line {number} has half of a surrogate pair in its text, which is no "
-                "character; mend or remove the line"
-            )
+        text: str = record[self.field]
+        check_characters(text, f"{self.path}, line {number}")
         return ended(text)
+
+
+def check_characters(text: str, where: str) -> None:
+    """TersorError if half of a surrogate pair is in the text, on which tokenizers choke."""
+    if half := re.search(r"[\ud800-\udfff]", text):
+        raise TersorError(
+            f"{where} has half of a surrogate pair at character {half.start()}, which is no "
+            "character; mend or remove it"
+        )
 
 
 def ended(document: str) -> str:

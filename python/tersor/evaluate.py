@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from tersor.calibrate import frame
 from tersor.errors import TersorError
+from tersor.progress import Progress
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -96,40 +98,43 @@ class Speed:
 
 
 def text_windows(
-    text: str, tokenizer: PreTrainedTokenizerBase, length: int, bos: bool = False
+    text: str, tokenizer: PreTrainedTokenizerBase, length: int, bos: str = "auto"
 ) -> Tensor:
     """A text as token ids in windows, int64 [count, length].
 
-    The protocol of GPTQ (Frantar et al., arXiv:2210.17323): the whole text is tokenized once and
-    cut into windows that do not overlap; the tail that fills no window is left out.
+    As in the protocol of GPTQ (Frantar et al., arXiv:2210.17323) the whole text is tokenized once
+    and cut into windows that do not overlap; the tail that fills no window is left out.
 
-    bos: begin each window with the BOS token, which counts in the length but is not predicted.
-        The protocol does not, but models such as Gemma need it.
+    bos: as in Calibration: "auto" begins each window as the tokenizer begins a text, "always" with
+        the BOS token, "never" with text. What is put in front counts in the length but is not
+        predicted; what a tokenizer puts behind a text is left out, since it would be. The protocol,
+        and so most published perplexities, is "never" but for the very first window, which makes
+        no difference that can be seen; models such as Gemma are lost without the token.
     Raises TersorError where the text does not fill one window.
     """
-    if bos and tokenizer.bos_token_id is None:
-        raise TersorError("the tokenizer has no BOS token; evaluate without it")
-    ids = tokenizer(text, add_special_tokens=not bos, verbose=False)["input_ids"]
-    cut = windows(torch.tensor(ids, dtype=torch.int64), length - bos)
-    return nn.functional.pad(cut, (1, 0), value=tokenizer.bos_token_id) if bos else cut
-
-
-def windows(ids: Tensor, length: int) -> Tensor:
-    """ids [tokens] as [tokens // length, length]."""
-    if length < 2:
-        raise TersorError(f"a window must have at least 2 tokens, not {length}")
-    count = ids.numel() // length
+    front, _ = frame(tokenizer, bos)
+    body = length - len(front)
+    if length < 2 or body < 1:
+        least = max(2, len(front) + 1)
+        raise TersorError(f"a window must have at least {least} tokens, not {length}")
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    count = len(ids) // body
     if count == 0:
         raise TersorError(
-            f"the text has {ids.numel()} tokens and does not fill one window of {length}; "
-            f"give more text, or use shorter windows"
+            f"the text has {len(ids)} tokens and does not fill one window of {length}; "
+            f"give more text, or use shorter windows (--seq-len)"
         )
-    return ids[: count * length].view(count, length)
+    cut = torch.tensor(ids[: count * body], dtype=torch.int64).view(count, body)
+    return torch.cat([torch.tensor(front, dtype=torch.int64).expand(count, -1), cut], dim=1)
 
 
 @torch.inference_mode()
 def evaluate(
-    models: Mapping[str, Model], windows: Tensor, baseline: str | None = None, batch: int = 1
+    models: Mapping[str, Model],
+    windows: Tensor,
+    baseline: str | None = None,
+    batch: int = 1,
+    progress: bool | None = None,
 ) -> dict[str, Quality]:
     """The quality of each model on windows int64 [count, length], all models seeing the same ones.
 
@@ -138,25 +143,36 @@ def evaluate(
 
     baseline: the name of the model that the others are compared with.
     batch: windows per forward pass. The logits of one batch of every model are in memory at once.
+    progress: show a bar; by default where stderr is a terminal.
     Raises TersorError where a model's logits are not finite, or its vocabulary is another than the
     baseline's or lacks tokens of the windows.
     """
     if baseline is not None and baseline not in models:
         raise TersorError(f"the baseline {baseline!r} is none of {', '.join(models)}")
-    _check_vocabularies(models, windows, baseline)
+    if baseline is not None:
+        _check_same_vocabulary(models, baseline)
+    for name, model in models.items():
+        check_vocabulary(name, model, windows)
     # The baseline first: the others are compared with it, a chunk of tokens at a time.
     names = sorted(models, key=lambda name: name != baseline)
     parts: dict[str, list[Tensor]] = {name: [] for name in names}
-    for ids in windows.split(batch):
-        logits = {name: _logits(models[name], ids)[:, :-1].flatten(0, 1) for name in names}
-        rows = max(1, CHUNK // next(iter(logits.values())).shape[1])
-        for i, target in enumerate(ids[:, 1:].flatten().split(rows)):
-            reference = None
+    batches = windows.split(batch)
+    with Progress(progress) as bar:
+        bar.expect(len(batches) * len(names))
+        for ids in batches:
+            logits = {}
             for name in names:
-                log_p = logits[name][i * rows : (i + 1) * rows].double().log_softmax(-1)
-                if baseline is not None and reference is None:
-                    reference = log_p
-                parts[name].append(_per_token(log_p, target, reference))
+                bar.say(f"{name}: reading the text")
+                logits[name] = _logits(models[name], ids)[:, :-1].flatten(0, 1)
+                bar.step()
+            rows = max(1, CHUNK // next(iter(logits.values())).shape[1])
+            for i, target in enumerate(ids[:, 1:].flatten().split(rows)):
+                reference = None
+                for name in names:
+                    log_p = logits[name][i * rows : (i + 1) * rows].double().log_softmax(-1)
+                    if baseline is not None and reference is None:
+                        reference = log_p
+                    parts[name].append(_per_token(log_p, target, reference))
     count, length = windows.shape
     # float64 [3, tokens]: negative log-likelihood, divergence, agreement
     tokens = {name: torch.cat(parts[name], dim=1) for name in names}
@@ -166,25 +182,46 @@ def evaluate(
     }
 
 
-def _check_vocabularies(models: Mapping[str, Model], windows: Tensor, baseline: str | None) -> None:
-    """Of transformers models, since a function does not say which tokens it knows."""
-    sizes = {
-        name: model.config.get_text_config().vocab_size
-        for name, model in models.items()
-        if hasattr(model, "config")
-    }
-    largest = int(windows.max())
-    for name, size in sizes.items():
-        if size != (wanted := sizes.get(baseline or name, size)):
+def check_vocabulary(name: str, model: Model, ids: Tensor) -> None:
+    """TersorError where a transformers model lacks one of the tokens. (A function does not say
+    which it knows.)"""
+    size, largest = _vocabulary(model), int(ids.max())
+    if size is not None and largest >= size:
+        raise TersorError(
+            f"the tokenizer gives token {largest}, and {name} has a vocabulary of {size}; "
+            "copy the model's own tokenizer files into its folder"
+        )
+
+
+def _check_same_vocabulary(models: Mapping[str, Model], baseline: str) -> None:
+    wanted = _vocabulary(models[baseline])
+    for name, model in models.items():
+        size = _vocabulary(model)
+        if size and wanted and size != wanted:
             raise TersorError(
                 f"{name} has a vocabulary of {size} tokens and the baseline {baseline} one of "
                 f"{wanted}; compare a model with the original that it was made from"
             )
-        if largest >= size:
-            raise TersorError(
-                f"the tokenizer gives token {largest}, and {name} has a vocabulary of {size}; "
-                "copy the model's own tokenizer files into its folder"
-            )
+
+
+def _vocabulary(model: Model) -> int | None:
+    if not hasattr(model, "config"):
+        return None
+    return int(model.config.get_text_config().vocab_size)
+
+
+def context_of(model: Model) -> int | None:
+    """The most positions that a transformers model says it has."""
+    config = model.config.get_text_config() if hasattr(model, "config") else None
+    limit = getattr(config, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def position_limit(model: nn.Module) -> int | None:
+    """The positions beyond which a transformers model cannot go at all. Rotary positions have no
+    end, though a model may be worse where it was not trained; those kept in a table have."""
+    rotary = any(name.endswith("inv_freq") for name, _ in model.named_buffers())
+    return None if rotary else context_of(model)
 
 
 def _per_token(log_p: Tensor, target: Tensor, reference: Tensor | None) -> Tensor:
@@ -232,18 +269,32 @@ def _logits(model: Model, ids: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def measure_speed(
-    models: Mapping[str, nn.Module], prompt: Tensor, generated: int = 32, runs: int = 5
+    models: Mapping[str, nn.Module],
+    prompt: Tensor,
+    generated: int = 32,
+    runs: int = 5,
+    progress: bool | None = None,
 ) -> dict[str, Speed]:
     """The speed of each transformers model, the models taking turns in every run.
 
     prompt: int64 [1, tokens]. The first run of each model warms it up and is not counted.
+    generated: tokens written after it. Where both do not fit into the shortest context, the prompt
+        is cut, to half of the context at the least.
+    progress: show a bar; by default where stderr is a terminal. It is drawn between runs alone.
     """
+    if limit := min(filter(None, map(context_of, models.values())), default=None):
+        generated = min(generated, limit // 2)
+        prompt = prompt[:, : limit - generated]
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
-    for run in range(runs + 1):
-        for name, model in models.items():
-            times = _time(model, prompt, generated)
-            if run:
-                seconds[name].append(times)
+    with Progress(progress, still=True) as bar:
+        bar.expect((runs + 1) * len(models))
+        for run in range(runs + 1):
+            for name, model in models.items():
+                bar.say(f"{name}: measuring its speed")
+                times = _time(model, prompt, generated)
+                if run:
+                    seconds[name].append(times)
+                bar.step()
     resident = resident_bytes()
     return {
         name: Speed(
@@ -282,35 +333,47 @@ def resident_bytes() -> int:
 
 
 def to_json(qualities: Mapping[str, Quality], speeds: Mapping[str, Speed] | None = None) -> str:
-    """The results by model, for a file."""
+    """The results by model, for a file. An unknown error is null: JSON has no NaN."""
     content = {name: {"quality": quality.to_dict()} for name, quality in qualities.items()}
     for name, speed in (speeds or {}).items():
         content[name]["speed"] = asdict(speed)
-    return json.dumps(content, indent=2) + "\n"
+    known = json.loads(json.dumps(content), parse_constant=lambda _: None)
+    return json.dumps(known, indent=2) + "\n"
 
 
 def table(qualities: Mapping[str, Quality], title: str | None = None) -> Table:
     """The results as a table for people: one row for each model, ± one standard error."""
     from rich.table import Table
 
+    heads = ["perplexity"]
+    if any(quality.delta is not None for quality in qualities.values()):
+        heads += ["Δ log-perplexity", "KL", "KL 99 %", "top-1"]
     out = Table(title=title)
     out.add_column("model")
-    for head in ("perplexity", "Δ log-perplexity", "KL", "KL 99 %", "top-1"):
+    for head in heads:
         out.add_column(head, justify="right")
     for name, quality in qualities.items():
-        out.add_row(name, *quality_cells(quality))
+        out.add_row(name, *quality_cells(quality)[: len(heads)])
     return out
 
 
 def quality_cells(quality: Quality) -> list[str]:
     """perplexity, Δ log-perplexity, KL, 99 % KL and top-1 agreement, ± one standard error."""
-    cells = [f"{quality.perplexity.mean:.3f} ± {quality.perplexity.error:.3f}"]
+    cells = [_plus_minus(quality.perplexity, ".3f")]
     if quality.delta is None or quality.kl is None:
         return cells + [""] * 4
     return [
         *cells,
-        f"{quality.delta.mean:+.4f} ± {quality.delta.error:.4f}",
-        f"{quality.kl.mean:.4f} ± {quality.kl.error:.4f}",
+        _plus_minus(quality.delta, "+.4f"),
+        _plus_minus(quality.kl, ".4f"),
         f"{quality.kl_99:.3f}",
         f"{100 * (quality.top1 or 0):.1f} %",
     ]
+
+
+def _plus_minus(estimate: Estimate, style: str) -> str:
+    """Without an error where it is not known, since there was one window."""
+    mean = format(estimate.mean, style)
+    if math.isnan(estimate.error):
+        return mean
+    return f"{mean} ± {format(estimate.error, style.lstrip('+'))}"

@@ -36,10 +36,11 @@ def quantize_model(
         the linears in them are quantized, each block on what the quantized ones before it give; of
         another module every nn.Linear is, on what the original module computes.
     calibration: token ids, int64 [samples, seq_len] (Calibration(...).windows(tokenizer) makes
-        them), or inputs: for each a tensor, or a tuple or dict of the model's arguments. None for
-        methods that need none.
+        them), or a list of inputs: for each a tensor, or a tuple or dict of the model's arguments.
+        None for methods that need none.
     scheme, method, ignore, sequential: as in quantize_checkpoint.
 
+    A QuantLinear keeps the hooks of the linear in whose place it is.
     Raises TersorError for bad input; one that is found in the course of the work (activations that
     are not finite) leaves the blocks before it quantized.
     """
@@ -49,8 +50,14 @@ def quantize_model(
         )
     if any(isinstance(each, QuantLinear) for each in model.modules()):
         raise TersorError("the model holds QuantLinears already; begin with the original one")
+    for name, tensor in model.named_parameters():
+        if not tensor.is_cpu:
+            raise TersorError(
+                f"{name} is on {tensor.device}; load the model's weights and move it to the CPU, "
+                "or use quantize_checkpoint, which reads a folder block by block"
+            )
     solver = find_solver(method)
-    inputs = _inputs(calibration)
+    inputs = _inputs(model, calibration)
     if solver.needs is not None and not inputs:
         raise TersorError(
             f"{solver.name} needs inputs to calibrate on; pass token ids as `calibration`, or use "
@@ -62,6 +69,8 @@ def quantize_model(
             scope = settle_all(model, scheme.weight, ignore)
         else:
             scope = settle(model, found, scheme.weight, ignore)
+        for name in scope.linears:
+            _check_plain(name, model.get_submodule(name))
         report = Report(
             model=type(model).__name__,
             fingerprint="in memory",
@@ -94,22 +103,41 @@ def swap_linears(model: nn.Module, scheme: Scheme, ignore: Sequence[str] = ()) -
     return quantize_model(model, scheme=scheme, method="rtn", ignore=ignore)
 
 
+# Attributes of nn.Module that hold what users have hooked to it, and how it is to be called.
+HOOKS = (
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_backward_pre_hooks", "_backward_hooks", "_is_full_backward_hook"),
+)
+
+
 class _Text:
     """One input on its way through the model's blocks, or at the door of a model without blocks."""
 
     def __init__(self, model: nn.Module, found: FoundArch | None, call: Call) -> None:
         self.hidden: Tensor | None = None
         self.calls = [call]
-        if found is not None:
-            blocks = [block for _, block in found.blocks(model)]
+        blocks = [block for _, block in found.blocks(model)] if found is not None else []
+        if blocks:
             self.hidden, self.calls = catch(model, blocks, *call.args, **call.kwargs)
 
     def through(self, block: nn.Module) -> Any:
         """What comes out of the block that the text has come to."""
-        with torch.no_grad():
-            if self.hidden is None:
-                return block(*self.calls[0].args, **self.calls[0].kwargs)
-            return self.calls[0](block, self.hidden)
+        call = self.calls[0]
+        try:
+            with torch.no_grad():
+                if self.hidden is None:
+                    return block(*call.args, **call.kwargs)
+                return call(block, self.hidden)
+        except TersorError:
+            raise
+        except Exception as error:  # whatever a model does with input that it was not made for
+            given = ", ".join([*map(_brief, call.args), *(f"{k}=..." for k in call.kwargs)])
+            cause = " ".join(str(error).split())
+            raise TersorError(
+                f"{type(block).__name__} cannot be run on the calibration input ({given}): "
+                f"{type(error).__name__}: {cause}; pass what its forward takes"
+            ) from error
 
     def advance(self, block: nn.Module) -> None:
         self.hidden = self.through(block)
@@ -120,9 +148,20 @@ def _passes(texts: list[_Text], block: nn.Module) -> Iterator[Any]:
     return (text.through(block) for text in texts)
 
 
+def _check_plain(name: str, linear: nn.Module) -> None:
+    more = [each for each, _ in linear.named_parameters() if each not in ("weight", "bias")]
+    if more:
+        raise TersorError(
+            f"the weight of {name} is made of {', '.join(more)} in every call; make it an ordinary "
+            "one first (torch.nn.utils.remove_weight_norm, prune.remove and the like)"
+        )
+
+
 def _install(model: nn.Module, solved: Solved, scheme: Scheme) -> None:
     linear = model.get_submodule(solved.name)
     layer = QuantLinear(solved.weight, linear.bias, scheme.activation, linear.weight.dtype)
+    for hooks in HOOKS:  # the same dictionaries, so that a handle can still remove its hook
+        setattr(layer, hooks, getattr(linear, hooks))
     solved.report.bytes = sum(t.nbytes for t in FORMATS[layer.format].pack(solved.weight).values())
     # A linear that the model uses in several places stays one layer in all of them.
     places = [name for name, each in model.named_modules(remove_duplicate=False) if each is linear]
@@ -130,16 +169,18 @@ def _install(model: nn.Module, solved: Solved, scheme: Scheme) -> None:
         model.set_submodule(name, layer)
 
 
-def _inputs(calibration: Tensor | Iterable[Any] | None) -> list[Call]:
+def _inputs(model: nn.Module, calibration: Tensor | Iterable[Any] | None) -> list[Call]:
     if calibration is None:
         return []
     if isinstance(calibration, Tensor):
-        if calibration.dim() != 2 or calibration.dtype != torch.int64:
-            raise TersorError(
-                f"a calibration tensor holds token ids, int64 [samples, seq_len], not "
-                f"{calibration.dtype} {tuple(calibration.shape)}; pass other inputs as a list"
-            )
+        _check_ids(model, calibration)
         return [Call((ids,), {}) for ids in batches(calibration)]
+    if isinstance(calibration, (str, Mapping)) or not isinstance(calibration, Iterable):
+        raise TersorError(
+            f"calibration inputs are a tensor of token ids or a list with an element for each call "
+            f"of the model, not a {type(calibration).__name__}; put a single input in a list, and "
+            "make ids of text with Calibration(...).windows(tokenizer)"
+        )
     calls = []
     for each in calibration:
         if isinstance(each, Mapping):
@@ -149,6 +190,34 @@ def _inputs(calibration: Tensor | Iterable[Any] | None) -> list[Call]:
     if not calls:
         raise TersorError("the calibration inputs are empty; pass at least one")
     return calls
+
+
+def _check_ids(model: nn.Module, ids: Tensor) -> None:
+    if ids.dim() != 2 or ids.dtype != torch.int64 or not ids.is_cpu:
+        raise TersorError(
+            f"a calibration tensor holds token ids, int64 [samples, seq_len] on the CPU, not "
+            f"{_brief(ids)} on {ids.device}; pass other inputs as a list"
+        )
+    if not ids.numel():
+        raise TersorError(f"the calibration inputs are empty, {tuple(ids.shape)}; pass some tokens")
+    try:
+        embeddings = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # no model of transformers, or one of images
+        return
+    low, high = (int(bound) for bound in torch.aminmax(ids))
+    known = getattr(embeddings, "num_embeddings", None)
+    if known is not None and not 0 <= low <= high < known:
+        raise TersorError(
+            f"the calibration tokens are from {low} to {high}, but the model has {known} "
+            "embeddings; make them with the model's own tokenizer"
+        )
+
+
+def _brief(value: Any) -> str:
+    """An argument in a message."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    return type(value).__name__
 
 
 def _start(model: nn.Module, inputs: list[Call]) -> tuple[FoundArch | None, list[_Text]]:

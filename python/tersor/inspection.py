@@ -34,21 +34,24 @@ def inspect(folder: str | Path) -> Iterator[str | Table]:
     is damaged."""
     checkpoint = Checkpoint.open(folder)
     yield f"{folder}: {_architecture(checkpoint)}"
-    total = sum(checkpoint.metadata(name).nbytes for name in checkpoint.names)
     if "quantization_config" not in checkpoint.config:
-        yield f"not quantized: {_mb(total)}: {_dtypes(checkpoint)}"
+        yield f"not quantized: {_dtypes(checkpoint)}"
         return
     kinds, quantized = _kinds(checkpoint)
-    yield _table(kinds)
     weights = sum(kind.n * kind.k * count for kind, (count, _) in kinds.items())
     inside = sum(nbytes for _, nbytes in kinds.values())
     yield (
         f"quantized: {sum(count for count, _ in kinds.values())} linears, {_mb(inside)}, "
-        f"{8 * inside / weights:.2f} bits per weight"
+        f"{8 * inside / weights:.2f} bits per weight, scales and zero points included"
     )
-    yield f"not quantized: {_mb(total - inside)}: {_dtypes(checkpoint, quantized)}"
+    yield f"not quantized: {_dtypes(checkpoint, quantized)}"
     if report := Report.read(checkpoint.folder):
         yield _summary(report)
+    yield (
+        "the quantized linears (n output, k input features) and the kernels that run them on this "
+        "machine:"
+    )
+    yield _table(kinds)
 
 
 def _architecture(checkpoint: Checkpoint) -> str:
@@ -57,7 +60,10 @@ def _architecture(checkpoint: Checkpoint) -> str:
         found = find_arch(model)
     except TersorError as error:
         return f"{type(model).__name__}; {error}"
-    return f"{type(model).__name__}, {len(list(found.blocks(model)))} blocks ({found.how})"
+    blocks = f"{type(model).__name__}, {len(list(found.blocks(model)))} blocks"
+    if found.arch.name != "generic":
+        return blocks
+    return f"{blocks} (tersor does not know this architecture, and has found them by looking)"
 
 
 def _kinds(checkpoint: Checkpoint) -> tuple[dict[Kind, tuple[int, int]], set[str]]:
@@ -72,6 +78,11 @@ def _kinds(checkpoint: Checkpoint) -> tuple[dict[Kind, tuple[int, int]], set[str
             continue
         local = [f"{stem}.{name}" for name in FORMATS[group.format].tensors]
         names = [name for name in local if name in checkpoint]
+        if local[0] not in checkpoint:
+            raise TersorError(
+                f"{checkpoint.folder} has {scale} and no {local[0]}; its files are incomplete, "
+                "download or quantize it again"
+            )
         n, k = checkpoint.metadata(names[0]).shape
         if f"{stem}.weight_shape" in checkpoint:
             n, k = checkpoint.load(f"{stem}.weight_shape").tolist()
@@ -93,8 +104,8 @@ def _table(kinds: dict[Kind, tuple[int, int]]) -> Table:
     shown = Table()
     for head in ("n x k", "linears", "scheme", "group", "zero points", "format", "bits", "size"):
         shown.add_column(head)
-    for m in (1, 512):
-        shown.add_column(f"serves m = {m}")
+    for tokens in ("1 token", "512 tokens"):
+        shown.add_column(f"kernel for {tokens}")
     for kind, (count, nbytes) in kinds.items():
         spec = kind.group.scheme.weight
         shown.add_row(
@@ -118,23 +129,27 @@ def _serving(kind: Kind, m: int) -> str:
 
 
 def _dtypes(checkpoint: Checkpoint, without: Collection[str] = ()) -> str:
-    """Megabytes by dtype, of the tensors that are not in `without`."""
+    """How much of which dtype, of the tensors that are not in `without`."""
     sizes: dict[str, int] = defaultdict(int)
     for name in checkpoint.names:
         if name not in without:
-            sizes[checkpoint.metadata(name).dtype] += checkpoint.metadata(name).nbytes
-    return ", ".join(f"{_mb(size)} {dtype}" for dtype, size in sizes.items()) or "nothing"
+            dtype = str(checkpoint.metadata(name).torch_dtype).removeprefix("torch.")
+            sizes[dtype] += checkpoint.metadata(name).nbytes
+    return ", ".join(f"{_mb(size)} of {dtype}" for dtype, size in sizes.items()) or "nothing"
 
 
 def _summary(report: Report) -> str:
-    settings, text = report.settings, report.calibration
-    source = f"{text['tokens']} tokens" if text and "tokens" in text else "no text"
-    errors = [layer.error for layer in report.layers]
-    return (
-        f"made by tersor {report.versions.get('tersor', '?')}: {settings.get('method')}, {source}; "
-        f"output error {min(errors):.1e} to {max(errors):.1e}; "
-        f"{len(report.departures)} modules not treated as asked"
-    )
+    text, errors = report.calibration, [layer.error for layer in report.layers]
+    parts = [f"made by tersor {report.versions.get('tersor', '?')}"]
+    parts.append(f"method {report.settings.get('method', '?')}")
+    parts.append(f"calibrated on {text.get('tokens', '?')} tokens" if text else "not calibrated")
+    if errors:
+        what = "outputs" if text else "weights"
+        parts.append(f"relative squared error of {what} {min(errors):.1e} to {max(errors):.1e}")
+    if count := len(report.departures):
+        treated = "1 module was" if count == 1 else f"{count} modules were"
+        parts.append(f"{treated} not treated as asked, see tersor_report.json")
+    return ", ".join(parts)
 
 
 def _mb(nbytes: int) -> str:

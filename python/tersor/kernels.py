@@ -87,6 +87,14 @@ def explain(
     return rows
 
 
+def thread_count() -> int:
+    """How many threads a kernel runs on. TersorError where TERSOR_THREADS is no number of threads,
+    or TERSOR_ISA no instruction set of this machine."""
+    _core.forced_isa()
+    count: int = _core.thread_count()
+    return count
+
+
 def dtype_code(dtype: torch.dtype) -> int:
     """The dtype in enum tersor_dtype; TersorError for one that the kernels do not read."""
     if dtype not in DTYPES:

@@ -22,7 +22,8 @@ _OPTIONAL = ("weight_zero_point", "weight_g_idx")  # tensors that not every weig
 class QuantLinear(nn.Module):
     """y = x @ dequantize(W).T + bias on a native kernel; W and bias are frozen.
 
-    qweight: the weight, [n, k]. On the meta device only its shape is kept, to be loaded later.
+    qweight: the weight, [n, k]. On the meta device only its shapes are kept, to be loaded later;
+        until then state_dict() holds meta tensors, as that of any layer on meta does.
     bias: floating point [n], or None.
     activation: quantize the inputs in the call (ActSpec()), or use them as they are (None).
     dtype: the floating-point dtype of the layer, in which the bias is rounded and saved; by
@@ -41,6 +42,7 @@ class QuantLinear(nn.Module):
     bias: Tensor | None  # float32, holding values of self.dtype
     columns: Tensor | None  # int64 [k]: the column of x for each column of the packed weight
     order: Tensor | None  # int32 [k]: qweight.order, where there is one
+    _awaited: QWeight | None  # on meta, until a weight is loaded
 
     def __init__(
         self,
@@ -143,6 +145,7 @@ class QuantLinear(nn.Module):
         if q.codes.device.type not in ("cpu", "meta"):
             raise TersorError(f"the weight is on {q.codes.device}; kernels run on the CPU, move it")
         self.columns = self.order = None
+        self._awaited = q if q.codes.is_meta else None
         if q.codes.is_meta:
             self.packed = torch.empty(0, dtype=torch.uint8, device="meta")
             return
@@ -181,7 +184,8 @@ class QuantLinear(nn.Module):
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        tensors = FORMATS[self.format].pack(self.qweight())
+        q = self.qweight() if self._awaited is None else self._awaited
+        tensors = FORMATS[self.format].pack(q)
         if self.bias is not None:
             tensors["bias"] = self.bias.to(self.dtype)
         for name, tensor in tensors.items():

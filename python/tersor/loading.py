@@ -53,7 +53,8 @@ def load(folder: str | Path, dtype: torch.dtype | None = None) -> Any:
     dtype: of all that is not quantized: float32, bfloat16 or float16; by default what config.json
         says. Scales stay as they are in the file.
 
-    The model is in evaluation mode and frozen; code that comes with a folder is never run.
+    As from from_pretrained, the model is in evaluation mode and what is not quantized can be
+    trained; quantized weights cannot. Code that comes with a folder is never run.
     TersorError names the tensor that is missing, left over or damaged, or what is not supported.
     """
     checkpoint = Checkpoint.open(folder)
@@ -257,6 +258,8 @@ def _complete(model: Any, deferred: _Deferred, checkpoint: Checkpoint) -> set[st
             where[name] = found
             used.add(found.name)
         fill(model, where, where, checkpoint, dtype)
+    for parameter in model.parameters():  # fill leaves them frozen, from_pretrained does not
+        parameter.requires_grad_(parameter.is_floating_point())
     return used
 
 

@@ -23,7 +23,7 @@ from tersor.progress import Progress
 from tersor.qweight import QWeight, Scheme
 from tersor.report import REPORT, TIMINGS, LayerReport, Report, Timings, versions
 from tersor.scope import BlockScope, Scope, settle
-from tersor.shards import ShardWriter
+from tersor.shards import ShardWriter, refuse_existing
 from tersor.source import Source
 
 OUTSIDE_BYTES = 1 << 30  # of tensors outside the blocks that are written together
@@ -46,7 +46,8 @@ def quantize_checkpoint(
 
     model: a folder with config.json, safetensors and, where text is used, the tokenizer.
     out: the folder to make. While the run lasts its work is in `<out>.partial`: started again with
-        the same arguments it goes on after the last whole block, with the same bits in the end.
+        the same arguments it goes on after the last whole block, with the same bits in the end;
+        with others it begins anew, unless that would throw away a whole block.
     scheme: what every linear becomes.
     method: "gptq", "rtn", or a solver with settings of its own, such as GPTQ(act_order=True).
     calibration: the text; None for methods that need none. Each block is calibrated on what the
@@ -62,6 +63,7 @@ def quantize_checkpoint(
     Returns the report, which is in the folder as well (see tersor.report).
     Raises TersorError for bad input, before any work where that can be known.
     """
+    refuse_existing(out)
     solver = find_solver(method)
     source = Source.open(model)
     scope = settle(source.model, source.found, scheme.weight, ignore)
@@ -69,7 +71,7 @@ def quantize_checkpoint(
     report = Report(
         model=source.checkpoint.folder.resolve().name,
         fingerprint=source.checkpoint.fingerprint(),
-        architecture=source.found.how,
+        architecture=_architecture(source),
         settings=settings_of(scheme, solver, ignore, sequential),
         versions=versions(),
         calibration=_describe(calibration, windows),
@@ -97,6 +99,16 @@ def quantize_checkpoint(
         }
         writer.finish(config, source.checkpoint.folder, files)
     return report
+
+
+def _architecture(source: Source) -> str:
+    """Where the architecture is from, and what a reader of the folder has to know of it."""
+    if any(place.transposed for place in source.where.values()):
+        return (
+            f"{source.found.how}; load the result with tersor, since transformers with "
+            "compressed-tensors leaves its Conv1D layers random"
+        )
+    return source.found.how
 
 
 def _windows(source: Source, solver: Solver, calibration: Calibration | None) -> Tensor | None:
@@ -175,7 +187,7 @@ class _Run:
                     check_finite(name, tensor)
                     self.writer.add(name, tensor)
                 nbytes = sum(self.source.checkpoint.metadata(name).nbytes for name in part)
-                self.writer.commit(key, {"bytes": nbytes})
+                self.writer.commit(key, {"bytes": nbytes}, quick=True)
 
     def blocks(self, windows: Tensor | None) -> Iterator[BlockScope]:
         """Yields each block once it is done, in this run or in one that was interrupted."""
@@ -205,7 +217,7 @@ class _Run:
                 self.bar.step,
             )
             if BEGUN not in self.writer.done:
-                self.writer.commit(BEGUN, {"bytes": 0}, {_hidden(0): flow.enter()})
+                self.writer.commit(BEGUN, {"bytes": 0}, {_hidden(0): flow.enter()}, quick=True)
         return flow
 
     def _block(self, number: int, block: BlockScope, flow: Flow | None) -> None:
@@ -249,7 +261,7 @@ class _Run:
         _core.trim_memory()
 
     def _add(self, name: str, weight: QWeight) -> int:
-        """Puts the tensors of a quantized linear into the block's shard; returns their bytes."""
+        """Puts the tensors of a quantized linear into the block's file; returns their bytes."""
         stem = self.source.where[f"{name}.weight"].saved_as.removesuffix("weight")
         packed = FORMATS[default_format(self.scheme)].pack(weight)
         for local, tensor in packed.items():

@@ -17,9 +17,13 @@ from rich.progress import Progress as Bar
 
 
 class Progress:
-    """Counts steps. shown: None means only on a terminal, so that logs and CI stay quiet."""
+    """Counts steps.
 
-    def __init__(self, shown: bool | None = None) -> None:
+    shown: None means only on a terminal, so that logs and CI stay quiet.
+    still: drawn only when a step is done, so that it takes no time of what is being timed.
+    """
+
+    def __init__(self, shown: bool | None = None, still: bool = False) -> None:
         console = Console(stderr=True)
         self._bar = Bar(
             SpinnerColumn(),
@@ -33,7 +37,9 @@ class Progress:
             disable=not (console.is_terminal if shown is None else shown),
             # Steps differ (text through a block, a linear solved): only long averages mean much.
             speed_estimate_period=3600,
+            auto_refresh=not still,
         )
+        self._still = still
         self._task = self._bar.add_task("", total=None)
 
     def __enter__(self) -> Progress:
@@ -55,6 +61,12 @@ class Progress:
     def say(self, what: str) -> None:
         """What is being done now."""
         self._bar.update(self._task, description=what)
+        self._draw()
 
     def step(self) -> None:
         self._bar.advance(self._task)
+        self._draw()
+
+    def _draw(self) -> None:
+        if self._still:
+            self._bar.refresh()

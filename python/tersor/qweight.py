@@ -51,10 +51,10 @@ class QSpec:
             return 1
         if k % self.group:
             divisors = [g for g in (128, 64, 32, 16) if k % g == 0]
-            hint = f"a group that does, such as {divisors[0]}, or" if divisors else "instead"
+            hint = f"--group {divisors[0]} or " if divisors else ""
             raise TersorError(
                 f"group {self.group} does not divide the {k} input features; "
-                f"use {hint} one scale per row"
+                f"use {hint}--group row (one scale per row)"
             )
         return k // self.group
 

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from tersor.errors import TersorError
-from tersor.models import FoundArch, taps_of, untapped
+from tersor.models import FoundArch, routers_of, taps_of, untapped
 from tersor.models.arch import spellings
 from tersor.qweight import QSpec
 
@@ -59,13 +59,17 @@ def settle(model: nn.Module, found: FoundArch, spec: QSpec, ignore: Sequence[str
     """The scope of a model (after plain_linears; a skeleton will do).
 
     ignore: shell patterns over module paths, in any spelling; each must match something.
-    Raises TersorError where a pattern matches nothing, nothing is left to quantize, or the group
-    does not divide a linear's inputs; it names the linears and how to go on.
+    Raises TersorError where there is no block, a pattern matches nothing, nothing is left to
+    quantize, or the group does not divide a linear's inputs; it names the linears and how to go on.
     """
+    if not any(found.blocks(model)):
+        raise TersorError(
+            f"the model has no block in {found.prefix}{found.arch.blocks}, so there is nothing to "
+            "quantize; correct the number of layers in its configuration (num_hidden_layers)"
+        )
     scope = Scope()
-    patterns = _Patterns(ignore, found.arch.aliases)
-    experts, aliases = found.arch.experts, found.arch.aliases
-    routers = spellings(experts.router, aliases) if experts else []
+    aliases, routers = found.arch.aliases, routers_of(found.arch)
+    patterns = _Patterns(ignore, aliases)
     for path, block in found.blocks(model):
         taps = taps_of(found.arch, block)
         for name, reason in untapped(found.arch, block, taps).items():

@@ -1,11 +1,13 @@
-"""The writer of a checkpoint: one shard for each finished piece of work, durable once committed.
+"""The writer of a checkpoint: one file for each finished piece of work, durable once committed, and
+in the end shards of a usual size.
 
 While it works, everything is in a folder beside the output:
 
     out.partial/
       journal.json               settings, and the commits so far; what it lacks does not exist
       lock                       held with flock by the run that writes
-      shard-00001.safetensors    one per commit that had tensors
+      part-00001.safetensors     one per commit that had tensors
+      shard-00001.safetensors    while finish() merges parts: those from that commit on, as one
       state/                     the caller's own files, such as hidden states
       out/                       while finish() assembles what is then renamed to `out`
 
@@ -17,107 +19,48 @@ are checked against their digests in the journal.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
-import hashlib
-import io
 import json
 import os
+import shlex
 import shutil
 import warnings
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from tersor.durable import digest_of, disk_errors, durable, full_disk, sync_folder
 from tersor.errors import TersorError
 from tersor.folder import companions
-from tersor.tensorfile import TensorFile, loose_json, show, stored_dtype, stored_size, write_tensors
+from tersor.tensorfile import (
+    TensorFile,
+    loose_json,
+    merge_files,
+    show,
+    stored_dtype,
+    stored_size,
+    write_tensors,
+)
 
 _JOURNAL = "journal.json"
 _LOCK = "lock"
 _STATE = "state"
 _STAGING = "out"
-_VERSION = 2
-_CHUNK = 1 << 20  # bytes that are hashed at a time
+_VERSION = 3
 
 
-class HashedFile(io.BufferedWriter):
-    """A new file, and the digest of what has been written to it one call after the other."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(io.FileIO(path, "wb"))
-        self._hash = _hasher()
-
-    def write(self, data: Any) -> int:
-        self._hash.update(data)
-        return super().write(data)
-
-    @property
-    def digest(self) -> str:
-        return self._hash.hexdigest()
-
-
-def _hasher() -> hashlib.blake2b:
-    return hashlib.blake2b(digest_size=16)
-
-
-def _digest(path: Path) -> str:
-    """What HashedFile.digest was, if the file is as it was written."""
-    found = _hasher()
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            found.update(chunk)
-    return found.hexdigest()
-
-
-@contextlib.contextmanager
-def durable(path: Path, nbytes: int = 0) -> Iterator[HashedFile]:
-    """Open a file for writing that appears under its name whole and synced to disk, or not at all.
-
-    Until then its name is `path` + ".tmp". nbytes, where known, is for the message of a full disk.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with _disk_errors(path.parent, nbytes):
-            with HashedFile(temporary) as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            _sync_folder(path.parent)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable, not only the files' contents."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
-def _disk_errors(folder: Path, nbytes: int = 0) -> Iterator[None]:
-    """Turn an OSError from writing into a TersorError that names the folder and what it needs."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise TersorError(_full_disk(folder, nbytes)) from error
-        raise TersorError(f"cannot write in {folder}: {error.strerror or error}") from error
+# Bytes of tensors that are merged into one shard, if more than one commit fits: the size that
+# save_pretrained has long used. Merging needs room for one shard on the disk, none in memory.
+MAX_SHARD = 5 * 10**9
 
 
 class ShardWriter:
     """Writes a sharded safetensors checkpoint to `out`, which appears whole or not at all.
 
     settings: JSON data that determines the result; a partial run continues only with equal ones.
-        One that has committed nothing is begun anew.
+        With others, one that has committed nothing (or nothing but what is quick) is begun anew.
     resume: False throws away a partial run, whatever its settings.
 
     Raises TersorError if `out` exists, if another run is writing it, or if the settings differ.
@@ -130,21 +73,19 @@ class ShardWriter:
 
     def __init__(self, out: str | Path, settings: Mapping[str, Any], resume: bool = True) -> None:
         self.out = Path(os.path.abspath(out))
-        self.folder = self.out.with_name(self.out.name + ".partial")
+        self.folder = _partial(self.out)
         self.settings: dict[str, Any] = json.loads(json.dumps(dict(settings)))
         self.finished = False
         self._pending: dict[str, Tensor] = {}
         self._commits: list[dict[str, Any]] = []
-        self._names: dict[str, str] = {}  # committed tensor -> shard
-        self._tensor_bytes = 0
-        if os.path.lexists(self.out) and not (self.folder / _JOURNAL).exists():
-            raise TersorError(_exists(self.out))
-        with _disk_errors(self.folder):
+        self._names: dict[str, str] = {}  # committed tensor -> file
+        refuse_existing(out)
+        with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            _sync_folder(self.folder.parent)
+            sync_folder(self.folder.parent)
             self._lock: int | None = _lock(self.folder)
         try:
-            with _disk_errors(self.folder):
+            with disk_errors(self.folder):
                 self._open(resume)
         except BaseException:
             self.close()
@@ -174,21 +115,27 @@ class ShardWriter:
         self._pending[name] = tensor
 
     def commit(
-        self, key: str, info: Mapping[str, Any], state: Mapping[str, str] | None = None
+        self,
+        key: str,
+        info: Mapping[str, Any],
+        state: Mapping[str, str] | None = None,
+        quick: bool = False,
     ) -> None:
-        """Write what was added as one shard, then record the commit; durable on return.
+        """Write what was added as one file, then record the commit; durable on return.
 
         info: JSON data, given back in `done`. A commit without tensors is only recorded. After an
         error (a full disk) nothing is recorded and the same commit may be tried again.
         state: name -> digest of the files (see state_path) that a run resumed after this commit
         reads; it is refused if one of them is gone or differs.
+        quick: the work is soon done again, and need not stand in the way of other settings.
         """
         if key in self.done:
             raise TersorError(f"{show(key)} was committed before")
         commit: dict[str, Any] = {"key": key, "file": None, "bytes": 0, "digest": None}
         commit |= {"info": json.loads(json.dumps(dict(info))), "state": dict(state or {})}
+        commit |= {"quick": quick, "tensor_bytes": sum(t.nbytes for t in self._pending.values())}
         if self._pending:
-            commit["file"] = f"shard-{len(self._shards) + 1:05d}.safetensors"
+            commit["file"] = f"part-{len(self._commits) + 1:05d}.safetensors"
             commit["bytes"] = stored_size(self._pending)
             self.require_space(commit["bytes"])
             with durable(self.folder / commit["file"], commit["bytes"]) as file:
@@ -197,23 +144,22 @@ class ShardWriter:
         self._write_journal([*self._commits, commit])
         self._commits.append(commit)
         self._names.update(dict.fromkeys(self._pending, commit["file"]))
-        self._tensor_bytes += sum(tensor.nbytes for tensor in self._pending.values())
         self._pending = {}
 
     def require_space(self, nbytes: int) -> None:
         """TersorError unless that many bytes are free: better at the start than hours later."""
-        with _disk_errors(self.folder):
+        with disk_errors(self.folder):
             free = shutil.disk_usage(self.folder).free
         if free < nbytes:
-            raise TersorError(_full_disk(self.folder, nbytes, free))
+            raise TersorError(full_disk(self.folder, nbytes, free))
 
     def state_path(self, name: str) -> Path:
         """Where the caller may keep a file of its own until finish(): the same name, the same path.
 
-        Write it with tersor.shards.durable, whose digest is for commit(); files named *.tmp are
+        Write it with tersor.durable.durable, whose digest is for commit(); files named *.tmp are
         removed when a run is resumed.
         """
-        with _disk_errors(self.folder):
+        with disk_errors(self.folder):
             (self.folder / _STATE).mkdir(exist_ok=True)
         return self.folder / _STATE / name
 
@@ -232,30 +178,65 @@ class ShardWriter:
         if not self.finished:
             if self._pending:
                 raise TersorError(f"{len(self._pending)} tensors were added and not committed")
-            if not self._shards:
+            if not self._files:
                 raise TersorError("there is nothing to write: no tensor was committed")
-            with _disk_errors(self.folder):
+            with disk_errors(self.folder):
+                self._merge()
                 self._assemble(config, copy_from, extra_files or {})
                 os.rename(self.folder / _STAGING, self.out)
-                _sync_folder(self.out.parent)
+                sync_folder(self.out.parent)
             self.finished = True
-        with _disk_errors(self.folder):
+        with disk_errors(self.folder):
             self._remove_partial()
         self.close()
         return self.out
 
     @property
-    def _shards(self) -> list[dict[str, Any]]:
-        return [commit for commit in self._commits if commit["file"]]
+    def _files(self) -> dict[str, dict[str, Any]]:
+        """Every file with tensors, in order, and a commit that says its bytes and digest."""
+        return {commit["file"]: commit for commit in self._commits if commit["file"]}
+
+    def _merge(self) -> None:
+        """Make shards of the parts. The journal changes with every shard, and parts are removed
+        only when it no longer knows them; what goes together follows from the commits alone, so
+        that a run that was killed here goes on to the same shards."""
+        shards: list[list[int]] = []  # numbers of commits
+        room = 0
+        for number, commit in enumerate(self._commits):
+            if commit["file"]:
+                if not shards or commit["tensor_bytes"] > room:
+                    shards.append([])
+                    room = MAX_SHARD
+                shards[-1].append(number)
+                room -= commit["tensor_bytes"]
+        for numbers in shards:
+            parts = {self._commits[number]["file"]: None for number in numbers}
+            if len(parts) == 1:  # or merged already
+                continue
+            name = f"shard-{numbers[0] + 1:05d}.safetensors"
+            nbytes = sum(self._files[part]["bytes"] for part in parts)
+            self.require_space(nbytes)
+            with durable(self.folder / name, nbytes) as file:
+                merge_files(file, [self.folder / part for part in parts])
+            size = (self.folder / name).stat().st_size
+            merged = {"file": name, "bytes": size, "digest": file.digest}
+            commits = list(self._commits)
+            for number in numbers:
+                commits[number] = commits[number] | merged
+            self._write_journal(commits)
+            self._commits = commits
+            for part in parts:
+                (self.folder / part).unlink()
+            self._names = {t: name if file in parts else file for t, file in self._names.items()}
 
     def _final_names(self) -> dict[str, str]:
-        """Shard in the partial folder -> its name in the checkpoint."""
-        shards = [commit["file"] for commit in self._shards]
-        if len(shards) == 1:
-            return {shards[0]: "model.safetensors"}
-        total = len(shards)
+        """File in the partial folder -> its name in the checkpoint."""
+        files = list(self._files)
+        if len(files) == 1:
+            return {files[0]: "model.safetensors"}
+        total = len(files)
         return {
-            shard: f"model-{i:05d}-of-{total:05d}.safetensors" for i, shard in enumerate(shards, 1)
+            file: f"model-{i:05d}-of-{total:05d}.safetensors" for i, file in enumerate(files, 1)
         }
 
     def _assemble(
@@ -271,16 +252,16 @@ class ShardWriter:
         if len(final) > 1:
             texts["model.safetensors.index.json"] = _json(
                 {
-                    "metadata": {"total_size": self._tensor_bytes},
-                    "weight_map": {name: final[shard] for name, shard in self._names.items()},
+                    "metadata": {"total_size": sum(c["tensor_bytes"] for c in self._commits)},
+                    "weight_map": {name: final[file] for name, file in self._names.items()},
                 }
             )
         for name, text in texts.items():
             with durable(staging / name, len(text)) as file:
                 file.write(text.encode())
-        for shard, name in final.items():
-            os.replace(self.folder / shard, staging / name)
-        _sync_folder(staging)
+        for part, name in final.items():
+            os.replace(self.folder / part, staging / name)
+        sync_folder(staging)
 
     def _open(self, resume: bool) -> None:
         """Bring the locked folder to the state of its last commit, or to that of a new run."""
@@ -298,46 +279,51 @@ class ShardWriter:
             if not self.finished:
                 raise TersorError(_exists(self.out))
             return
-        elif resume and journal["commits"]:
-            if journal["settings"] != self.settings:
-                raise TersorError(self._differences(journal["settings"]))
+        elif resume and self._worth(journal):
             self._commits = journal["commits"]
             self._recover()
             return
         self._empty()
         self._write_journal([])
 
+    def _worth(self, journal: Mapping[str, Any]) -> bool:
+        """Whether to go on with an earlier run; TersorError where its settings are others and its
+        work is not to be thrown away unasked."""
+        before, commits = journal["settings"], journal["commits"]
+        if before == self.settings:
+            return bool(commits)
+        if not all(commit["quick"] for commit in commits):
+            raise TersorError(self._differences(before))
+        return False
+
     def _recover(self) -> None:
         """Undo a finish() that was interrupted, remove what the journal does not know and check
         what will still be read."""
-        for shard, name in self._final_names().items():
+        for file, name in self._final_names().items():
             if (self.folder / _STAGING / name).exists():
-                os.replace(self.folder / _STAGING / name, self.folder / shard)
-        known = {_LOCK, _JOURNAL, _STATE, *(commit["file"] for commit in self._shards)}
+                os.replace(self.folder / _STAGING / name, self.folder / file)
+        known = {_LOCK, _JOURNAL, _STATE, *self._files}
         self._empty(keep=known)
         for path in (self.folder / _STATE).glob("*.tmp"):
             path.unlink()
-        for commit in self._shards:
-            path = self.folder / commit["file"]
-            self._check(path, commit["digest"])
-            stored = TensorFile.open(path).tensors
-            self._names.update(dict.fromkeys(stored, commit["file"]))
-            self._tensor_bytes += sum(meta.nbytes for meta in stored.values())
-
+        for file, commit in self._files.items():
+            self._check(self.folder / file, commit["digest"])
+            self._names.update(dict.fromkeys(TensorFile.open(self.folder / file).tensors, file))
         for name, digest in self._commits[-1]["state"].items():
             self._check(self.folder / _STATE / name, digest)
 
     def _check(self, path: Path, digest: str) -> None:
-        if not path.is_file() or _digest(path) != digest:
+        if not path.is_file() or digest_of(path) != digest:
             raise TersorError(f"{path} is missing or changed; remove {self.folder} to start again")
 
     def _is_in_out(self) -> bool:
         """Whether `out` is the folder that a run of this journal made."""
-        for commit in self._shards:
-            path = self.out / self._final_names()[commit["file"]]
+        files, names = self._files, self._final_names()
+        for file, commit in files.items():
+            path = self.out / names[file]
             if not path.is_file() or path.stat().st_size != commit["bytes"]:
                 return False
-        return bool(self._shards)
+        return bool(files)
 
     def _differences(self, before: Mapping[str, Any]) -> str:
         keys = [
@@ -349,8 +335,8 @@ class ShardWriter:
             f"{key} was {_brief(before, key)} and is {_brief(self.settings, key)}" for key in keys
         )
         return (
-            f"{self.folder} was begun with other settings: {told}; use those again, or remove "
-            "the folder to start anew"
+            f"{self.folder} holds an unfinished run with other settings: {told}; to go on with it, "
+            f"use those again; to start anew, remove it: rm -r {shlex.quote(str(self.folder))}"
         )
 
     def _read_journal(self) -> dict[str, Any] | None:
@@ -408,6 +394,17 @@ def _lock(folder: Path) -> int:
     raise TersorError(f"another run is writing {folder}; wait for it, or choose another output")
 
 
+def refuse_existing(out: str | Path) -> None:
+    """TersorError if `out` exists, unless a run may have been stopped just after it made it."""
+    out = Path(os.path.abspath(out))
+    if os.path.lexists(out) and not (_partial(out) / _JOURNAL).exists():
+        raise TersorError(_exists(out))
+
+
+def _partial(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
+
+
 def _exists(out: Path) -> str:
     return f"{out} exists already; remove it or choose another output folder"
 
@@ -419,12 +416,3 @@ def _brief(settings: Mapping[str, Any], key: str) -> str:
 
 def _json(data: Mapping[str, Any], sort_keys: bool = True) -> str:
     return json.dumps(dict(data), indent=2, sort_keys=sort_keys) + "\n"
-
-
-def _full_disk(folder: Path, nbytes: int, free: int | None = None) -> str:
-    need = f"needs {nbytes / 1e6:,.1f} MB" if nbytes else "needs more space"
-    have = "" if free is None else f" and {free / 1e6:,.1f} MB are free"
-    return (
-        f"the disk is full: {folder} {need}{have}; free some space and run the same command again "
-        "to continue"
-    )

@@ -15,7 +15,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,6 +26,7 @@ from torch import Tensor
 from tersor.errors import TersorError
 
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+_CHUNK = 1 << 20  # bytes that are copied at a time
 MAX_DIMS = 64  # dimensions; PyTorch's own iterators stop there
 
 # dtype in the header -> bits per element, and the name in torch. None, or a name that the installed
@@ -145,7 +146,7 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> None:
 
     Tensors may be strided, on any device, and share storage; each is copied alone where it must be.
     """
-    header, order = _encode_header(tensors)
+    header, order = _encode_header(_described(tensors))
     file.write(header)
     for name in order:
         data = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
@@ -154,7 +155,23 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> None:
 
 def stored_size(tensors: Mapping[str, Tensor]) -> int:
     """Bytes of the file that write_tensors makes."""
-    return len(_encode_header(tensors)[0]) + sum(t.nbytes for t in tensors.values())
+    return len(_encode_header(_described(tensors))[0]) + sum(t.nbytes for t in tensors.values())
+
+
+def merge_files(file: BinaryIO, parts: Iterable[Path]) -> None:
+    """Write what write_tensors makes of all tensors in the files `parts`, a chunk in memory at a
+    time. No two of them may hold a tensor of one name."""
+    found = {name: meta for part in parts for name, meta in TensorFile.open(part).tensors.items()}
+    header, order = _encode_header({n: (m.dtype, m.shape, m.nbytes) for n, m in found.items()})
+    file.write(header)
+    buffer = bytearray(_CHUNK)
+    for meta in (found[name] for name in order):
+        with open(meta.file, "rb", buffering=0) as part:
+            part.seek(meta.offset)
+            for start in range(0, meta.nbytes, _CHUNK):
+                view = memoryview(buffer)[: min(_CHUNK, meta.nbytes - start)]
+                _fill(part, view)
+                file.write(view)
 
 
 def stored_dtype(name: str, tensor: Tensor) -> str:
@@ -299,20 +316,24 @@ def _naturals(values: object) -> bool:
     return isinstance(values, list) and all(type(v) is int and v >= 0 for v in values)
 
 
-def _encode_header(tensors: Mapping[str, Tensor]) -> tuple[bytes, list[str]]:
+_Described = Mapping[str, tuple[str, Sequence[int], int]]  # dtype in the file, shape and bytes
+
+
+def _described(tensors: Mapping[str, Tensor]) -> _Described:
+    return {name: (stored_dtype(name, t), t.shape, t.nbytes) for name, t in tensors.items()}
+
+
+def _encode_header(tensors: _Described) -> tuple[bytes, list[str]]:
     # Widest elements first, as the safetensors library does: then every tensor is aligned to its
     # element size, because the header is padded to 8 bytes.
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    order = sorted(tensors, key=lambda name: (-DTYPES[tensors[name][0]][0], name))
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # older transformers insist on it
     position = 0
     for name in order:
-        tensor, begin = tensors[name], position
-        position += tensor.nbytes
-        entries[name] = {
-            "dtype": stored_dtype(name, tensor),
-            "shape": list(tensor.shape),
-            "data_offsets": [begin, position],
-        }
+        dtype, shape, nbytes = tensors[name]
+        offsets = [position, position + nbytes]
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
+        position += nbytes
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text, order

@@ -90,7 +90,7 @@ class PackQuantized:
         check_writable(q)
         packed = {
             "weight_packed": pack_bits(q.codes, q.spec.bits),
-            "weight_shape": torch.tensor([q.n, q.k]),
+            "weight_shape": torch.tensor([q.n, q.k], device=q.codes.device),
             **write_grid(q),
         }
         if q.zeros is not None:

@@ -24,7 +24,15 @@ from torch import nn
 
 from tersor.models.arch import Arch, Experts, Tap
 from tersor.models.bert import BERT, DISTILBERT
-from tersor.models.find import FoundArch, config_value, from_table, generic, taps_of, untapped
+from tersor.models.find import (
+    FoundArch,
+    config_value,
+    from_table,
+    generic,
+    routers_of,
+    taps_of,
+    untapped,
+)
 from tersor.models.gemma import GEMMA
 from tersor.models.gpt2 import GPT2
 from tersor.models.linears import plain_linears, unfuse_experts
@@ -34,7 +42,7 @@ from tersor.models.names import Reader, Stored, check_all_used, place_of, same_n
 from tersor.models.neox import NEOX
 from tersor.models.opt import OPT
 from tersor.models.phi import PHI3
-from tersor.models.qwen import QWEN2, QWEN3
+from tersor.models.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
 from tersor.models.skeleton import build_skeleton, empty, fill
 
 __all__ = [
@@ -52,6 +60,7 @@ __all__ = [
     "find_arch",
     "place_of",
     "plain_linears",
+    "routers_of",
     "same_name",
     "stored",
     "taps_of",
@@ -72,7 +81,9 @@ ARCHS: dict[str, Arch] = {  # by `model_type` of config.json
     "opt": OPT,
     "phi3": PHI3,
     "qwen2": QWEN2,
+    "qwen2_moe": QWEN2_MOE,
     "qwen3": QWEN3,
+    "qwen3_moe": QWEN3_MOE,
     "roberta": BERT,
 }
 

@@ -37,12 +37,13 @@ class Experts:
         parameters, gate_up_proj [E, 2 * inter, hidden] (gate above up) and down_proj
         [E, hidden, inter]; before, it was an nn.ModuleList of E modules, as unfuse_experts
         makes it again.
-    router: path of the module that chooses the experts; its weight is never quantized.
+    routers: paths of the modules that choose the experts or weigh one that is always used; their
+        weights are small, decide much and are never quantized.
     gate, up, down: names of an expert's linears, in that list and in checkpoint files.
     """
 
     module: str
-    router: str
+    routers: tuple[str, ...]
     gate: str
     up: str
     down: str

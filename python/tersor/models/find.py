@@ -149,19 +149,25 @@ def taps_of(arch: Arch, block: nn.Module) -> list[Tap]:
 def untapped(arch: Arch, block: nn.Module, taps: Iterable[Tap]) -> dict[str, str]:
     """Modules of the block with a weight matrix that no tap names, each with the reason."""
     named = {path for tap in taps for path in tap.linears}
-    routers = spellings(arch.experts.router, arch.aliases) if arch.experts else []
+    routers = routers_of(arch)
     result = {}
     for path, module in block.named_modules():
         shapes = [tuple(p.shape) for p in module.parameters(recurse=False) if p.dim() >= 2]
         if not shapes or path in named:
             continue
         if path in routers:
-            result[path] = "the router of the experts"
+            result[path] = "a router of the experts"
         elif is_linear(module):
             result[path] = f"no tap of {arch.name} names it"
         else:
             result[path] = f"not a linear but {type(module).__name__} with a weight {shapes[0]}"
     return result
+
+
+def routers_of(arch: Arch) -> list[str]:
+    """Paths in a block, in every spelling, of what decides among experts."""
+    routers = arch.experts.routers if arch.experts else ()
+    return [path for router in routers for path in spellings(router, arch.aliases)]
 
 
 def _per_expert(tap: Tap, count: int) -> Iterator[Tap]:

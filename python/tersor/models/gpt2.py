@@ -1,4 +1,8 @@
-"""GPT-2: its linears are Conv1D, stored [in, out]; plain_linears makes them nn.Linear."""
+"""GPT-2: its linears are Conv1D, stored [in, out]; plain_linears makes them nn.Linear.
+
+compressed-tensors knows no Conv1D: transformers opens a quantized GPT-2 with random weights in
+their place and no more than a warning. tersor.load and tersor.TersorConfig read it.
+"""
 
 from tersor.models.arch import Arch, Tap
 

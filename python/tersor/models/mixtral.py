@@ -17,5 +17,5 @@ MIXTRAL = Arch(
     after=("norm",),
     head="lm_head",
     aliases=(("mlp", "block_sparse_moe"),),
-    experts=Experts(module="mlp.experts", router="mlp.gate", gate="w1", up="w3", down="w2"),
+    experts=Experts(module="mlp.experts", routers=("mlp.gate",), gate="w1", up="w3", down="w2"),
 )
