@@ -203,45 +203,92 @@ struct Fresh {
   nb::ndarray<T, nb::pytorch> tensor(int64_t rows, int64_t columns) const {
     return {data, {static_cast<size_t>(rows), static_cast<size_t>(columns)}, owner};
   }
+  nb::ndarray<T, nb::pytorch> tensor(int64_t count) const {
+    return {data, {static_cast<size_t>(count)}, owner};
+  }
 };
 
+using Vector = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Indices = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+// The damping that was used, the number of dead columns, and R's diagonal [k].
 nb::tuple factor(const Array<float, 2>& gram, double damp) {
   const auto k = static_cast<int64_t>(gram.shape(0));
   if (k < 1 || gram.shape(1) != gram.shape(0))
     throw Error("a Gram matrix is square, not " +
                 shape_text(k, static_cast<int64_t>(gram.shape(1))));
+  const Fresh<float> pivots(k);
   tersor::solve::Factored result;
   {
     nb::gil_scoped_release release;
-    result = tersor::solve::factor(gram.data(), k, damp);
+    result = tersor::solve::factor(gram.data(), k, damp, pivots.data);
   }
-  return nb::make_tuple(result.damp, result.dead);
+  return nb::make_tuple(result.damp, result.dead, pivots.tensor(k));
 }
 
-nb::object solve_columns(
-    const Matrix& w, const Matrix& unit, const Matrix& scales, const std::optional<Codes>& zeros,
-    const nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>& group_of_column,
-    int levels) {
+// Codes [n, k] on a grid, float values [n, k] without one.
+nb::object solve_columns(const Matrix& w, const Matrix& unit, const std::optional<Matrix>& scales,
+                         const std::optional<Codes>& zeros,
+                         const std::optional<Indices>& group_of_column, int levels,
+                         const std::optional<Codes>& mask, const std::optional<Vector>& pivots,
+                         double share, int64_t kept, int64_t of) {
   const auto n = static_cast<int64_t>(w.shape(0)), k = static_cast<int64_t>(w.shape(1));
-  const auto groups = static_cast<int64_t>(scales.shape(1));
+  const auto groups = scales ? static_cast<int64_t>(scales->shape(1)) : 0;
   if (n < 1 || k < 1) throw Error("the weight is empty");
   if (unit.shape(0) != w.shape(1) || unit.shape(1) != w.shape(1))
     throw Error("the factor must be " + shape_text(k, k));
-  if (groups < 1 || scales.shape(0) != w.shape(0))
-    throw Error("scales must be [" + std::to_string(n) + ", groups]");
-  if (zeros && (zeros->shape(0) != scales.shape(0) || zeros->shape(1) != scales.shape(1)))
-    throw Error("zeros must have the shape of the scales");
-  if (group_of_column.shape(0) != w.shape(1))
-    throw Error("each of the " + std::to_string(k) + " columns needs a group");
-  if (levels < 2 || levels > 256) throw Error("levels must be from 2 to 256");
-  const Fresh<uint8_t> codes(n * k);
+  if (scales.has_value() != group_of_column.has_value() || (zeros && !scales))
+    throw Error("a grid is scales, a group for each column, and zeros where it has them");
+  if (scales) {
+    if (groups < 1 || scales->shape(0) != w.shape(0))
+      throw Error("scales must be [" + std::to_string(n) + ", groups]");
+    if (zeros && (zeros->shape(0) != scales->shape(0) || zeros->shape(1) != scales->shape(1)))
+      throw Error("zeros must have the shape of the scales");
+    if (group_of_column->shape(0) != w.shape(1))
+      throw Error("each of the " + std::to_string(k) + " columns needs a group");
+    if (levels < 2 || levels > 256) throw Error("levels must be from 2 to 256");
+  }
+  if ((mask ? 1 : 0) + (share != 0) + (of != 0) > 1)
+    throw Error("give a mask, a share or a pattern, not two of them");
+  if (mask && (mask->shape(0) != w.shape(0) || mask->shape(1) != w.shape(1)))
+    throw Error("the mask must be " + shape_text(n, k));
+  if (!(share >= 0 && share < 1)) throw Error("the share must be at least 0 and less than 1");
+  if (of != 0 && (of < 2 || of > tersor::solve::kMaxPattern || (of & (of - 1)) || k % of ||
+                  kept < 1 || kept >= of))
+    throw Error(
+        "a pattern keeps at least 1 and fewer than all of each 2, 4, 8, 16, 32, 64 or 128 "
+        "columns, a number that divides " +
+        std::to_string(k));
+  if ((share != 0 || of != 0) && !(pivots && pivots->shape(0) == w.shape(1)))
+    throw Error("a share or a pattern needs " + std::to_string(k) + " pivots");
+  tersor::solve::Columns problem{};
+  problem.n = n;
+  problem.k = k;
+  problem.w = w.data();
+  problem.u = unit.data();
+  if (scales) {
+    problem.groups = groups;
+    problem.scales = scales->data();
+    problem.zeros = zeros ? zeros->data() : nullptr;
+    problem.group_of_column = group_of_column->data();
+    problem.levels = levels;
+  }
+  problem.sparsity = {mask ? mask->data() : nullptr, share, kept, of,
+                      pivots ? pivots->data() : nullptr};
+  if (scales) {
+    const Fresh<uint8_t> codes(n * k);
+    {
+      nb::gil_scoped_release release;
+      tersor::solve::solve_columns(problem, codes.data, nullptr);
+    }
+    return nb::cast(codes.tensor(n, k));
+  }
+  const Fresh<float> values(n * k);
   {
     nb::gil_scoped_release release;
-    tersor::solve::solve_columns({n, k, groups, w.data(), unit.data(), scales.data(),
-                                  zeros ? zeros->data() : nullptr, group_of_column.data(), levels},
-                                 codes.data);
+    tersor::solve::solve_columns(problem, nullptr, values.data);
   }
-  return nb::cast(codes.tensor(n, k));
+  return nb::cast(values.tensor(n, k));
 }
 
 nb::tuple search_grid(const Matrix& w, int64_t group, int bits, bool symmetric, bool clip,
@@ -296,8 +343,10 @@ NB_MODULE(_core, m) {
 
   m.def("factor", factor, "gram"_a.noconvert(), "damp"_a);
   m.def("solve_columns", solve_columns, "w"_a.noconvert(), "unit"_a.noconvert(),
-        "scales"_a.noconvert(), "zeros"_a.noconvert().none(), "group_of_column"_a.noconvert(),
-        "levels"_a);
+        "scales"_a.noconvert().none(), "zeros"_a.noconvert().none(),
+        "group_of_column"_a.noconvert().none(), "levels"_a, nb::kw_only(),
+        "mask"_a.noconvert().none() = nb::none(), "pivots"_a.noconvert().none() = nb::none(),
+        "share"_a = 0.0, "kept"_a = 0, "of"_a = 0);
   m.def("search_grid", search_grid, "w"_a.noconvert(), "group"_a, "bits"_a, "symmetric"_a, "clip"_a,
         "scale_dtype"_a = static_cast<int>(TERSOR_F32));
 

@@ -114,6 +114,97 @@ def check_gptq_codes(
     return 1 - len(rows) / len(w)
 
 
+@dataclass
+class Pruned:
+    """What a reference made of a weight; all [n, k].
+
+    values: float64, the weight. loss: what it cost to make each weight zero when that was decided,
+    as |w| / [H⁻¹]_jj^½; boundary: what it would have had to reach in order to stay.
+    """
+
+    values: Tensor
+    kept: Tensor
+    loss: Tensor
+    boundary: Tensor
+
+
+def sparsegpt_inverse_form(
+    w: Tensor,
+    h: Tensor,
+    ratio: float = 0.0,
+    pattern: tuple[int, int] | None = None,
+    mask: Tensor | None = None,
+    grid: tuple[Tensor, Tensor, int] | None = None,
+    block: int = 128,
+) -> Pruned:
+    """SparseGPT as published (Frantar and Alistarh, arXiv:2301.00774, algorithm 1), one column at a
+    time, with the inverse of the damped Gram matrix h [k, k].
+
+    ratio: of each block, all rows together; pattern: (kept, of), decided at the first of its
+    columns, or of its block where it is wider than 16; mask: bool [n, k] of what stays.
+    grid: scales and zeros [n, k], and levels.
+    """
+    upper = torch.linalg.cholesky(torch.linalg.inv(h.double()), upper=True)
+    w = w.double().clone()
+    n, k = w.shape
+    result = Pruned(torch.zeros_like(w), torch.ones(n, k).bool(), *torch.zeros(2, n, k).double())
+    if mask is not None:
+        result.kept = mask.clone()
+
+    def decide(begin: int, end: int, zeros: int, dim: int | None) -> None:
+        loss = w[:, begin:end].abs() / upper.diagonal()[begin:end]
+        ordered = (loss.flatten() if dim is None else loss).sort(dim=-1).values
+        boundary = ordered[..., zeros : zeros + 1].expand_as(loss)
+        result.loss[:, begin:end], result.boundary[:, begin:end] = loss, boundary
+        result.kept[:, begin:end] = loss >= boundary
+
+    for i in range(k):
+        if ratio and i % block == 0:
+            end = min(k, i + block)
+            decide(i, end, int(ratio * n * (end - i)), None)
+        if pattern is not None:
+            kept, of = pattern
+            if i % (of if of <= 16 else block) == 0:
+                for begin in range(i, min(k, i + max(of, block if of > 16 else 0)), of):
+                    decide(begin, begin + of, of - kept, 1)
+        value = torch.where(result.kept[:, i], w[:, i], 0)
+        if grid is not None:
+            scales, zeros, levels = grid[0][:, i], grid[1][:, i], grid[2]
+            value = (round_to_nearest(value, scales, zeros, levels) - zeros) * scales
+        result.values[:, i] = value
+        error = (w[:, i] - value) / upper[i, i]
+        w[:, i:] -= torch.outer(error, upper[i, i:])
+    return result
+
+
+def check_pruned(found: Tensor, w: Tensor, h: Tensor, expected: Pruned) -> float:
+    """Compares float32 weights [n, k] of a pass without a grid with the reference, and returns the
+    share of rows where the same weights are zero. AssertionError for a difference that rounding
+    errors cannot explain; their bound is that of `check_gptq_codes`.
+
+    As there, only the first difference in a row is judged: the reference's loss must have been
+    within the errors of both sides of the boundary.
+    """
+    unit, pivots = unit_factor(h)
+    strict = unit.abs() - torch.eye(unit.shape[0], dtype=torch.float64)
+    errors = (w.double() - expected.values).abs()
+    total = w.double().abs() + errors @ strict
+    k = w.shape[1]
+    bound = U32 * ((146 + k / 128) * total + (expected.values.abs() + errors) @ strict)
+    bound += 2 * k * float(torch.linalg.cond(h)) * U64 * total
+
+    differs = (found != 0) != expected.kept
+    same = ~differs.any(1)
+    assert ((found[same].double() - expected.values[same]).abs() <= bound[same]).all()
+    rows = (~same).nonzero().flatten()
+    first = differs[rows].int().argmax(1)
+    gap = (expected.loss - expected.boundary).abs()[rows, first]
+    # The boundary is the loss of another weight, so it has the error of one, at most the largest.
+    allowed = 2 * (bound * pivots.sqrt()).amax()
+    assert (gap <= allowed).all(), (gap, allowed)
+    return float(same.double().mean())
+
+
 def layer_loss(error: Tensor, h: Tensor) -> float:
     """tr(E H Eᵀ) for an error of the weight E [n, k]."""
     error = error.double()

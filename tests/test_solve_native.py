@@ -52,9 +52,11 @@ def as_zeros(zeros: Tensor | None, scales: Tensor, bits: int) -> Tensor:
 def test_factor_is_the_unit_upper_triangle(k: int) -> None:
     gram = gram_of(correlated(2 * k + 8, k))
     h = reference.damped(gram, 0.01)
-    unit, _ = reference.unit_factor(h)
+    unit, squares = reference.unit_factor(h)
     result = gram.clone()
-    assert _core.factor(result, 0.01) == (0.01, 0)
+    damp, dead, pivots = _core.factor(result, 0.01)
+    assert (damp, dead) == (0.01, 0)
+    torch.testing.assert_close(pivots.double(), squares.sqrt(), rtol=1e-6, atol=0)
     # Computed in float64, rounded once to float32.
     bound = reference.U32 * unit.abs() + 2 * k * float(torch.linalg.cond(h)) * reference.U64
     assert ((result.double() - unit).abs() <= bound)[torch.ones(k, k).triu(1).bool()].all()
@@ -74,14 +76,14 @@ def test_factor_copes_with_few_tokens(tokens: int) -> None:
     x = correlated(tokens, 160)
     gram = gram_of(torch.cat([x, x]))  # duplicates add nothing to the rank
     h = reference.damped(gram, 0.01)
-    assert _core.factor(gram, 0.01) == (0.01, 0), "damping alone is enough"
+    assert _core.factor(gram, 0.01)[:2] == (0.01, 0), "damping alone is enough"
     unit, _ = reference.unit_factor(h)
     bound = reference.U32 * unit.abs() + 2 * 160 * float(torch.linalg.cond(h)) * reference.U64
     assert ((gram.double() - unit).abs() <= bound)[torch.ones(160, 160).triu(1).bool()].all()
 
 
 def test_factor_needs_no_damping_where_the_rank_is_full() -> None:
-    assert _core.factor(gram_of(correlated(500, 40, decay=0.1)), 0.0) == (0.0, 0)
+    assert _core.factor(gram_of(correlated(500, 40, decay=0.1)), 0.0)[:2] == (0.0, 0)
 
 
 def test_damping_grows_only_as_far_as_needed() -> None:
@@ -92,7 +94,7 @@ def test_damping_grows_only_as_far_as_needed() -> None:
     v /= v.norm()
     gram = torch.eye(k) - 1.03 * v.T @ v
     gram = gram.triu() + gram.triu(1).T
-    damp, dead = _core.factor(gram.clone(), 0.01)
+    damp, dead, _ = _core.factor(gram.clone(), 0.01)
     assert (damp, dead) == (0.04, 0)
     least = float(torch.linalg.eigvalsh(gram.double())[0] / gram.double().diagonal().mean())
     assert -0.04 < least < -0.02
@@ -101,7 +103,7 @@ def test_damping_grows_only_as_far_as_needed() -> None:
 def test_damping_grows_from_nothing() -> None:
     """A rank-deficient H without damping: the first step is the size of H's rounding errors."""
     gram = gram_of(correlated(10, 64))
-    damp, _ = _core.factor(gram.clone(), 0.0)
+    damp, *_ = _core.factor(gram.clone(), 0.0)
     steps = damp / (64 * reference.U32)
     assert steps >= 1
     assert steps <= 64, "rounding errors are no larger"
@@ -116,7 +118,7 @@ def test_dead_columns_are_left_alone_and_counted() -> None:
     alive = [i for i in range(150) if i not in dead]
     unit, _ = reference.unit_factor(reference.damped(gram, 0.01))
     result = gram.clone()
-    assert _core.factor(result, 0.01) == (0.01, 4)
+    assert _core.factor(result, 0.01)[:2] == (0.01, 4)
     strict = result.triu(1)
     assert not strict[dead].any()
     assert not strict[:, dead].any()
@@ -129,7 +131,7 @@ def test_dead_columns_are_left_alone_and_counted() -> None:
 
 def test_an_input_that_never_fires_gives_rounding_to_nearest() -> None:
     gram = torch.zeros(130, 130)
-    assert _core.factor(gram, 0.01) == (0.01, 130)
+    assert _core.factor(gram, 0.01)[:2] == (0.01, 130)
     w = gaussian(20, 130)
     scales, _ = _core.search_grid(w, 130, 4, True, False)
     codes = _core.solve_columns(w, gram, scales, None, contiguous_groups(130, 130), 16)
@@ -140,7 +142,7 @@ def test_an_input_that_never_fires_gives_rounding_to_nearest() -> None:
 def test_factor_does_not_depend_on_the_unit_of_the_activations(scale: float) -> None:
     gram = gram_of(correlated(300, 70))
     scaled = gram * scale
-    assert _core.factor(gram, 0.01) == _core.factor(scaled, 0.01)
+    assert _core.factor(gram, 0.01)[:2] == _core.factor(scaled, 0.01)[:2]
     torch.testing.assert_close(gram.triu(1), scaled.triu(1), rtol=1e-4, atol=1e-6)
 
 
@@ -190,7 +192,7 @@ def solve(
         w, groups = w[:, order].contiguous(), groups[order].contiguous()
         gram = gram[order][:, order].contiguous()
     unit = gram.clone()
-    damp, _ = _core.factor(unit, 0.01)
+    damp, *_ = _core.factor(unit, 0.01)
     codes = _core.solve_columns(w, unit, scales, zeros, groups, 2**bits)
     every_zero = as_zeros(zeros, scales, bits)
     return (codes, w, reference.damped(gram, damp), reference.spread(scales, groups),

@@ -151,11 +151,15 @@ bool try_factor(const Gram& gram, double added, const Triangle& r) {
   return true;
 }
 
-void store_unit(const Triangle& r, float* h, int64_t k) {
+void store_unit(const Triangle& r, const Gram& gram, float* h, float* pivots) {
+  const int64_t k = gram.k;
   std::vector<double> inverse(k);
-  for (int64_t i = 0; i < k; ++i)
-    inverse[i] =
-        1 / r.tile(i / kBlock, i / kDoubleRows)[i % kBlock * kDoubleRows + i % kDoubleRows];
+  for (int64_t i = 0; i < k; ++i) {
+    const double pivot =
+        r.tile(i / kBlock, i / kDoubleRows)[i % kBlock * kDoubleRows + i % kDoubleRows];
+    inverse[i] = 1 / pivot;
+    pivots[i] = static_cast<float>(gram.live(i) ? pivot : 1e-12 * std::sqrt(gram.mean));
+  }
   parallel_for(r.blocks() * kTilesInBlock, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t)
       for (int64_t block = t / kTilesInBlock; block < r.blocks(); ++block)
@@ -170,7 +174,7 @@ void store_unit(const Triangle& r, float* h, int64_t k) {
 
 }  // namespace
 
-Factored factor(float* h, int64_t k, double damp) {
+Factored factor(float* h, int64_t k, double damp, float* pivots) {
   if (!(damp >= 0 && damp <= 1))
     throw Error("damp must be between 0 and 1, not " + std::to_string(damp));
   const Gram gram = inspect(h, k);
@@ -182,7 +186,7 @@ Factored factor(float* h, int64_t k, double damp) {
           "the Gram matrix is not positive semidefinite, even with its mean diagonal added "
           "to it; it must be the sum of x xᵀ");
   }
-  store_unit(r, h, k);
+  store_unit(r, gram, h, pivots);
   return {damp, gram.dead};
 }
 

@@ -17,7 +17,7 @@ using tersor::solve::Extent;
 using tersor::solve::kDoubleRows;
 using tersor::solve::kFloatRows;
 using tersor::solve::kPanel;
-using tersor::solve::RoundPanel;
+using tersor::solve::SolvePanel;
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
@@ -129,23 +129,62 @@ void back_substitute(const double* r, double* c) {
   }
 }
 
-void round_panel(const RoundPanel& p) {
+inline Int& at(int32_t* p) { return *reinterpret_cast<Int*>(p); }
+
+// Keeps those of `of` columns whose loss |x| * pivot, were they zero, is largest (SparseGPT,
+// Frantar and Alistarh, arXiv:2301.00774, equation 3); of equals, the first. x is the best value
+// for each if none of them became zero.
+inline void choose(const SolvePanel& p, int64_t first, int64_t r) {
+  Float error[kPanel], loss[kPanel];
+  for (int64_t j = 0; j < p.of; ++j) {
+    const int64_t here = (first + j) * kFloatRows + r;
+    Float x = at(p.value + here);
+    for (int64_t l = 0; l < j; ++l)
+      x = fma(error[l], all(p.unit[(first + l) * kPanel + first + j]), x);
+    error[j] = at(p.weight + here) - x;
+    loss[j] = (x < 0 ? -x : x) * all(p.pivots[first + j]);
+  }
+  for (int64_t j = 0; j < p.of; ++j) {
+    Int better = {};  // how many go before, as a negative number
+    for (int64_t l = 0; l < p.of; ++l)
+      if (l != j) better += l < j ? loss[l] >= loss[j] : loss[l] > loss[j];
+    at(p.keep + (first + j) * kFloatRows + r) = better > -static_cast<int32_t>(p.kept);
+  }
+}
+
+template <bool kSparse, bool kGrid>
+void solve_panel(const SolvePanel& p) {
   for (int64_t i = 0; i < p.columns; ++i) {
     for (int64_t r = 0; r < kFloatRows; r += kFloats) {
+      if (kSparse && p.of > 0 && i % p.of == 0) choose(p, i, r);
       const int64_t here = i * kFloatRows + r;
-      const Float scale = at(p.scales + p.group[i] * kFloatRows + r);
-      const Float zero = at(p.zeros + p.group[i] * kFloatRows + r);
-      const Float step = round(clamp(at(p.value + here) / scale, -zero, p.top - zero));
-      const Float error = at(p.weight + here) - step * scale;
+      Float value = at(p.value + here);
+      if (kSparse) value = at(p.keep + here) ? value : Float{};
+      if (kGrid) {
+        const Float scale = at(p.scales + p.group[i] * kFloatRows + r);
+        const Float zero = at(p.zeros + p.group[i] * kFloatRows + r);
+        const Float step = round(clamp(value / scale, -zero, p.top - zero));
+        const Int code = __builtin_convertvector(step + zero, Int);
+        *reinterpret_cast<Byte*>(p.codes + here) = __builtin_convertvector(code, Byte);
+        value = step * scale;
+      } else {
+        at(p.value + here) = value;
+      }
+      const Float error = at(p.weight + here) - value;
       at(p.weight + here) = error;
-      const Int code = __builtin_convertvector(step + zero, Int);
-      *reinterpret_cast<Byte*>(p.codes + here) = __builtin_convertvector(code, Byte);
       for (int64_t j = i + 1; j < p.columns; ++j) {
         float* later = p.value + j * kFloatRows + r;
         at(later) = fma(error, all(p.unit[i * kPanel + j]), at(later));
       }
     }
   }
+}
+
+void solve_panel(const SolvePanel& p) {
+  if (p.codes)
+    p.keep ? solve_panel<true, true>(p) : solve_panel<false, true>(p);
+  else
+    p.keep ? solve_panel<true, false>(p) : solve_panel<false, false>(p);
 }
 
 inline Float load(const float* p) { return *reinterpret_cast<const FloatAnywhere*>(p); }
@@ -197,7 +236,7 @@ float grid_error(const float* w, int64_t count, float unit, float scale, float l
 
 #define TERSOR_LANES(name, isa, missing)                                                    \
   extern const tersor::solve::Lanes name = {isa,         missing,          add_product,     \
-                                            round_panel, subtract_product, back_substitute, \
+                                            solve_panel, subtract_product, back_substitute, \
                                             extent,      grid_error}
 
 namespace tersor::solve {

@@ -22,17 +22,20 @@ constexpr int64_t kPanel = 16;       // columns in a panel
 constexpr int64_t kFloatRows = 32;   // rows in a tile of floats
 constexpr int64_t kDoubleRows = 16;  // rows in a tile of doubles
 
-// What rounding one panel of a tile reads and writes; r is the row, j the column in the panel.
-struct RoundPanel {
+// What solving one panel of a tile reads and writes; r is the row, j the column in the panel.
+struct SolvePanel {
   int64_t columns;       // 1 to kPanel
-  float* value;          // [columns][rows] in: the values to be rounded; destroyed
-  float* weight;         // [columns][rows] in: original weights; out: weight - its rounded value
+  float* value;          // [columns][rows] in: the values to be rounded; out: see `codes`
+  float* weight;         // [columns][rows] in: original weights; out: weight - what it becomes
   const float* unit;     // [columns][kPanel] U within the panel, read for j > i in row i
+  int32_t* keep;         // [columns][rows] 0: becomes zero, -1: does not; NULL: none becomes zero
+  const float* pivots;   // [columns] R's diagonal, read where of > 0
+  int64_t kept, of;      // of > 0: `keep` is chosen here, `kept` in each `of` columns
   const float* scales;   // [groups][rows]
   const float* zeros;    // [groups][rows]
   const int32_t* group;  // [columns]
   float top;             // the highest code
-  uint8_t* codes;        // [columns][rows] out
+  uint8_t* codes;        // [columns][rows] out; NULL: no grid, `value` is what each weight becomes
 };
 
 // The extent of a list of floats; min and max mean something only if all are finite.
@@ -48,9 +51,10 @@ struct Lanes {
 
   // c[j][r] += Σ_p a[p][r] b[p][j], p < depth; a: tile columns, b: [depth][kPanel], c: one panel.
   void (*add_product)(const float* a, const float* b, int64_t depth, float* c);
-  // The same for a panel, column by column: code = round(value / scale) + zero, within [0, top],
-  // and the errors of the columns before it are added to each value first.
-  void (*round_panel)(const RoundPanel&);
+  // The same for a panel, column by column: the errors of the columns before it are added to each
+  // value, which then becomes zero or stays, and is rounded: code = round(value / scale) + zero,
+  // within [0, top].
+  void (*solve_panel)(const SolvePanel&);
 
   // c[j][r] -= Σ_p a[p][r] b[p][j], as add_product; b may be the columns of another tile.
   void (*subtract_product)(const double* a, const double* b, int64_t depth, double* c);

@@ -163,12 +163,14 @@ class Factor:
     """What the column solver needs of a Gram matrix H: H + damp * mean(diag H) * I = R Rᵀ.
 
     unit: float32 [k, k]; strictly above the diagonal R[j, i] / R[i, i]. The rest is not read.
+    pivots: float32 [k], the diagonal of R, with next to nothing for inputs that were always zero.
     order: int64 [k], the columns of H in the order in which they were factored, or None.
     damp: the damping that was needed, at least what was asked.
     dead: the number of inputs that were zero for every token.
     """
 
     unit: Tensor
+    pivots: Tensor
     order: Tensor | None
     damp: float
     dead: int
@@ -207,6 +209,29 @@ class GramStats:
             self._half = False
         return self._gram
 
+    @property
+    def diagonal(self) -> Tensor:
+        """The diagonal of H, float32 [k] (not of one that was factored in another order)."""
+        self._in_order()
+        return self._gram.diagonal().clone()
+
+    def times(self, rows: Tensor) -> Tensor:
+        """rows @ H, for rows float32 [n, k] (not of one that was factored in another order)."""
+        self._in_order()
+        gram = self.gram
+        out = torch.empty_like(rows)
+        for i in range(0, self.k, BLOCK):
+            j = i + BLOCK
+            square = gram[i:j, i:j].tril()
+            here = rows[:, i:j] @ (square + square.tril(-1).T)
+            here.addmm_(rows[:, j:], gram[j:, i:j]).addmm_(rows[:, :i], gram[i:j, :i].T)
+            out[:, i:j] = here
+        return out
+
+    def _in_order(self) -> None:
+        if self._factor is not None and self._factor.order is not None:
+            raise ValueError("the Gram matrix is in another order of columns")
+
     def update(self, x: Tensor) -> None:
         """Adds the tokens of x, [..., k] in any floating-point dtype."""
         rows = x.reshape(-1, self.k).float()
@@ -243,8 +268,8 @@ class GramStats:
             if act_order:
                 order = torch.argsort(self.gram.diagonal(), descending=True, stable=True)
                 _permute_symmetric(self.gram, order)
-            used, dead = _core.factor(self.gram, damp)
-            self._factor = Factor(self.gram, order, used, dead)
+            used, dead, pivots = _core.factor(self.gram, damp)
+            self._factor = Factor(self.gram, pivots, order, used, dead)
             self._asked = (damp, act_order)
             if dead:
                 self.notes.append(f"{dead} of its {self.k} inputs were always zero")

@@ -1,4 +1,4 @@
-"""The linears of a block: observed, solved, measured, and given the values of their codes."""
+"""The linears of a block: observed, solved, measured, and given the values that came of it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tersor.errors import TersorError
 from tersor.qweight import QSpec, QWeight, Scheme
 from tersor.report import LayerReport, Timings
 from tersor.scope import BlockScope
-from tersor.solvers import RTN, SOLVERS
+from tersor.solvers import PRUNERS, SOLVERS
 
 ROWS = 1024  # of a weight that are in float32 at a time
 
@@ -23,38 +23,48 @@ ROWS = 1024  # of a weight that are in float32 at a time
 class Solver(Protocol):
     """A frozen dataclass of settings; sees no model and no hooks.
 
-    name: its key in SOLVERS. needs: the statistics without which it cannot work, or None.
-    clip: whether ranges are searched for.
+    name: its key in SOLVERS or PRUNERS. needs: the statistics without which it cannot work, or
+    None. without_input(): the solver for a linear that no token reached.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
-    name: ClassVar[str]
-    needs: ClassVar[type[GramStats] | None]
 
     @property
-    def clip(self) -> bool: ...
+    def name(self) -> str: ...
 
-    def __call__(self, w: Tensor, stats: GramStats | None, spec: QSpec) -> QWeight: ...
+    @property
+    def needs(self) -> type[GramStats] | None: ...
+
+    def without_input(self) -> Solver: ...
+
+    def __call__(self, w: Tensor, stats: GramStats | None, spec: Any) -> QWeight | Tensor:
+        """spec: a QSpec, or None for weights that stay in 16 bits, with what the solver does to
+        them beside rounding."""
+        ...
 
 
 def find_solver(method: str | Solver) -> Solver:
     """The solver of that name in SOLVERS with its default settings, or the one that is given."""
     if not isinstance(method, str):
         return method
+    if method in PRUNERS:
+        raise TersorError(
+            f"{method} needs to know how sparse; give {PRUNERS[method].__name__}(Sparsity(...))"
+        )
     if method not in SOLVERS:
         raise TersorError(f"method must be one of {', '.join(SOLVERS)}, not {method!r}")
     return SOLVERS[method]()
 
 
 def settings_of(
-    scheme: Scheme, solver: Solver, ignore: Sequence[str], sequential: bool
+    scheme: Scheme | None, solver: Solver, ignore: Sequence[str], sequential: bool
 ) -> dict[str, Any]:
     """Everything that a result depends on beside the model and the text, for a report."""
     return {
-        "bits": scheme.weight.bits,
-        "group": scheme.weight.group,
-        "symmetric": scheme.weight.symmetric,
-        "activations": scheme.activation.bits if scheme.activation else None,
+        "bits": scheme.weight.bits if scheme else None,
+        "group": scheme.weight.group if scheme else None,
+        "symmetric": scheme.weight.symmetric if scheme else None,
+        "activations": scheme.activation.bits if scheme and scheme.activation else None,
         "method": solver.name,
         **asdict(solver),
         "sequential": sequential,
@@ -67,24 +77,27 @@ def settings_of(
 
 @dataclass(frozen=True)
 class Solved:
-    """A quantized linear. departure: why it was not treated as asked, or None."""
+    """A compressed linear. weight: its codes, or without a grid its values. departure: why it was
+    not treated as asked, or None."""
 
     name: str
-    weight: QWeight
+    weight: QWeight | Tensor
     report: LayerReport
     departure: str | None
 
 
-def quantize_block(
+def compress_block(
     model: nn.Module,
     block: BlockScope,
     solver: Solver,
-    scheme: Scheme,
+    scheme: Scheme | None,
     passes: Callable[[], Iterable[object]] | None,
     sequential: bool,
     timings: Timings,
 ) -> Iterator[Solved]:
-    """Quantizes the linears of a block in place and yields them in the order of its taps.
+    """Compresses the linears of a block in place and yields them in the order of its taps.
+
+    scheme: None where weights stay in 16 bits.
 
     passes: gives the forward passes of the calibration text through the block, as the block is when
     they are made; None where there is no text.
@@ -98,35 +111,38 @@ def quantize_block(
             seen = stats.pop(tap[0], None)  # freed before the next one is factored
             for name in tap:
                 with timings.stage("solve"):
-                    solved = quantize_linear(name, model.get_submodule(name), seen, solver, scheme)
+                    solved = compress_linear(name, model.get_submodule(name), seen, solver, scheme)
                 yield solved
 
 
 @torch.no_grad()
-def quantize_linear(
-    name: str, linear: nn.Linear, stats: GramStats | None, solver: Solver, scheme: Scheme
+def compress_linear(
+    name: str, linear: nn.Linear, stats: GramStats | None, solver: Solver, scheme: Scheme | None
 ) -> Solved:
-    """Quantizes the linear's weight and puts what the codes stand for in its place.
+    """Solves for the linear's weight and puts what comes of it in its place.
 
     stats: of the linear's input; None or without a token where there are none, and then a solver
-    that needs them gives way to rounding, which is a departure.
+    that needs them gives way to another one, which is a departure.
     Raises TersorError naming the layer where the weight cannot be solved.
     """
     seen = stats if stats is not None and stats.tokens else None
     departure = None
     if solver.needs is not None and seen is None:
-        departure = f"rounded to nearest: no calibration token reached it, {solver.name} needs some"
-        solver = RTN(clip=solver.clip)
+        asked, solver = solver.name, solver.without_input()
+        departure = f"by {solver.name}: no calibration token reached it, {asked} needs some"
     try:
-        q = solver(linear.weight.detach(), seen, scheme.weight)
+        q = solver(linear.weight.detach(), seen, scheme.weight if scheme else None)
     except TersorError as error:
         raise TersorError(f"{name}: {error}") from error
+    n, k = linear.weight.shape
+    error, zeros = _replace(linear, q, seen)
     report = LayerReport(
         name=name,
-        shape=(q.n, q.k),
-        scheme=str(scheme),
+        shape=(n, k),
+        scheme=str(scheme or "W16A16"),
         method=solver.name,
-        error=_replace(linear, q, seen),
+        error=error,
+        sparsity=zeros / (n * k),
         tokens=seen.tokens if seen else 0,
     )
     if seen is not None:
@@ -135,19 +151,20 @@ def quantize_linear(
     return Solved(name, q, report, departure)
 
 
-def _replace(linear: nn.Linear, q: QWeight, stats: GramStats | None) -> float:
+def _replace(linear: nn.Linear, q: QWeight | Tensor, stats: GramStats | None) -> tuple[float, int]:
     """Writes q's values into the linear; returns tr(E H Eᵀ) / tr(W H Wᵀ), E = W - Q (H = 1 without
-    statistics)."""
+    statistics), and how many are zero."""
     lost = total = 0.0
-    for i in range(0, q.n, ROWS):
+    zeros = 0
+    for i in range(0, linear.weight.shape[0], ROWS):
         rows = slice(i, i + ROWS)
-        zeros = None if q.zeros is None else q.zeros[rows]
         old = linear.weight[rows].float()
-        new = QWeight(q.spec, q.codes[rows], q.scales[rows], zeros, q.order).dequantize()
+        new = q.rows(rows).dequantize() if isinstance(q, QWeight) else q[rows].float()
         lost += _energy(old - new, stats)
         total += _energy(old, stats)  # before old, which may be a view, is overwritten
+        zeros += new.numel() - int(new.count_nonzero())
         linear.weight[rows] = new.to(linear.weight.dtype)
-    return lost / total if total > 0 else 0.0
+    return (lost / total if total > 0 else 0.0), zeros
 
 
 def _energy(rows: Tensor, stats: GramStats | None) -> float:

@@ -131,6 +131,11 @@ class QWeight:
     def k(self) -> int:
         return self.codes.shape[1]
 
+    def rows(self, part: slice) -> QWeight:
+        """Some of its output features; a view."""
+        zeros = None if self.zeros is None else self.zeros[part]
+        return QWeight(self.spec, self.codes[part], self.scales[part], zeros, self.order)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight that the codes stand for, [n, k]; computed in float32, then cast."""
         codes = self.codes.float()

@@ -8,6 +8,7 @@ peak of memory, is in `tersor_timings.json` beside it.
 from __future__ import annotations
 
 import json
+import math
 import platform
 import resource
 import time
@@ -29,10 +30,11 @@ TIMINGS = "tersor_timings.json"
 
 @dataclass
 class LayerReport:
-    """One quantized linear.
+    """One compressed linear.
 
     error: tr((W - Q) H (W - Q)ᵀ) / tr(W H Wᵀ), the squared error of its outputs relative to the
         outputs, over the calibration tokens; without calibration H is the identity.
+    sparsity: share of its weights that are zero.
     tokens: calibration tokens that it read; 0 where there were none.
     bytes: of the tensors that are stored for it, with scales and zero points.
     notes: what a reader should know; nothing here departs from what was asked.
@@ -43,6 +45,7 @@ class LayerReport:
     scheme: str
     method: str
     error: float
+    sparsity: float
     tokens: int
     bytes: int = 0
     notes: list[str] = field(default_factory=list)
@@ -65,8 +68,8 @@ class Report:
     fingerprint: of the checkpoint's contents. architecture: where it was found.
     settings: everything that the result depends on, except the checkpoint and the text.
     calibration: sources, number of windows and tokens, and the SHA-256 of the token ids; or None.
-    layers: the linears that were quantized, in order.
-    kept: modules that were not meant to be quantized, each with the rule or the pattern.
+    layers: the linears that were compressed, in order.
+    kept: modules that were not meant to be, each with the rule or the pattern.
     departures: modules that were not treated as asked, each with the reason.
     bytes_before, bytes_after: of all tensors of the checkpoint.
     """
@@ -85,9 +88,19 @@ class Report:
 
     @property
     def bits_per_weight(self) -> float:
-        """Mean over the weights of the quantized layers, with scales and zero points."""
-        weights = sum(n * k for n, k in (layer.shape for layer in self.layers))
+        """Mean over the weights of the layers, with scales and zero points."""
+        weights = self._weights
         return 8 * sum(layer.bytes for layer in self.layers) / weights if weights else 0.0
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the layers' weights that are zero."""
+        zeros = sum(layer.sparsity * math.prod(layer.shape) for layer in self.layers)
+        return zeros / self._weights if self._weights else 0.0
+
+    @property
+    def _weights(self) -> int:
+        return sum(math.prod(layer.shape) for layer in self.layers)
 
     def add(self, block: dict[str, Any]) -> None:
         """What was recorded of a block when it was done: layers and departures."""
@@ -95,7 +108,8 @@ class Report:
         self.departures |= block["departures"]
 
     def to_json(self) -> str:
-        content = asdict(self) | {"bits_per_weight": self.bits_per_weight}
+        means = {"bits_per_weight": self.bits_per_weight, "sparsity": self.sparsity}
+        content = asdict(self) | means
         return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
@@ -107,7 +121,8 @@ class Report:
             return None
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            content.pop("bits_per_weight", None)
+            for mean in ("bits_per_weight", "sparsity"):
+                content.pop(mean, None)
             layers = [LayerReport.from_dict(layer) for layer in content.pop("layers")]
             return cls(layers=layers, **content)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -169,7 +184,7 @@ def table(report: Report) -> Table:
         row[column] = max(layer.error, row.get(column, 0.0))
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     calibrated = any(layer.tokens for layer in report.layers)
-    what = "outputs, by the rounding of weights" if calibrated else "weights"
+    what = "outputs, by what became of the weights" if calibrated else "weights"
     shown = Table(title=f"relative squared error of the {what}")
     shown.add_column("block")
     for column in columns:

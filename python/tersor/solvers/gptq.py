@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from tersor import _core
 from tersor.calibrate import GramStats
 from tersor.errors import TersorError
 from tersor.qweight import QSpec, QWeight
-from tersor.solvers.rtn import find_grid
+from tersor.solvers.rtn import RTN
+from tersor.solvers.surgeon import pruned_mask, solve
 
 
 @dataclass(frozen=True)
@@ -37,19 +36,21 @@ class GPTQ:
             raise TersorError(f"damp must be between 0 and 1, not {self.damp}; 0.01 is usual")
 
     def __call__(self, w: Tensor, stats: GramStats | None, spec: QSpec) -> QWeight:
-        """w: [n, k] floating point; stats: of its input, k wide, with at least one token."""
+        """w: [n, k] floating point; stats: of its input, k wide, with at least one token. The
+        zeros of a weight that was pruned (5 % or more) stay zeros."""
         if stats is None or not stats.tokens:
             raise TersorError("gptq needs statistics of the layer's input; calibrate, or use rtn")
-        k = w.shape[1]
-        scales, zeros = find_grid(w, spec, self.clip)
-        factor = stats.factor(self.damp, self.act_order)
-        groups = torch.arange(k, dtype=torch.int32) // (spec.group or k)
-        columns = w.float().contiguous()
-        if factor.order is not None:
-            columns, groups = columns[:, factor.order], groups[factor.order]
-        codes: Tensor = _core.solve_columns(
-            columns, factor.unit, scales.float(), zeros, groups.contiguous(), spec.levels
+        q = solve(
+            w,
+            stats,
+            spec,
+            damp=self.damp,
+            act_order=self.act_order,
+            clip=self.clip,
+            mask=pruned_mask(w),
         )
-        if factor.order is not None:
-            codes = codes[:, torch.argsort(factor.order)].contiguous()
-        return QWeight(spec, codes, scales, zeros)
+        assert isinstance(q, QWeight)  # as with any spec
+        return q
+
+    def without_input(self) -> RTN:
+        return RTN(self.clip)

@@ -25,6 +25,9 @@ class RTN:
     name: ClassVar[str] = "rtn"
     needs: ClassVar[type[GramStats] | None] = None
 
+    def without_input(self) -> RTN:
+        return self
+
     def __call__(self, w: Tensor, stats: GramStats | None, spec: QSpec) -> QWeight:
         """w: [n, k] floating point. The statistics are not read. See find_grid for the scales."""
         scales, zeros = find_grid(w, spec, self.clip)
