@@ -293,12 +293,12 @@ def test_a_solver_from_the_table_takes_its_settings(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(solvers.SOLVERS, "mine", Mine)
     parse = cli.build_parser().parse_args
     command = ["quantize", "x", "--out", "y", "--method", "mine"]
-    assert commands._solver(parse(command)) == Mine()
-    assert commands._solver(parse([*command, "--damp", "0.1"])) == Mine(0.1)
+    assert commands._solver(parse(command), solvers.SOLVERS) == Mine()
+    assert commands._solver(parse([*command, "--damp", "0.1"]), solvers.SOLVERS) == Mine(0.1)
     with pytest.raises(TersorError, match="--clip changes nothing for --method mine"):
-        commands._solver(parse([*command, "--clip"]))
+        commands._solver(parse([*command, "--clip"]), solvers.SOLVERS)
     with pytest.raises(TersorError, match="use rtn or gptq or mine"):
-        commands._solver(parse([*command[:-1], "other"]))
+        commands._solver(parse([*command[:-1], "other"]), solvers.SOLVERS)
 
 
 # --- errors --------------------------------------------------------------------------------------

@@ -344,7 +344,7 @@ def test_activations_that_overflow(llama: Path, tmp_path: Path, out: Path) -> No
             {"ignore": ["*.dawn_proj"]},
             r"\*.dawn_proj matches no module .* called like model.l",
         ),
-        ({"ignore": ["*"]}, "leaves nothing to quantize"),
+        ({"ignore": ["*"]}, "leaves nothing to compress"),
         ({"calibration": Calibration(texts=("",))}, "is empty"),
         ({"calibration": Calibration(texts=("ter so",))}, "has 4 tokens, and 128 windows of 64"),
         ({"calibration": Calibration(texts=("x",), seq_len=65)}, "beyond the model's 64 positions"),

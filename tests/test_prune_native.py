@@ -1,4 +1,4 @@
-"""The native column solver where weights become zero: against SparseGPT as published, in float64."""
+"""The native column solver where weights become zero, against SparseGPT as published."""
 
 from __future__ import annotations
 
@@ -27,9 +27,7 @@ def prune(w: Tensor, gram: Tensor, **sparsity: Any) -> Tensor:
 def check(w: Tensor, gram: Tensor, expected: dict[str, Any], **sparsity: Any) -> None:
     h = reference.damped(gram, 0.01)
     found = prune(w, gram, **sparsity)
-    same = reference.check_pruned(
-        found, w, h, reference.sparsegpt_inverse_form(w, h, **expected)
-    )
+    same = reference.check_pruned(found, w, h, reference.sparsegpt_inverse_form(w, h, **expected))
     assert same >= 0.99
 
 

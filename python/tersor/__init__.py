@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from tersor.inmemory import quantize_model, swap_linears
     from tersor.linear import QuantLinear
     from tersor.loading import TersorConfig, load
-    from tersor.pipeline import quantize_checkpoint
+    from tersor.pipeline import prune_checkpoint, quantize_checkpoint
     from tersor.qweight import ActSpec, QSpec, QWeight, Scheme
-    from tersor.solvers import GPTQ, RTN
+    from tersor.solvers import GPTQ, RTN, Magnitude, SparseGPT, Wanda
+    from tersor.sparsity import Sparsity
 
 _HOME = {  # module of each public name
     "TersorError": "errors",
@@ -31,7 +32,12 @@ _HOME = {  # module of each public name
     "Calibration": "calibrate",
     "GPTQ": "solvers",
     "RTN": "solvers",
+    "Magnitude": "solvers",
+    "Wanda": "solvers",
+    "SparseGPT": "solvers",
+    "Sparsity": "sparsity",
     "quantize_checkpoint": "pipeline",
+    "prune_checkpoint": "pipeline",
     "quantize_model": "inmemory",
     "swap_linears": "inmemory",
 }
@@ -41,14 +47,19 @@ __all__ = [
     "RTN",
     "ActSpec",
     "Calibration",
+    "Magnitude",
     "QSpec",
     "QWeight",
     "QuantLinear",
     "Scheme",
+    "SparseGPT",
+    "Sparsity",
     "TersorConfig",
     "TersorError",
+    "Wanda",
     "get_include",
     "load",
+    "prune_checkpoint",
     "quantize_checkpoint",
     "quantize_model",
     "swap_linears",

@@ -26,6 +26,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 EXAMPLES = {
     "quantize": "tersor quantize ./Llama-3.2-1B --out ./Llama-3.2-1B-INT4 --calibration text.txt",
+    "prune": "tersor prune ./Llama-3.2-1B --out ./Llama-3.2-1B-2of4 --pattern 2:4 --calibration "
+    "text.txt",
     "eval": "tersor eval ./Llama-3.2-1B-INT4 --baseline ./Llama-3.2-1B --text held-out.txt",
     "inspect": "tersor inspect ./Llama-3.2-1B-INT4",
     "generate": 'tersor generate ./Llama-3.2-1B-INT4 "Once upon a time"',
@@ -106,76 +108,50 @@ def build_parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run, stopped=stopped)
         return sub
 
+    again = "stopped; the same command again goes on after the last whole block"
     sub = command(
-        "quantize",
-        commands.quantize,
-        "quantize a Hugging Face checkpoint",
-        stopped="stopped; the same command again goes on after the last whole block",
+        "quantize", commands.quantize, "quantize a Hugging Face checkpoint", stopped=again
     )
+    _add_files(sub)
     add = sub.add_argument
-    add("model", metavar="MODEL", help="folder with config.json and safetensors")
-    add("--out", metavar="DIR", required=True, help="folder to make")
     add(
         "--method",
         default="gptq",
         metavar="NAME",
-        help="gptq (the default), rtn, which needs no text, or another of tersor.solvers",
+        help="gptq (the default), rtn, which needs no text, or another of tersor.solvers.SOLVERS",
     )
     add("--bits", type=int, default=4, choices=(2, 3, 4, 8), help="of a weight; default: 4")
-    add(
-        "--group",
-        type=_group,
-        metavar="N",
-        default=argparse.SUPPRESS,
-        help="columns that share a scale, or 'row'; default: 128, or row for W8A8",
-    )
-    add("--asymmetric", action="store_true", help="store a zero point for each group")
-    add("--sequential", action="store_true", help="observe each input after those before it")
-    add("--activations", choices=("int8",), help="quantize activations too, in the call")
-    add(
-        "--calibration",
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="text to calibrate on: files of plain text, or FILE.jsonl:FIELD",
-    )
-    add("--samples", type=_whole(1), default=128, metavar="N", help="windows of text; default: 128")
-    add(
-        "--seq-len",
-        type=_whole(2),
-        metavar="N",
-        help="tokens in a window; default: 2048, or the model's context if that is less",
-    )
-    add(
-        "--seed",
-        type=_whole(0),
-        default=0,
-        metavar="N",
-        help="which parts of the text are taken; default: 0",
-    )
-    add("--bos", **bos)
-    add("--ignore", nargs="+", default=[], metavar="GLOB", help="modules to leave as they are")
-    add("--strict", action="store_true", help="fail if a module cannot be treated as asked")
+    _add_grid(sub)
+    _add_text(sub, bos)
+    _add_settings(sub, "act_order", "damp", "clip")
 
-    # Each is a field of a solver of that name, and None where it is not given.
-    group = sub.add_argument_group("settings of the method")
-    settings = [
-        group.add_argument(
-            "--act-order",
-            action="store_true",
-            default=None,
-            help="gptq: the most active columns first",
-        ),
-        group.add_argument(
-            "--damp", type=float, metavar="D", help="gptq: damping of the inputs; default: 0.01"
-        ),
-        group.add_argument(
-            "--clip",
-            action=argparse.BooleanOptionalAction,
-            help="search each group's range for the least error; default: for gptq",
-        ),
-    ]
-    sub.set_defaults(settings=[action.dest for action in settings])
+    sub = command(
+        "prune", commands.prune, "make weights of a Hugging Face checkpoint zero", stopped=again
+    )
+    _add_files(sub)
+    add = sub.add_argument
+    add(
+        "--method",
+        default="sparsegpt",
+        metavar="NAME",
+        help="sparsegpt (the default), wanda, or magnitude, which needs no text; or another of "
+        "tersor.solvers.PRUNERS",
+    )
+    how = sub.add_mutually_exclusive_group(required=True)
+    how.add_argument("--sparsity", type=float, metavar="R", help="share of zeros, such as 0.5")
+    how.add_argument(
+        "--pattern", metavar="N:M", help="keep at most N of every M weights in a row, such as 2:4"
+    )
+    add(
+        "--quantize",
+        type=int,
+        choices=(2, 3, 4, 8),
+        metavar="BITS",
+        help="quantize what is left, in the same pass",
+    )
+    _add_grid(sub)
+    _add_text(sub, bos)
+    _add_settings(sub, "refit", "per", "act_order", "damp", "clip")
 
     add = command(
         "eval", commands.evaluate, "measure the quality of a model on a text"
@@ -249,6 +225,89 @@ def build_parser() -> argparse.ArgumentParser:
     ).add_argument
     add("--json", type=Path, metavar="FILE", help="write all figures to a file")
     return parser
+
+
+def _add_files(sub: Parser) -> None:
+    add = sub.add_argument
+    add("model", metavar="MODEL", help="folder with config.json and safetensors")
+    add("--out", metavar="DIR", required=True, help="folder to make")
+    add("--ignore", nargs="+", default=[], metavar="GLOB", help="modules to leave as they are")
+    add("--strict", action="store_true", help="fail if a module cannot be treated as asked")
+
+
+def _add_grid(sub: Parser) -> None:
+    add = sub.add_argument
+    add(
+        "--group",
+        type=_group,
+        metavar="N",
+        default=argparse.SUPPRESS,
+        help="columns that share a scale, or 'row'; default: 128, or row for W8A8",
+    )
+    add("--asymmetric", action="store_true", help="store a zero point for each group")
+    add("--activations", choices=("int8",), help="quantize activations too, in the call")
+
+
+def _add_text(sub: Parser, bos: dict[str, Any]) -> None:
+    add = sub.add_argument
+    add(
+        "--calibration",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="text to calibrate on: files of plain text, or FILE.jsonl:FIELD",
+    )
+    add("--samples", type=_whole(1), default=128, metavar="N", help="windows of text; default: 128")
+    add(
+        "--seq-len",
+        type=_whole(2),
+        metavar="N",
+        help="tokens in a window; default: 2048, or the model's context if that is less",
+    )
+    add(
+        "--seed",
+        type=_whole(0),
+        default=0,
+        metavar="N",
+        help="which parts of the text are taken; default: 0",
+    )
+    add("--bos", **bos)
+    add("--sequential", action="store_true", help="observe each input after those before it")
+
+
+# Each is a field of a solver of that name, and None where it is not given.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "act_order": {
+        "action": "store_true",
+        "default": None,
+        "help": "gptq, sparsegpt: the most active columns first",
+    },
+    "damp": {
+        "type": float,
+        "metavar": "D",
+        "help": "damping of the inputs, as a share of their mean square; default: 0.01",
+    },
+    "clip": {
+        "action": argparse.BooleanOptionalAction,
+        "help": "search each group's range for the least error; default: for all but rtn",
+    },
+    "refit": {
+        "action": "store_true",
+        "default": None,
+        "help": "then the best values for the weights that are left, by least squares",
+    },
+    "per": {
+        "choices": ("layer", "row"),
+        "help": "magnitude, wanda: over what --sparsity is kept; default: layer, wanda: row",
+    },
+}
+
+
+def _add_settings(sub: Parser, *names: str) -> None:
+    group = sub.add_argument_group("settings of the method")
+    for name in names:
+        group.add_argument("--" + name.replace("_", "-"), **SETTINGS[name])
+    sub.set_defaults(settings=names)
 
 
 def _group(text: str) -> int | None:

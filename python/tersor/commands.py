@@ -15,53 +15,95 @@ from tersor.errors import TersorError
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from rich.console import Console
 
     from tersor.layerwise import Solver
+    from tersor.qweight import Scheme
+    from tersor.report import Report
 
 
 def quantize(args: argparse.Namespace) -> None:
     _check_output(args.out)
-    solver = _solver(args)
 
+    from tersor.solvers import SOLVERS
+
+    solver = _solver(args, SOLVERS)
+
+    from tersor.pipeline import quantize_checkpoint
+
+    report = quantize_checkpoint(
+        args.model, args.out, scheme=_scheme(args, args.bits), method=solver, **_rest(args)
+    )
+    _show(args, report, f"{report.bits_per_weight:.2f} bits per quantized weight")
+
+
+def prune(args: argparse.Namespace) -> None:
+    _check_output(args.out)
+    if args.quantize is None:
+        for option in ("group", "asymmetric", "activations"):
+            if getattr(args, option, None):
+                raise TersorError(f"--{option} is of a grid; add --quantize BITS, or leave it out")
+
+    from tersor.solvers import PRUNERS
+    from tersor.sparsity import Sparsity
+
+    sparsity = Sparsity.parse(args.pattern) if args.pattern else Sparsity(args.sparsity)
+    solver = _solver(args, PRUNERS, sparsity=sparsity)
+
+    from tersor.pipeline import prune_checkpoint
+
+    scheme = _scheme(args, args.quantize) if args.quantize else None
+    report = prune_checkpoint(args.model, args.out, scheme=scheme, method=solver, **_rest(args))
+    result = f"{100 * report.sparsity:.1f} % zeros in {len(report.layers)} linears"
+    if scheme:
+        result += f", {report.bits_per_weight:.2f} bits per weight"
+    _show(args, report, result)
+
+
+def _scheme(args: argparse.Namespace, bits: int) -> Scheme:
+    from tersor.qweight import ActSpec, QSpec, Scheme
+
+    group = getattr(args, "group", None if bits == 8 and args.activations else 128)
+    return Scheme(
+        QSpec(bits, group, symmetric=not args.asymmetric), ActSpec() if args.activations else None
+    )
+
+
+def _rest(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments that quantize and prune have in common."""
     from tersor.calibrate import Calibration
     from tersor.kernels import thread_count
-    from tersor.pipeline import quantize_checkpoint
-    from tersor.qweight import ActSpec, QSpec, Scheme
-    from tersor.report import table
 
     thread_count()  # or TersorError
-    group = getattr(args, "group", None if args.bits == 8 and args.activations else 128)
-    report = quantize_checkpoint(
-        args.model,
-        args.out,
-        scheme=Scheme(
-            QSpec(args.bits, group, symmetric=not args.asymmetric),
-            ActSpec() if args.activations else None,
-        ),
-        method=solver,
-        calibration=Calibration(
+    calibration = None
+    if args.calibration:
+        calibration = Calibration(
             tuple(args.calibration),
             samples=args.samples,
             seq_len=args.seq_len,
             seed=args.seed,
             bos=args.bos,
         )
-        if args.calibration
-        else None,
-        ignore=args.ignore,
-        sequential=args.sequential,
-        strict=args.strict,
-    )
+    return {
+        "calibration": calibration,
+        "ignore": args.ignore,
+        "sequential": args.sequential,
+        "strict": args.strict,
+    }
+
+
+def _show(args: argparse.Namespace, report: Report, result: str) -> None:
+    from tersor.report import table
+
     out = _console()
     out.print(table(report))
     for name, reason in report.departures.items():
         out.print(f"not as asked: {name}: {reason}", highlight=False)
     out.print(
         f"{args.out}: {report.bytes_before / 1e6:.1f} MB -> {report.bytes_after / 1e6:.1f} MB, "
-        f"{report.bits_per_weight:.2f} bits per quantized weight; details in tersor_report.json",
+        f"{result}; details in tersor_report.json",
         highlight=False,
     )
 
@@ -76,22 +118,23 @@ def _check_output(out: str) -> None:
         raise TersorError(f"{out} exists already; remove it or choose another output folder")
 
 
-def _solver(args: argparse.Namespace) -> Solver:
+def _solver(
+    args: argparse.Namespace, solvers: Mapping[str, Callable[..., Solver]], **given: Any
+) -> Solver:
     """The method with the settings that were given; whichever a method lacks is refused."""
     from dataclasses import fields
 
-    from tersor.solvers import SOLVERS
-
-    if args.method not in SOLVERS:
-        names = " or ".join(SOLVERS)
+    if args.method not in solvers:
+        names = " or ".join(solvers)
         raise TersorError(f"--method {args.method} is unknown; use {names}")
-    solver = SOLVERS[args.method]
+    solver: Any = solvers[args.method]
     settings = {name: getattr(args, name) for name in args.settings}
-    given = {name: value for name, value in settings.items() if value is not None}
-    for name in given.keys() - {field.name for field in fields(solver)}:
+    settings = {name: value for name, value in settings.items() if value is not None}
+    for name in settings.keys() - {field.name for field in fields(solver)}:
         option = "--" + name.replace("_", "-")
         raise TersorError(f"{option} changes nothing for --method {args.method}; leave it out")
-    return solver(**given)
+    made: Solver = solver(**given, **settings)
+    return made
 
 
 def evaluate(args: argparse.Namespace) -> None:

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from tersor.blocks import Call, batches, catch
 from tersor.errors import TersorError
 from tersor.formats import FORMATS
-from tersor.layerwise import Solved, Solver, find_solver, quantize_block, settings_of
+from tersor.layerwise import Solved, Solver, compress_block, find_solver, settings_of
 from tersor.linear import QuantLinear
 from tersor.models import FoundArch, find_arch, plain_linears
 from tersor.qweight import Scheme
 from tersor.report import Report, Timings, versions
-from tersor.scope import settle, settle_all
+from tersor.scope import check_inputs, settle, settle_all
 
 
 def quantize_model(
@@ -65,10 +65,8 @@ def quantize_model(
         )
     with _evaluating(model):
         found, texts = _start(model, inputs)
-        if found is None:
-            scope = settle_all(model, scheme.weight, ignore)
-        else:
-            scope = settle(model, found, scheme.weight, ignore)
+        scope = settle(model, found, ignore) if found else settle_all(model, ignore)
+        check_inputs(model, scope.linears, scheme.weight, solver.sparsity)
         for name in scope.linears:
             _check_plain(name, model.get_submodule(name))
         report = Report(
@@ -85,7 +83,7 @@ def quantize_model(
             module = model.get_submodule(block.path)
             passes = partial(_passes, texts, module) if texts else None
             solved = list(
-                quantize_block(model, block, solver, scheme, passes, sequential, Timings())
+                compress_block(model, block, solver, scheme, passes, sequential, Timings())
             )
             if block is not scope.blocks[-1]:
                 for text in texts:

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from tersor import kernels
 from tersor.calibrate import GramStats, capture
 from tersor.errors import TersorError
-from tersor.qweight import QSpec, QWeight, Scheme
+from tersor.qweight import QWeight, Scheme
 from tersor.report import LayerReport, Timings
 from tersor.scope import BlockScope
 from tersor.solvers import PRUNERS, SOLVERS
+from tersor.sparsity import Sparsity
 
 ROWS = 1024  # of a weight that are in float32 at a time
 
@@ -23,14 +24,18 @@ ROWS = 1024  # of a weight that are in float32 at a time
 class Solver(Protocol):
     """A frozen dataclass of settings; sees no model and no hooks.
 
-    name: its key in SOLVERS or PRUNERS. needs: the statistics without which it cannot work, or
-    None. without_input(): the solver for a linear that no token reached.
+    name: its key in SOLVERS or PRUNERS. sparsity: what it makes, of PRUNERS, else None. needs: the
+    statistics without which it cannot work, or None. without_input(): the solver for a linear that
+    no token reached.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def sparsity(self) -> Sparsity | None: ...
 
     @property
     def needs(self) -> type[GramStats] | None: ...
@@ -135,13 +140,13 @@ def compress_linear(
     except TersorError as error:
         raise TersorError(f"{name}: {error}") from error
     n, k = linear.weight.shape
-    error, zeros = _replace(linear, q, seen)
+    loss, zeros = _replace(linear, q, seen)
     report = LayerReport(
         name=name,
         shape=(n, k),
         scheme=str(scheme or "W16A16"),
         method=solver.name,
-        error=error,
+        error=loss,
         sparsity=zeros / (n * k),
         tokens=seen.tokens if seen else 0,
     )

@@ -1,4 +1,4 @@
-"""A checkpoint in, a quantized checkpoint out, with one block of the model in memory at a time."""
+"""A checkpoint in, a compressed checkpoint out, with one block of the model in memory at a time."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from tersor.checkpoint import check_finite
 from tersor.errors import TersorError
 from tersor.formats import FORMATS, quantization_config
 from tersor.formats.config import default_format
-from tersor.layerwise import Solver, find_solver, quantize_block, settings_of
+from tersor.layerwise import Solver, compress_block, find_solver, settings_of
 from tersor.progress import Progress
 from tersor.qweight import QWeight, Scheme
 from tersor.report import REPORT, TIMINGS, LayerReport, Report, Timings, versions
-from tersor.scope import BlockScope, Scope, settle
+from tersor.scope import BlockScope, Scope, check_inputs, settle
 from tersor.shards import ShardWriter, refuse_existing
 from tersor.source import Source
 
@@ -64,14 +64,57 @@ def quantize_checkpoint(
     Raises TersorError for bad input, before any work where that can be known.
     """
     refuse_existing(out)
-    solver = find_solver(method)
+    return _compress(
+        model, out, scheme, find_solver(method), calibration, ignore, sequential, strict, progress
+    )
+
+
+def prune_checkpoint(
+    model: str | Path,
+    out: str | Path,
+    *,
+    method: Solver,
+    scheme: Scheme | None = None,
+    calibration: Calibration | None = None,
+    ignore: Sequence[str] = (),
+    sequential: bool = False,
+    strict: bool = False,
+    progress: bool | None = None,
+) -> Report:
+    """Makes weights of the linears in the blocks of a Hugging Face checkpoint zero, and writes a
+    checkpoint: an ordinary one with zeros in it, or with a scheme a quantized one whose zeros are
+    exact.
+
+    method: a solver with its sparsity, such as SparseGPT(Sparsity(pattern=(2, 4))).
+    scheme: what every linear becomes beside, in the same pass; None leaves weights in the dtype of
+        the files.
+    The rest is as in quantize_checkpoint.
+    """
+    refuse_existing(out)
+    if find_solver(method).sparsity is None:
+        raise TersorError(f"{method} prunes nothing; use quantize_checkpoint, or another method")
+    return _compress(model, out, scheme, method, calibration, ignore, sequential, strict, progress)
+
+
+def _compress(
+    model: str | Path,
+    out: str | Path,
+    scheme: Scheme | None,
+    solver: Solver,
+    calibration: Calibration | None,
+    ignore: Sequence[str],
+    sequential: bool,
+    strict: bool,
+    progress: bool | None,
+) -> Report:
     source = Source.open(model)
-    scope = settle(source.model, source.found, scheme.weight, ignore)
+    scope = settle(source.model, source.found, ignore)
+    check_inputs(source.model, scope.linears, scheme.weight if scheme else None, solver.sparsity)
     windows = _windows(source, solver, calibration)
     report = Report(
         model=source.checkpoint.folder.resolve().name,
         fingerprint=source.checkpoint.fingerprint(),
-        architecture=_architecture(source),
+        architecture=_architecture(source, scheme),
         settings=settings_of(scheme, solver, ignore, sequential),
         versions=versions(),
         calibration=_describe(calibration, windows),
@@ -90,20 +133,18 @@ def quantize_checkpoint(
                 report.require_strict()
         report.bytes_after = sum(info["bytes"] for info in writer.done.values())
         files = {REPORT: report.to_json(), TIMINGS: run.timings.to_json()}
-        config = source.checkpoint.config | {
-            "quantization_config": quantization_config(
-                scheme,
-                scope.unquantized,
-                actorder="weight" if report.settings.get("act_order") else None,
-            )
-        }
+        config = source.checkpoint.config
+        if scheme is not None:
+            order = "weight" if report.settings.get("act_order") else None
+            stated = quantization_config(scheme, scope.unquantized, actorder=order)
+            config = config | {"quantization_config": stated}
         writer.finish(config, source.checkpoint.folder, files)
     return report
 
 
-def _architecture(source: Source) -> str:
+def _architecture(source: Source, scheme: Scheme | None) -> str:
     """Where the architecture is from, and what a reader of the folder has to know of it."""
-    if any(place.transposed for place in source.where.values()):
+    if scheme and any(place.transposed for place in source.where.values()):
         return (
             f"{source.found.how}; load the result with tersor, since transformers with "
             "compressed-tensors leaves its Conv1D layers random"
@@ -117,7 +158,7 @@ def _windows(source: Source, solver: Solver, calibration: Calibration | None) ->
         if solver.needs is not None:
             raise TersorError(
                 f"{solver.name} needs text to calibrate on; give --calibration FILE, or use "
-                f"--method rtn, which needs none"
+                f"--method {'magnitude' if solver.sparsity else 'rtn'}, which needs none"
             )
         return None
     windows = calibration.windows(load_tokenizer(source.checkpoint.folder), source.context)
@@ -167,7 +208,7 @@ class _Run:
 
     source: Source
     scope: Scope
-    scheme: Scheme
+    scheme: Scheme | None
     solver: Solver
     sequential: bool
     writer: ShardWriter
@@ -232,7 +273,7 @@ class _Run:
         with ExitStack() as memory:
             with timings.stage("read"):
                 memory.enter_context(self.source.loaded(names))
-            for solved in quantize_block(
+            for solved in compress_block(
                 model, block, self.solver, self.scheme, passes, self.sequential, timings
             ):
                 solved.report.bytes = self._add(solved.name, solved.weight)
@@ -245,8 +286,8 @@ class _Run:
                     state[_hidden(number + 1)] = flow.advance(number, module)
         with self.timings.stage("write"):
             nbytes = sum(layer.bytes for layer in layers)
-            quantized = {f"{name}.weight" for name in block.linears}
-            for name, tensor in self.source.unchanged(n for n in names if n not in quantized):
+            done = {f"{name}.weight" for name in block.linears}
+            for name, tensor in self.source.unchanged(n for n in names if n not in done):
                 self.writer.add(name, tensor)
                 nbytes += tensor.nbytes
             info = {
@@ -260,9 +301,15 @@ class _Run:
             flow.forget(number)
         _core.trim_memory()
 
-    def _add(self, name: str, weight: QWeight) -> int:
-        """Puts the tensors of a quantized linear into the block's file; returns their bytes."""
-        stem = self.source.where[f"{name}.weight"].saved_as.removesuffix("weight")
+    def _add(self, name: str, weight: QWeight | Tensor) -> int:
+        """Puts the tensors of a compressed linear into the block's file; returns their bytes."""
+        place = self.source.where[f"{name}.weight"]
+        if isinstance(weight, Tensor):
+            stored = self.source.as_stored(f"{name}.weight", weight)
+            self.writer.add(place.saved_as, stored)
+            return stored.nbytes
+        assert self.scheme is not None  # or there would be no codes
+        stem = place.saved_as.removesuffix("weight")
         packed = FORMATS[default_format(self.scheme)].pack(weight)
         for local, tensor in packed.items():
             self.writer.add(stem + local, tensor)

@@ -1,4 +1,4 @@
-"""What of a model is to be quantized, what is not, and why: settled before any work is done."""
+"""What of a model is to be compressed, what is not, and why: settled before any work is done."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from tersor.errors import TersorError
 from tersor.models import FoundArch, routers_of, taps_of, untapped
 from tersor.models.arch import spellings
 from tersor.qweight import QSpec
+from tersor.sparsity import Sparsity
 
 GROUPS = (128, 64, 32, 16)  # that a message may propose
 NEVER = (nn.Embedding, nn.Conv1d, nn.Conv2d)  # weights in a block that no one expects quantized
@@ -19,7 +20,7 @@ NEVER = (nn.Embedding, nn.Conv1d, nn.Conv2d)  # weights in a block that no one e
 
 @dataclass(frozen=True)
 class BlockScope:
-    """One block. path: in the model. taps: paths, in the model too, of the linears to quantize;
+    """One block. path: in the model. taps: paths, in the model too, of the linears to compress;
     those in one tuple read the same activation."""
 
     path: str
@@ -40,7 +41,7 @@ class BlockScope:
 class Scope:
     """A whole model.
 
-    kept: modules with a weight matrix that are not to be quantized, each with the rule or pattern.
+    kept: modules with a weight matrix that are not to be compressed, each with the rule or pattern.
     departures: those that ought to be and cannot, each with the reason.
     unquantized: names of the linears in both, in every spelling that a reader may know.
     """
@@ -55,17 +56,16 @@ class Scope:
         return [path for block in self.blocks for path in block.linears]
 
 
-def settle(model: nn.Module, found: FoundArch, spec: QSpec, ignore: Sequence[str]) -> Scope:
+def settle(model: nn.Module, found: FoundArch, ignore: Sequence[str]) -> Scope:
     """The scope of a model (after plain_linears; a skeleton will do).
 
     ignore: shell patterns over module paths, in any spelling; each must match something.
-    Raises TersorError where there is no block, a pattern matches nothing, nothing is left to
-    quantize, or the group does not divide a linear's inputs; it names the linears and how to go on.
+    Raises TersorError where there is no block, a pattern matches nothing, or nothing is left.
     """
     if not any(found.blocks(model)):
         raise TersorError(
             f"the model has no block in {found.prefix}{found.arch.blocks}, so there is nothing to "
-            "quantize; correct the number of layers in its configuration (num_hidden_layers)"
+            "compress; correct the number of layers in its configuration (num_hidden_layers)"
         )
     scope = Scope()
     aliases, routers = found.arch.aliases, routers_of(found.arch)
@@ -91,11 +91,11 @@ def settle(model: nn.Module, found: FoundArch, spec: QSpec, ignore: Sequence[str
     for name in (*scope.kept, *scope.departures):
         if not isinstance(model.get_submodule(name), nn.Embedding):
             scope.unquantized += spellings(name, aliases)
-    _check(scope, model, spec, patterns)
+    _check(scope, patterns)
     return scope
 
 
-def settle_all(model: nn.Module, spec: QSpec, ignore: Sequence[str]) -> Scope:
+def settle_all(model: nn.Module, ignore: Sequence[str]) -> Scope:
     """The scope of a module of which nothing is known: every nn.Linear, each with an input of its
     own, all in one block. Raises as `settle` does."""
     scope = Scope()
@@ -111,40 +111,55 @@ def settle_all(model: nn.Module, spec: QSpec, ignore: Sequence[str]) -> Scope:
         else:  # such as nn.MultiheadAttention's, whose weight is read from outside
             scope.departures[name] = f"{type(module).__name__} may do more than a linear does"
     scope.blocks.append(BlockScope("", tuple(taps)))
-    _check(scope, model, spec, patterns)
+    _check(scope, patterns)
     return scope
 
 
-def _check(scope: Scope, model: nn.Module, spec: QSpec, patterns: _Patterns) -> None:
+def _check(scope: Scope, patterns: _Patterns) -> None:
     example = next(iter((*scope.linears, *scope.kept)), None)
     if example is None:
-        raise TersorError("the model has no nn.Linear to quantize")
+        raise TersorError("the model has no nn.Linear to compress")
     if patterns.unused:
         raise TersorError(
             f"--ignore {' '.join(patterns.unused)} matches no module of this model; modules are "
             f"called like {example}"
         )
     if not scope.linears:
-        raise TersorError("--ignore leaves nothing to quantize; give narrower patterns")
-    check_group(spec, {name: model.get_submodule(name).in_features for name in scope.linears})
+        raise TersorError("--ignore leaves nothing to compress; give narrower patterns")
 
 
-def check_group(spec: QSpec, inputs: dict[str, int]) -> None:
-    """TersorError unless the group divides every linear's number of input features."""
-    bad = {name: k for name, k in inputs.items() if spec.group and k % spec.group}
+def check_inputs(
+    model: nn.Module, linears: Iterable[str], spec: QSpec | None, sparsity: Sparsity | None
+) -> None:
+    """TersorError unless the group, and the M of a pattern N:M, divide every linear's number of
+    input features; it names the linears and how to go on."""
+    inputs = {name: model.get_submodule(name).in_features for name in linears}
+    if spec is not None and spec.group:
+        others = [f"--group {g}" for g in GROUPS if _divides(g, inputs)][:1]
+        _check_division(spec.group, f"group {spec.group}", inputs, [*others, "--group row"])
+    if sparsity is not None and sparsity.pattern:
+        kept, of = sparsity.pattern
+        others = [f"--pattern {m * kept // of}:{m}" for m in (8, 4, 2) if m * kept % of == 0]
+        fits = [other for other in others if _divides(int(other.partition(":")[2]), inputs)][:1]
+        ratio = f"--sparsity {sparsity.zeros:g}"
+        _check_division(of, f"the pattern {sparsity}", inputs, [*fits, ratio])
+
+
+def _divides(size: int, inputs: dict[str, int]) -> bool:
+    return all(k % size == 0 for k in inputs.values())
+
+
+def _check_division(size: int, what: str, inputs: dict[str, int], fixes: list[str]) -> None:
+    bad = {name: k for name, k in inputs.items() if k % size}
     if not bad:
         return
-    fits = [g for g in GROUPS if all(k % g == 0 for k in inputs.values())]
-    fixes = [f"--group {fits[0]}"] if fits else []
-    fixes.append("--group row")
     endings = sorted({name.rpartition(".")[2] for name in bad})
     if len(bad) < len(inputs) and len(endings) < 4:
-        fixes.append("--ignore " + " ".join(f"'*.{ending}'" for ending in endings))
+        fixes = [*fixes, "--ignore " + " ".join(f"'*.{ending}'" for ending in endings)]
     first = ", ".join(f"{name} with {k}" for name, k in list(bad.items())[:3])
     more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
     raise TersorError(
-        f"group {spec.group} does not divide the input features of {first}{more}; use "
-        f"{' or '.join(fixes)}"
+        f"{what} does not divide the input features of {first}{more}; use {' or '.join(fixes)}"
     )
 
 

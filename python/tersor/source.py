@@ -97,6 +97,13 @@ class Source:
             else:  # a slice of a fused tensor, whose name stands for all of it
                 yield place.saved_as, place.read(self.checkpoint)
 
+    def as_stored(self, name: str, tensor: Tensor) -> Tensor:
+        """A new value for a parameter, in the order and the dtype that its tensor in the files
+        has."""
+        place = self.where[name]
+        dtype = self.checkpoint.metadata(place.name).torch_dtype
+        return (tensor.t() if place.transposed else tensor).to(dtype).contiguous()
+
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors of the checkpoint."""

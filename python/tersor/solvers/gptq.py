@@ -12,6 +12,7 @@ from tersor.errors import TersorError
 from tersor.qweight import QSpec, QWeight
 from tersor.solvers.rtn import RTN
 from tersor.solvers.surgeon import pruned_mask, solve
+from tersor.sparsity import Sparsity
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class GPTQ:
     act_order: bool = False
     clip: bool = True
     name: ClassVar[str] = "gptq"
+    sparsity: ClassVar[Sparsity | None] = None
     needs: ClassVar[type[GramStats] | None] = GramStats
 
     def __post_init__(self) -> None:

@@ -122,5 +122,4 @@ def on_mask(
         return best.to(w.dtype)
     # The loss against w is that against the refit, which is orthogonal to all that the mask allows,
     # plus what the refit lost.
-    q = solve(best.to(w.dtype), stats, spec, damp=damp, clip=clip, mask=mask)
-    return q
+    return solve(best.to(w.dtype), stats, spec, damp=damp, clip=clip, mask=mask)

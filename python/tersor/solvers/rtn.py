@@ -12,6 +12,7 @@ from tersor import _core
 from tersor.calibrate import GramStats
 from tersor.kernels import dtype_code
 from tersor.qweight import QSpec, QWeight
+from tersor.sparsity import Sparsity
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class RTN:
 
     clip: bool = False
     name: ClassVar[str] = "rtn"
+    sparsity: ClassVar[Sparsity | None] = None
     needs: ClassVar[type[GramStats] | None] = None
 
     def without_input(self) -> RTN:

@@ -31,7 +31,7 @@ def solve(
     sparsity: which weights become zero is chosen on the way, by the loss of SparseGPT.
     mask: bool [n, k], the weights that do not become zero. One of the two, or neither.
     """
-    n, k = w.shape
+    k = w.shape[1]
     factor = stats.factor(damp, act_order)
     columns = w.float().contiguous()
     groups = scales = zeros = None
