@@ -5,6 +5,7 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 
+#include <atomic>
 #include <cstring>
 
 #if defined(__GLIBC__)
@@ -47,7 +48,7 @@ struct Weight {
 };
 
 Weight portable(const Codes& codes, const Grid& scales, const std::optional<Codes>& zeros, int bits,
-                int activation) {
+                int activation, int kept, int of) {
   const auto n = static_cast<int64_t>(codes.shape(0)), k = static_cast<int64_t>(codes.shape(1));
   const auto groups = static_cast<int64_t>(scales.shape(1));
   if (groups < 1 || k % groups || static_cast<int64_t>(scales.shape(0)) != n)
@@ -56,7 +57,7 @@ Weight portable(const Codes& codes, const Grid& scales, const std::optional<Code
                 shape_text(n, k));
   if (zeros && (zeros->shape(0) != scales.shape(0) || zeros->shape(1) != scales.shape(1)))
     throw Error("zeros must have the shape of the scales");
-  Weight w{{n, k, k / groups, bits, zeros ? 1 : 0, dtype_of(scales.dtype()), activation},
+  Weight w{{n, k, k / groups, bits, zeros ? 1 : 0, dtype_of(scales.dtype()), activation, kept, of},
            {codes.data(), scales.data(), zeros ? zeros->data() : nullptr}};
   tersor::check(w.spec);
   return w;
@@ -66,6 +67,27 @@ void check_range(const uint8_t* codes, int64_t count, int bits, const char* what
   uint8_t all = 0;
   for (int64_t i = 0; i < count; ++i) all |= codes[i];
   if (all >> bits) throw Error(std::string(what) + " must be below " + std::to_string(1 << bits));
+}
+
+// Whether every row keeps to the pattern: the caller promises a kernel that it does.
+bool follows_pattern(const Weight& w, int kept, int of) {
+  const int64_t n = w.spec.n, k = w.spec.k, g = w.spec.g;
+  std::atomic<bool> holds{true};
+  tersor::parallel_for(n, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end && holds; ++row) {
+      const uint8_t* codes = w.view.codes + row * k;
+      for (int64_t i = 0; i < k; i += of) {
+        int found = 0;
+        for (int64_t j = i; j < i + of; ++j) {
+          const int zero =
+              w.view.zeros ? w.view.zeros[row * (k / g) + j / g] : 1 << (w.spec.bits - 1);
+          found += codes[j] != zero;
+        }
+        if (found > kept) holds = false;
+      }
+    }
+  });
+  return holds;
 }
 
 nb::dict description(const tersor_kernel& kernel) {
@@ -88,21 +110,29 @@ void register_kernels(const nb::object& capsule) {
 }
 
 tersor_spec spec_of(int64_t n, int64_t k, int64_t g, int bits, bool asymmetric, int scale_dtype,
-                    int activation) {
-  const tersor_spec spec{n, k, g, bits, asymmetric ? 1 : 0, scale_dtype, activation};
+                    int activation, int kept, int of) {
+  const tersor_spec spec{n, k, g, bits, asymmetric ? 1 : 0, scale_dtype, activation, kept, of};
   tersor::check(spec);
   return spec;
 }
 
+// Whether at most `kept` of every `of` codes of a row are not its zero point.
+bool keeps_pattern(const Codes& codes, const Grid& scales, const std::optional<Codes>& zeros,
+                   int bits, int kept, int of) {
+  const Weight w = portable(codes, scales, zeros, bits, TERSOR_A16, kept, of);
+  nb::gil_scoped_release release;
+  return follows_pattern(w, kept, of);
+}
+
 size_t packed_bytes(const Codes& codes, const Grid& scales, const std::optional<Codes>& zeros,
-                    int bits, int activation) {
-  const Weight w = portable(codes, scales, zeros, bits, activation);
+                    int bits, int activation, int kept, int of) {
+  const Weight w = portable(codes, scales, zeros, bits, activation, kept, of);
   return tersor::packed_bytes(tersor::select(w.spec, 0, TERSOR_F32), w.spec);
 }
 
 void pack(const Codes& codes, const Grid& scales, const std::optional<Codes>& zeros, int bits,
-          int activation, const Bytes& packed) {
-  const Weight w = portable(codes, scales, zeros, bits, activation);
+          int activation, const Bytes& packed, int kept, int of) {
+  const Weight w = portable(codes, scales, zeros, bits, activation, kept, of);
   const tersor_kernel& kernel = tersor::select(w.spec, 0, TERSOR_F32);
   if (packed.shape(0) != tersor::packed_bytes(kernel, w.spec) ||
       reinterpret_cast<uintptr_t>(packed.data()) % TERSOR_ALIGN)
@@ -110,6 +140,8 @@ void pack(const Codes& codes, const Grid& scales, const std::optional<Codes>& ze
   nb::gil_scoped_release release;
   check_range(w.view.codes, w.spec.n * w.spec.k, bits, "codes");
   if (zeros) check_range(w.view.zeros, w.spec.n * (w.spec.k / w.spec.g), bits, "zeros");
+  if (of && !follows_pattern(w, kept, of))
+    throw Error("the codes are not " + std::to_string(kept) + ":" + std::to_string(of));
   tersor::pack(kernel, w.spec, w.view, packed.data());
 }
 
@@ -131,13 +163,16 @@ nb::dict packed_spec(const Bytes& packed) {
   d["asymmetric"] = head.spec.asymmetric != 0;
   d["scale_dtype"] = head.spec.scale_dtype;
   d["activation"] = head.spec.activation;
+  d["kept"] = head.spec.kept;
+  d["of"] = head.spec.of;
   return d;
 }
 
 void unpack(const Bytes& packed, const Codes& codes, const Grid& scales,
             const std::optional<Codes>& zeros) {
   const auto& head = trusted(packed.data(), packed.shape(0));
-  const Weight w = portable(codes, scales, zeros, head.spec.bits, head.spec.activation);
+  const Weight w = portable(codes, scales, zeros, head.spec.bits, head.spec.activation,
+                            head.spec.kept, head.spec.of);
   if (std::memcmp(&w.spec, &head.spec, sizeof w.spec))
     throw Error("the destination's shapes and dtypes are not those of the packed weight");
   nb::gil_scoped_release release;
@@ -180,8 +215,8 @@ void trim_memory() {
 
 // Pairs of (kernel, reason why it does not serve or None), best first.
 nb::list explain(int64_t n, int64_t k, int64_t g, int bits, bool asymmetric, int scale_dtype,
-                 int activation, int64_t m, int dtype) {
-  const tersor_spec spec = spec_of(n, k, g, bits, asymmetric, scale_dtype, activation);
+                 int activation, int64_t m, int dtype, int kept, int of) {
+  const tersor_spec spec = spec_of(n, k, g, bits, asymmetric, scale_dtype, activation, kept, of);
   nb::list rows;
   for (const tersor_kernel* kernel : tersor::kernels())
     rows.append(nb::make_tuple(kernel->name, tersor::refusal(*kernel, spec, m, dtype, nullptr)));
@@ -331,11 +366,13 @@ NB_MODULE(_core, m) {
   m.def("register_kernels", register_kernels, "capsule"_a);
   m.def("forced_isa", [] { return tersor::forced_isa(); });
   m.def("explain", explain, "n"_a, "k"_a, "g"_a, "bits"_a, "asymmetric"_a, "scale_dtype"_a,
-        "activation"_a, "m"_a, "dtype"_a);
+        "activation"_a, "m"_a, "dtype"_a, "kept"_a = 0, "of"_a = 0);
+  m.def("keeps_pattern", keeps_pattern, "codes"_a.noconvert(), "scales"_a.noconvert(),
+        "zeros"_a.noconvert().none(), "bits"_a, "kept"_a, "of"_a);
   m.def("packed_bytes", packed_bytes, "codes"_a.noconvert(), "scales"_a.noconvert(),
-        "zeros"_a.noconvert().none(), "bits"_a, "activation"_a);
+        "zeros"_a.noconvert().none(), "bits"_a, "activation"_a, "kept"_a = 0, "of"_a = 0);
   m.def("pack", pack, "codes"_a.noconvert(), "scales"_a.noconvert(), "zeros"_a.noconvert().none(),
-        "bits"_a, "activation"_a, "packed"_a.noconvert());
+        "bits"_a, "activation"_a, "packed"_a.noconvert(), "kept"_a = 0, "of"_a = 0);
   m.def("packed_spec", packed_spec, "packed"_a.noconvert());
   m.def("unpack", unpack, "packed"_a.noconvert(), "codes"_a.noconvert(), "scales"_a.noconvert(),
         "zeros"_a.noconvert().none());

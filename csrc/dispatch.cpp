@@ -89,7 +89,9 @@ bool is_name(const char (&text)[N]) {
 }
 
 std::string shape_text(const tersor_spec& s) {
-  return "W" + std::to_string(s.bits) + (s.activation == TERSOR_A8 ? "A8" : "A16") +
+  const std::string zeros =
+      s.of ? std::to_string(s.kept) + ":" + std::to_string(s.of) + " " : std::string();
+  return zeros + "W" + std::to_string(s.bits) + (s.activation == TERSOR_A8 ? "A8" : "A16") +
          (s.asymmetric ? " asymmetric, n=" : " symmetric, n=") + std::to_string(s.n) +
          " k=" + std::to_string(s.k) + " g=" + std::to_string(s.g);
 }
@@ -190,6 +192,11 @@ void check(const tersor_spec& s) {
   if (s.activation != TERSOR_A16 && s.activation != TERSOR_A8)
     throw Error("activations enter the product as 16 bits or as int8");
   if (s.asymmetric != 0 && s.asymmetric != 1) throw Error("asymmetric must be 0 or 1");
+  if ((s.of || s.kept) && (s.kept < 1 || s.kept >= s.of || s.of > 128 || s.k % s.of))
+    throw Error(
+        "a pattern keeps at least 1 and fewer than all of some columns, at most 128, that "
+        "divide k; it is " +
+        std::to_string(s.kept) + ":" + std::to_string(s.of) + " for k=" + std::to_string(s.k));
 }
 
 size_t packed_bytes(const tersor_kernel& kernel, const tersor_spec& spec) {

@@ -11,7 +11,7 @@ namespace tersor {
 
 // Every packed weight begins with this header, so that a call can check what it was handed.
 //
-//   offset 0       8        40                  80       88            128
+//   offset 0       8        40                  88       96            128
 //          | magic | layout | spec              | bytes  | zeros ...   | the kernel's own bytes ...
 //
 struct PackedHeader {
@@ -19,12 +19,12 @@ struct PackedHeader {
   char layout[32];
   tersor_spec spec;
   uint64_t bytes;  // of the kernel's part that follows
-  uint8_t reserved[40];
+  uint8_t reserved[32];
 };
-static_assert(sizeof(tersor_spec) == 40, "the header's offsets are drawn above");
+static_assert(sizeof(tersor_spec) == 48, "the header's offsets are drawn above");
 static_assert(sizeof(PackedHeader) == 128 && sizeof(PackedHeader) % TERSOR_ALIGN == 0,
               "what follows the header stays aligned");
 
-inline constexpr char kPackedMagic[8] = {'t', 'e', 'r', 's', 'o', 'r', '0', '1'};
+inline constexpr char kPackedMagic[8] = {'t', 'e', 'r', 's', 'o', 'r', '0', '2'};
 
 }  // namespace tersor

@@ -37,6 +37,8 @@ typedef struct tersor_spec {
   int32_t asymmetric;  /* 0: the zero point is 1 << (bits - 1); 1: zeros are given */
   int32_t scale_dtype; /* enum tersor_dtype, as in the checkpoint: nothing is rounded at load */
   int32_t activation;  /* enum tersor_activation */
+  int32_t kept, of;    /* of > 0: of every `of` columns from a multiple of it on, at most `kept`
+                          codes are not the zero point; 0 and 0: nothing is known of zeros */
 } tersor_spec;
 
 /* A weight in portable order: dequantize(W)[i, j] = (codes[i, j] - zero) * scale,

@@ -82,6 +82,12 @@ def test_sums_are_split_where_they_would_overflow(name):
         for symmetric in (True, False)
         for activation in (None, ActSpec())
         for dtype in DTYPES[:2]
+    ] + [
+        Case(m, 17, k, k, bits, True, activation, dtype, torch.float32, False, (2, 4))
+        for m, k in ((1, 4096), (1, 8192), (9, 8192), (2, 4224))
+        for bits in (4, 8)
+        for activation in (None, ActSpec())
+        for dtype in DTYPES[:2]
     ]
     testing.check_kernel(usable(name), requests=requests)
 
@@ -225,7 +231,7 @@ def test_a_wrong_number_of_threads_is_an_error():
             env={**os.environ, "TERSOR_THREADS": value}, capture_output=True, text=True, timeout=60,
         )  # fmt: skip
         assert done.returncode != 0
-        assert "TersorError: TERSOR_THREADS must be a number from 1 to 1024" in done.stderr
+        assert "Error: TERSOR_THREADS must be a number from 1 to 1024" in done.stderr
 
 
 # --- what the binding refuses ---------------------------------------------------------------------

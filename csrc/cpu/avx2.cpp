@@ -3,9 +3,9 @@
 
 #include "cpu/features.h"
 #include "cpu/kernels.h"
-#include "cpu/tile16_gemm.h"
 #include "cpu/tile16_pack.h"
 #include "cpu/tile16_prepare.h"
+#include "cpu/tile16_sparse.h"
 
 namespace {
 
@@ -60,6 +60,7 @@ struct A8 : Avx2 {
   using Element = int8_t;
   using Sum = int32_t;
   using Acc = __m256i;
+  static constexpr int kBits = BITS;
   static constexpr bool kSumsAlways = true;
   static constexpr int kMaxTokens = 4, kUnits = 2, kFewTokens = 1, kFewUnits = 4;
 
@@ -117,6 +118,7 @@ struct A16 : Avx2 {
   using Element = float;
   using Sum = float;
   using Acc = __m256;
+  static constexpr int kBits = BITS;
   static constexpr bool kSumsAlways = false;
   static constexpr int kMaxTokens = 6, kUnits = 2, kFewTokens = 2, kFewUnits = 4;
 
@@ -162,6 +164,59 @@ struct A16 : Avx2 {
   }
 };
 
+// ---- Steps of 2:4 weights into dense lines
+// -------------------------------------------------------
+
+template <int BITS>
+void expand(const uint8_t* steps, int64_t count, uint8_t* lines) {
+  const __m256i rows = _mm256_set_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0, 0x0c0c0c0c,
+                                        0x08080808, 0x04040404, 0);
+  const __m256i odd = _mm256_add_epi8(rows, _mm256_set1_epi8(2));
+  const __m256i nibble = _mm256_set1_epi8(15);
+  const __m256i centre = _mm256_set1_epi8(static_cast<char>(BITS == 4 ? 0x88 : 0x80));
+  alignas(32) static constexpr uint32_t kEntries[8] = {
+      expand_entry(0), expand_entry(1), expand_entry(2), expand_entry(3),
+      expand_entry(4), expand_entry(5), expand_entry(6), expand_entry(7)};
+  const __m256i table = _mm256_load_si256(reinterpret_cast<const __m256i*>(kEntries));
+  const auto store = [](uint8_t* to, __m256i v) {
+    _mm256_store_si256(reinterpret_cast<__m256i*>(to), v);
+  };
+  for (int64_t s = 0; s < count; ++s, steps += sparse_step_bytes(BITS)) {
+    for (int64_t half = 0; half < kLineBytes; half += 32) {  // 8 rows
+      const uint8_t* step = steps + half;
+      __m256i patterns[4];
+      for (int q = 0; q < 3; ++q) patterns[q] = Avx2::load_line(step + q * kLineBytes);
+      patterns[3] = _mm256_or_si256(
+          _mm256_srli_epi16(patterns[0], 12),
+          _mm256_or_si256(_mm256_slli_epi16(_mm256_srli_epi16(patterns[1], 12), 4),
+                          _mm256_slli_epi16(_mm256_srli_epi16(patterns[2], 12), 8)));
+      uint8_t* out = lines + half;
+      for (int unit = 0; unit < 16; ++unit) {
+        __m256i codes = Avx2::load_line(step + sparse_codes_at(BITS, unit));
+        if (BITS == 4)
+          codes = _mm256_and_si256(unit % 2 ? _mm256_srli_epi16(codes, 4) : codes, nibble);
+        const __m256i first = _mm256_srli_epi32(patterns[unit / 4], 3 * (unit % 4));
+        const __m256i second = _mm256_srli_epi32(first, 16);
+        // Or leaves a zero's 0x80 where it is.
+        const __m256i low = _mm256_shuffle_epi8(
+            codes, _mm256_or_si256(_mm256_permutevar8x32_epi32(table, first), rows));
+        const __m256i high = _mm256_shuffle_epi8(
+            codes, _mm256_or_si256(_mm256_permutevar8x32_epi32(table, second), odd));
+        if (BITS == 4) {
+          const __m256i both = _mm256_or_si256(low, _mm256_slli_epi16(high, 4));
+          store(out, _mm256_xor_si256(both, centre));
+          out += kLineBytes;
+        } else {
+          store(out, _mm256_xor_si256(low, centre));
+          store(out + kLineBytes, _mm256_xor_si256(high, centre));
+          out += 2 * kLineBytes;
+        }
+      }
+    }
+    lines += kSparseColumns / (BITS == 4 ? 8 : 4) * kLineBytes;
+  }
+}
+
 }  // namespace
 
 namespace tersor {
@@ -177,6 +232,14 @@ const tersor_kernel kAvx2Kernels[] = {
            gemm<A16<4>>),
     kernel("w8a16_avx2", "avx2", 20, avx2_missing, refuses_w8a16, workspace_f32, prepare_f32,
            gemm<A16<8>>),
+    sparse_kernel("s24w4a8_avx2", "avx2", 25, avx2_missing, sparse_refuses_w4a8, workspace_a8,
+                  prepare_a8, multiply_expanded<A8<4>, expand<4>>),
+    sparse_kernel("s24w8a8_avx2", "avx2", 25, avx2_missing, sparse_refuses_w8a8, workspace_a8,
+                  prepare_a8, multiply_expanded<A8<8>, expand<8>>),
+    sparse_kernel("s24w4a16_avx2", "avx2", 25, avx2_missing, sparse_refuses_w4a16, workspace_f32,
+                  prepare_f32, multiply_expanded<A16<4>, expand<4>>),
+    sparse_kernel("s24w8a16_avx2", "avx2", 25, avx2_missing, sparse_refuses_w8a16, workspace_f32,
+                  prepare_f32, multiply_expanded<A16<8>, expand<8>>),
 };
 
 }  // namespace tersor

@@ -16,6 +16,7 @@ struct BF16 : Avx512 {
   using Element = uint16_t;
   using Sum = float;
   using Acc = __m512;
+  static constexpr int kBits = BITS;
   static constexpr bool kSumsAlways = false;
   static constexpr int kMaxTokens = 12, kUnits = 2, kFewTokens = 4, kFewUnits = 4;
   static constexpr int kColumns = BITS == 4 ? 8 : 4;
@@ -105,6 +106,85 @@ void prepare_bf16(const tersor_args* a, int64_t begin, int64_t end) {
   }
 }
 
+constexpr uint16_t pair_bytes(int column) {
+  return static_cast<uint16_t>(2 * column | (2 * column + 1) << 8);
+}
+constexpr uint16_t first_pair(int p) { return pair_bytes(kKeptColumns[p][0]); }
+constexpr uint16_t second_pair(int p) { return pair_bytes(kKeptColumns[p][1]); }
+constexpr Table512 kPickPairs[2] = {Table512(first_pair), Table512(second_pair)};
+
+// 2:4: each row picks its own two of four activations, one of either four of a unit at a time.
+template <int BITS>
+struct SparseBF16 : Avx512 {
+  using Element = uint16_t;
+  using Sum = float;
+  using Acc = __m512;
+  static constexpr bool kSumsAlways = false;
+  static constexpr int kFewTokens = 4, kFewUnits = 4;
+  static constexpr int64_t kFewest = 8;
+
+  static Acc start(const uint8_t*, float) { return _mm512_setzero_ps(); }
+  static Float to_float(Acc acc) { return acc; }
+
+  // Code `j` of both fours as a pair of bfloat16.
+  static __m512bh pair(__m512i line, int unit, int j) {
+    if constexpr (BITS == 4) {
+      const __m512i values = _mm512_broadcast_i64x4(_mm256_setr_epi16(
+          0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
+          static_cast<short>(0xc100), static_cast<short>(0xc0e0), static_cast<short>(0xc0c0),
+          static_cast<short>(0xc0a0), static_cast<short>(0xc080), static_cast<short>(0xc040),
+          static_cast<short>(0xc000), static_cast<short>(0xbf80)));  // 0 ... 7, -8 ... -1
+      const auto shift = static_cast<unsigned>(8 * j + 4 * (unit % 2));
+      return reinterpret_cast<__m512bh>(
+          _mm512_permutexvar_epi16(_mm512_srli_epi16(line, shift), values));
+    } else {
+      const __m512i first = _mm512_castps_si512(signed_byte(line, j));
+      const __m512i second = _mm512_castps_si512(signed_byte(line, j + 2));
+      return reinterpret_cast<__m512bh>(
+          _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(first, 16), second));
+    }
+  }
+
+  template <int MR, int NU>
+  static void dot(Acc (&acc)[MR][NU], const uint8_t* const (&w)[NU], int64_t steps,
+                  const uint16_t* a, int64_t stride) {
+    const __m512i second_four = _mm512_set1_epi32(0x08080000);
+    const __m512i table[2] = {kPickPairs[0].load(), kPickPairs[1].load()};
+    each_four<BITS, NU>(
+        w, steps,
+        [&](int64_t unit, int v, const __m512i(&patterns)[NU], const uint8_t* const(&codes)[NU]) {
+#pragma GCC unroll 8
+          for (int u = 0; u < NU; ++u) {
+            const __m512i line = load_line(codes[u]);
+            const __m512i at = _mm512_srli_epi16(patterns[u], static_cast<unsigned>(3 * v));
+#pragma GCC unroll 2
+            for (int j = 0; j < 2; ++j) {
+              const __m512i pick =
+                  _mm512_or_si512(_mm512_permutexvar_epi16(at, table[j]), second_four);
+              const __m512bh value = pair(line, v, j);
+#pragma GCC unroll 4
+              for (int t = 0; t < MR; ++t) {
+                const __m512i x = _mm512_broadcast_i32x4(
+                    _mm_loadu_si128(reinterpret_cast<const __m128i*>(a + t * stride + unit * 8)));
+                acc[t][u] = _mm512_dpbf16_ps(
+                    acc[t][u], value, reinterpret_cast<__m512bh>(_mm512_shuffle_epi8(x, pick)));
+              }
+            }
+          }
+        });
+  }
+};
+
+// In the order that the inner product of so many tokens reads.
+template <int BITS>
+void prepare_sparse_bf16(const tersor_args* a, int64_t begin, int64_t end) {
+  if (a->m > SparseBF16<BITS>::kFewest)
+    prepare_bf16<BITS>(a, begin, end);
+  else
+    prepare_bf16<8>(a, begin, end);
+  spoil_tokens<uint16_t>(a, begin, end);
+}
+
 }  // namespace
 
 namespace tersor {
@@ -116,6 +196,12 @@ const tersor_kernel kAvx512Bf16Kernels[] = {
            prepare_bf16<4>, gemm<BF16<4>>),
     kernel("w8a16_avx512bf16", "avx512bf16", 40, avx512bf16_missing, refuses_w8bf16, workspace_bf16,
            prepare_bf16<8>, gemm<BF16<8>>),
+    sparse_kernel("s24w4a16_avx512bf16", "avx512bf16", 45, avx512bf16_missing,
+                  sparse_refuses_w4bf16, workspace_bf16, prepare_sparse_bf16<4>,
+                  sparse_gemm<SparseBF16<4>, BF16<4>, expand512<4>>),
+    sparse_kernel("s24w8a16_avx512bf16", "avx512bf16", 45, avx512bf16_missing,
+                  sparse_refuses_w8bf16, workspace_bf16, prepare_sparse_bf16<8>,
+                  sparse_gemm<SparseBF16<8>, BF16<8>, expand512<8>>),
 };
 
 }  // namespace tersor

@@ -6,9 +6,9 @@
 
 namespace tersor {
 
-extern const tersor_kernel kScalarKernels[4];
-extern const tersor_kernel kAvx2Kernels[4];
-extern const tersor_kernel kAvx512VnniKernels[4];
-extern const tersor_kernel kAvx512Bf16Kernels[2];
+extern const tersor_kernel kScalarKernels[8];
+extern const tersor_kernel kAvx2Kernels[8];
+extern const tersor_kernel kAvx512VnniKernels[8];
+extern const tersor_kernel kAvx512Bf16Kernels[4];
 
 }  // namespace tersor

@@ -16,11 +16,62 @@ int32_t code_of(const uint8_t* lines, int64_t row, int64_t column) {
   return BITS == 8 ? byte : j < 4 ? byte & 15 : byte >> 4;
 }
 
+struct Dense {
+  static constexpr bool kSparse = false;
+
+  template <int BITS, class Sum, class Element>
+  static void add(const uint8_t* lines, int64_t begin, int64_t end, const int32_t* zero,
+                  const Element* x, Sum* sum) {
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t r = 0; r < kTileRows; ++r)
+        sum[r] += static_cast<Sum>(code_of<BITS>(lines, r, i) - zero[r]) * static_cast<Sum>(x[i]);
+  }
+};
+
+// "tile16s24": a four at a time, whose two codes meet the columns that its pattern names.
+struct Sparse {
+  static constexpr bool kSparse = true;
+
+  static int pattern_of(const uint8_t* patterns, int64_t row, int64_t unit, int f) {
+    uint64_t bits = 0;
+    for (int q = 0; q < 3; ++q) {
+      uint16_t half;
+      __builtin_memcpy(&half, patterns + q * kLineBytes + row * 4 + f * 2, 2);
+      bits |= static_cast<uint64_t>(half & 0xfff) << (12 * q);
+      bits |= static_cast<uint64_t>(half >> 12) << (36 + 4 * q);
+    }
+    return static_cast<int>(bits >> (3 * unit) & 7);
+  }
+
+  template <int BITS, class Sum, class Element>
+  static void add(const uint8_t* lines, int64_t begin, int64_t end, const int32_t*,
+                  const Element* x, Sum* sum) {
+    constexpr int8_t kKept[8][2] = {{0, 1}, {0, 2}, {0, 3}, {1, 2}, {1, 3}, {2, 3}, {}, {}};
+    for (int64_t i = begin; i < end; i += 4) {
+      const uint8_t* step = lines + i / kSparseColumns * sparse_step_bytes(BITS);
+      const int64_t unit = i % kSparseColumns / 8;
+      const int f = static_cast<int>(i / 4 % 2);
+      const uint8_t* codes = step + sparse_codes_at(BITS, unit);
+      for (int64_t r = 0; r < kTileRows; ++r) {
+        const int p = pattern_of(step, r, unit, f);
+        for (int j = 0; j < 2; ++j) {
+          const uint8_t byte = codes[r * 4 + 2 * f + j];
+          // The code less its midpoint: its highest bit is the sign.
+          const int shift = BITS == 8 ? 24 : unit % 2 ? 24 : 28;
+          const int32_t code =
+              static_cast<int32_t>(static_cast<uint32_t>(byte) << shift) >> (32 - BITS);
+          sum[r] += static_cast<Sum>(code) * static_cast<Sum>(x[i + kKept[p][j]]);
+        }
+      }
+    }
+  }
+};
+
 // Element: int8_t with int32_t sums, or float with float sums.
-template <int BITS, class Element, class Sum>
+template <class Layout, int BITS, class Element, class Sum>
 void gemm(const tersor_args* a, int64_t begin, int64_t end) {
   const tersor_spec& s = a->spec;
-  const Tile16 tile(s);
+  const Tile16 tile(s, Layout::kSparse);
   const Prepared p(s, a->m, sizeof(Element));
   const auto* work = static_cast<const uint8_t*>(a->workspace);
   const auto* token_scale = reinterpret_cast<const float*>(work + p.scales_at);
@@ -36,10 +87,8 @@ void gemm(const tersor_args* a, int64_t begin, int64_t end) {
         for (int64_t r = 0; r < kTileRows; ++r)
           zero[r] = s.asymmetric ? lines[tile.zeros_at + group * kTileRows + r] : 1 << (BITS - 1);
         Sum sum[kTileRows] = {};
-        for (int64_t i = p.chunk_begin(s, chunk); i < p.chunk_end(s, chunk); ++i)
-          for (int64_t r = 0; r < kTileRows; ++r)
-            sum[r] +=
-                static_cast<Sum>(code_of<BITS>(lines, r, i) - zero[r]) * static_cast<Sum>(x[i]);
+        Layout::template add<BITS>(lines, p.chunk_begin(s, chunk), p.chunk_end(s, chunk), zero, x,
+                                   sum);
         for (int64_t r = 0; r < kTileRows; ++r)
           total[r] += load_element(lines + tile.scales_at, group * kTileRows + r, s.scale_dtype) *
                       static_cast<float>(sum[r]);
@@ -60,13 +109,21 @@ using namespace tile16;
 
 const tersor_kernel kScalarKernels[] = {
     kernel("w4a8_scalar", "scalar", 0, nothing_missing, refuses_w4a8, workspace_a8, prepare_a8,
-           gemm<4, int8_t, int32_t>),
+           gemm<Dense, 4, int8_t, int32_t>),
     kernel("w8a8_scalar", "scalar", 0, nothing_missing, refuses_w8a8, workspace_a8, prepare_a8,
-           gemm<8, int8_t, int32_t>),
+           gemm<Dense, 8, int8_t, int32_t>),
     kernel("w4a16_scalar", "scalar", 0, nothing_missing, refuses_w4a16, workspace_f32, prepare_f32,
-           gemm<4, float, float>),
+           gemm<Dense, 4, float, float>),
     kernel("w8a16_scalar", "scalar", 0, nothing_missing, refuses_w8a16, workspace_f32, prepare_f32,
-           gemm<8, float, float>),
+           gemm<Dense, 8, float, float>),
+    sparse_kernel("s24w4a8_scalar", "scalar", 5, nothing_missing, sparse_refuses_w4a8, workspace_a8,
+                  prepare_a8, gemm<Sparse, 4, int8_t, int32_t>),
+    sparse_kernel("s24w8a8_scalar", "scalar", 5, nothing_missing, sparse_refuses_w8a8, workspace_a8,
+                  prepare_a8, gemm<Sparse, 8, int8_t, int32_t>),
+    sparse_kernel("s24w4a16_scalar", "scalar", 5, nothing_missing, sparse_refuses_w4a16,
+                  workspace_f32, prepare_sparse_f32, gemm<Sparse, 4, float, float>),
+    sparse_kernel("s24w8a16_scalar", "scalar", 5, nothing_missing, sparse_refuses_w8a16,
+                  workspace_f32, prepare_sparse_f32, gemm<Sparse, 8, float, float>),
 };
 
 }  // namespace tersor

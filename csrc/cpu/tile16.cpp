@@ -12,20 +12,130 @@ size_t packed_bytes(const tersor_spec* s) {
   return static_cast<size_t>(t.tiles * t.tile_bytes);
 }
 
+size_t sparse_packed_bytes(const tersor_spec* s) {
+  const Tile16 t(*s, true);
+  return static_cast<size_t>(t.tiles * t.tile_bytes);
+}
+
 namespace {
 
-void pack_tile(const tersor_spec& s, const Tile16& t, const tersor_view& view, uint8_t* tile,
-               int64_t row, int64_t rows) {
+// ---- Codes of one row: `row` is where its first word is in the tile
+// ------------------------------
+
+void pack_codes(const tersor_spec& s, const Tile16& t, const uint8_t* codes, uint8_t* row) {
+  for (int64_t l = 0; l < t.steps; ++l) {
+    uint8_t* word = row + l * kLineBytes;
+    const int64_t column = l * t.columns_per_step;
+    const int64_t columns = smaller(t.columns_per_step, s.k - column);
+    for (int64_t j = 0; j < columns; ++j)
+      word[j % 4] |= static_cast<uint8_t>(j < 4 ? codes[column + j] : codes[column + j] << 4);
+  }
+}
+
+void unpack_codes(const tersor_spec& s, const Tile16& t, const uint8_t* row, uint8_t* codes) {
+  for (int64_t l = 0; l < t.steps; ++l) {
+    const uint8_t* word = row + l * kLineBytes;
+    const int64_t column = l * t.columns_per_step;
+    const int64_t columns = smaller(t.columns_per_step, s.k - column);
+    for (int64_t j = 0; j < columns; ++j) {
+      const uint8_t byte = word[j % 4];
+      codes[column + j] = s.bits == 8 ? byte : j < 4 ? byte & 15 : byte >> 4;
+    }
+  }
+}
+
+// ---- The same with zeros left out
+// ----------------------------------------------------------------
+
+constexpr int kKept[6][2] = {{0, 1}, {0, 2}, {0, 3}, {1, 2}, {1, 3}, {2, 3}};  // by pattern
+constexpr int64_t kUnits = kSparseColumns / 8;
+
+// The pattern that keeps all codes of a four that are not `zero`; of several, the first.
+int pattern_of(const uint8_t* four, uint8_t zero) {
+  for (int p = 0; p < 5; ++p) {
+    bool holds = true;
+    for (int j = 0; j < 4; ++j) holds &= four[j] == zero || j == kKept[p][0] || j == kKept[p][1];
+    if (holds) return p;
+  }
+  return 5;
+}
+
+// The patterns of one row's step as bits, 48 for either half f: those of fours 2i + f.
+struct Patterns {
+  uint64_t half[2] = {};
+
+  void set(int64_t unit, int f, int pattern) {
+    half[f] |= static_cast<uint64_t>(pattern) << (3 * unit);
+  }
+  int get(int64_t unit, int f) const { return static_cast<int>(half[f] >> (3 * unit) & 7); }
+
+  // Lines 0 to 2 hold 12 bits each, and in the rest of their 16 four bits of what follows.
+  uint16_t line(int q, int f) const {
+    return static_cast<uint16_t>((half[f] >> (12 * q) & 0xfff) | (half[f] >> (36 + 4 * q) & 15)
+                                                                     << 12);
+  }
+  void add_line(int q, int f, uint16_t bits) {
+    half[f] |= static_cast<uint64_t>(bits & 0xfff) << (12 * q);
+    half[f] |= static_cast<uint64_t>(bits >> 12) << (36 + 4 * q);
+  }
+};
+
+void pack_sparse_codes(const tersor_spec& s, const Tile16& t, const uint8_t* codes, uint8_t* row) {
+  const auto zero = static_cast<uint8_t>(1 << (s.bits - 1));
+  for (int64_t i = 0; i < t.steps; ++i, codes += kSparseColumns, row += t.step_bytes) {
+    Patterns patterns;
+    for (int64_t unit = 0; unit < kUnits; ++unit)
+      for (int f = 0; f < 2; ++f) {
+        const uint8_t* four = codes + unit * 8 + f * 4;
+        const int pattern = pattern_of(four, zero);
+        patterns.set(unit, f, pattern);
+        for (int j = 0; j < 2; ++j) {
+          const auto code = static_cast<uint8_t>(four[kKept[pattern][j]] ^ zero);
+          row[sparse_codes_at(s.bits, unit) + 2 * f + j] |=
+              static_cast<uint8_t>(s.bits == 8 ? code : code << unit % 2 * 4);
+        }
+      }
+    for (int q = 0; q < 3; ++q)
+      for (int f = 0; f < 2; ++f) {
+        const uint16_t bits = patterns.line(q, f);
+        std::memcpy(row + q * kLineBytes + 2 * f, &bits, 2);
+      }
+  }
+}
+
+void unpack_sparse_codes(const tersor_spec& s, const Tile16& t, const uint8_t* row,
+                         uint8_t* codes) {
+  const auto zero = static_cast<uint8_t>(1 << (s.bits - 1));
+  std::memset(codes, zero, static_cast<size_t>(s.k));
+  for (int64_t i = 0; i < t.steps; ++i, codes += kSparseColumns, row += t.step_bytes) {
+    Patterns patterns;
+    for (int q = 0; q < 3; ++q)
+      for (int f = 0; f < 2; ++f) {
+        uint16_t bits;
+        std::memcpy(&bits, row + q * kLineBytes + 2 * f, 2);
+        patterns.add_line(q, f, bits);
+      }
+    for (int64_t unit = 0; unit < kUnits; ++unit)
+      for (int f = 0; f < 2; ++f) {
+        // Memory that another program has written to may hold patterns 6 and 7.
+        const int pattern = patterns.get(unit, f) % 6;
+        for (int j = 0; j < 2; ++j) {
+          const uint8_t byte = row[sparse_codes_at(s.bits, unit) + 2 * f + j];
+          const uint8_t code = s.bits == 8 ? byte : byte >> unit % 2 * 4 & 15;
+          codes[unit * 8 + f * 4 + kKept[pattern][j]] = code ^ zero;
+        }
+      }
+  }
+}
+
+// ---- Whole tiles
+// ---------------------------------------------------------------------------------
+
+void pack_tile(const tersor_spec& s, const Tile16& t, bool sparse, const tersor_view& view,
+               uint8_t* tile, int64_t row, int64_t rows) {
   std::memset(tile, 0, static_cast<size_t>(t.tile_bytes));
   for (int64_t r = 0; r < rows; ++r) {
-    const uint8_t* codes = view.codes + (row + r) * s.k;
-    for (int64_t l = 0; l < t.lines; ++l) {
-      uint8_t* word = tile + l * kLineBytes + r * 4;
-      const int64_t column = l * t.columns_per_line;
-      const int64_t columns = smaller(t.columns_per_line, s.k - column);
-      for (int64_t j = 0; j < columns; ++j)
-        word[j % 4] |= static_cast<uint8_t>(j < 4 ? codes[column + j] : codes[column + j] << 4);
-    }
+    (sparse ? pack_sparse_codes : pack_codes)(s, t, view.codes + (row + r) * s.k, tile + r * 4);
     const auto* scales =
         static_cast<const uint8_t*>(view.scales) + (row + r) * t.groups * t.scale_bytes;
     for (int64_t c = 0; c < t.groups; ++c) {
@@ -37,19 +147,10 @@ void pack_tile(const tersor_spec& s, const Tile16& t, const tersor_view& view, u
   }
 }
 
-void unpack_tile(const tersor_spec& s, const Tile16& t, const uint8_t* tile,
+void unpack_tile(const tersor_spec& s, const Tile16& t, bool sparse, const uint8_t* tile,
                  const tersor_view& view, int64_t row, int64_t rows) {
   for (int64_t r = 0; r < rows; ++r) {
-    uint8_t* codes = view.codes + (row + r) * s.k;
-    for (int64_t l = 0; l < t.lines; ++l) {
-      const uint8_t* word = tile + l * kLineBytes + r * 4;
-      const int64_t column = l * t.columns_per_line;
-      const int64_t columns = smaller(t.columns_per_line, s.k - column);
-      for (int64_t j = 0; j < columns; ++j) {
-        const uint8_t byte = word[j % 4];
-        codes[column + j] = s.bits == 8 ? byte : j < 4 ? byte & 15 : byte >> 4;
-      }
-    }
+    (sparse ? unpack_sparse_codes : unpack_codes)(s, t, tile + r * 4, view.codes + (row + r) * s.k);
     auto* scales = static_cast<uint8_t*>(view.scales) + (row + r) * t.groups * t.scale_bytes;
     for (int64_t c = 0; c < t.groups; ++c) {
       const int64_t at = c * kTileRows + r;
@@ -60,21 +161,41 @@ void unpack_tile(const tersor_spec& s, const Tile16& t, const uint8_t* tile,
   }
 }
 
+void pack_tiles(const tersor_spec* s, bool sparse, const tersor_view* view, void* packed,
+                int64_t begin, int64_t end) {
+  const Tile16 t(*s, sparse);
+  for (int64_t row = begin; row < end; row += kTileRows)
+    pack_tile(*s, t, sparse, *view, static_cast<uint8_t*>(packed) + row / kTileRows * t.tile_bytes,
+              row, smaller(kTileRows, end - row));
+}
+
+void unpack_tiles(const tersor_spec* s, bool sparse, const void* packed, const tersor_view* view,
+                  int64_t begin, int64_t end) {
+  const Tile16 t(*s, sparse);
+  for (int64_t row = begin; row < end; row += kTileRows)
+    unpack_tile(*s, t, sparse, static_cast<const uint8_t*>(packed) + row / kTileRows * t.tile_bytes,
+                *view, row, smaller(kTileRows, end - row));
+}
+
 }  // namespace
 
 void pack(const tersor_spec* s, const tersor_view* view, void* packed, int64_t begin, int64_t end) {
-  const Tile16 t(*s);
-  for (int64_t row = begin; row < end; row += kTileRows)
-    pack_tile(*s, t, *view, static_cast<uint8_t*>(packed) + row / kTileRows * t.tile_bytes, row,
-              smaller(kTileRows, end - row));
+  pack_tiles(s, false, view, packed, begin, end);
 }
 
 void unpack(const tersor_spec* s, const void* packed, const tersor_view* view, int64_t begin,
             int64_t end) {
-  const Tile16 t(*s);
-  for (int64_t row = begin; row < end; row += kTileRows)
-    unpack_tile(*s, t, static_cast<const uint8_t*>(packed) + row / kTileRows * t.tile_bytes, *view,
-                row, smaller(kTileRows, end - row));
+  unpack_tiles(s, false, packed, view, begin, end);
+}
+
+void sparse_pack(const tersor_spec* s, const tersor_view* view, void* packed, int64_t begin,
+                 int64_t end) {
+  pack_tiles(s, true, view, packed, begin, end);
+}
+
+void sparse_unpack(const tersor_spec* s, const void* packed, const tersor_view* view, int64_t begin,
+                   int64_t end) {
+  unpack_tiles(s, true, packed, view, begin, end);
 }
 
 size_t workspace_a8(const tersor_spec* s, int64_t m, int32_t) {
@@ -89,29 +210,74 @@ size_t workspace_f32(const tersor_spec* s, int64_t m, int32_t) {
   return static_cast<size_t>(Prepared(*s, m, 4).bytes);
 }
 
-#define TERSOR_REFUSE(bits_, activation_)                                 \
-  if (s->activation != activation_)                                       \
-    return activation_ == TERSOR_A8 ? "computes with int8 activations"    \
-                                    : "computes with 16-bit activations"; \
-  if (s->bits != bits_) return "is for " #bits_ "-bit codes";             \
+namespace {
+
+const char* refuses(const tersor_spec& s, int32_t bits, int32_t activation) {
+  if (s.activation != activation)
+    return activation == TERSOR_A8 ? "computes with int8 activations"
+                                   : "computes with 16-bit activations";
+  if (s.bits != bits) return bits == 4 ? "is for 4-bit codes" : "is for 8-bit codes";
   return nullptr;
-
-const char* refuses_w4a8(const tersor_spec* s, int64_t, int32_t) { TERSOR_REFUSE(4, TERSOR_A8) }
-const char* refuses_w8a8(const tersor_spec* s, int64_t, int32_t) { TERSOR_REFUSE(8, TERSOR_A8) }
-const char* refuses_w4a16(const tersor_spec* s, int64_t, int32_t) { TERSOR_REFUSE(4, TERSOR_A16) }
-const char* refuses_w8a16(const tersor_spec* s, int64_t, int32_t) { TERSOR_REFUSE(8, TERSOR_A16) }
-
-#undef TERSOR_REFUSE
+}
 
 // At m = 0 the question is about the weight alone: other kernels of the layout serve the other
 // dtypes.
-const char* refuses_w4bf16(const tersor_spec* s, int64_t m, int32_t dtype) {
+const char* refuses_all_but_bf16(const tersor_spec& s, int32_t bits, int64_t m, int32_t dtype) {
   if (m > 0 && dtype != TERSOR_BF16) return "takes bfloat16 activations only";
-  return refuses_w4a16(s, m, dtype);
+  return refuses(s, bits, TERSOR_A16);
+}
+
+const char* refuses_dense(const tersor_spec& s) {
+  if (s.kept != 2 || s.of != 4) return "is for weights with 2:4 zeros";
+  if (s.asymmetric) return "is for symmetric weights";
+  if (s.g % kSparseColumns) return "is for groups of a multiple of 128 columns";
+  return nullptr;
+}
+
+}  // namespace
+
+const char* refuses_w4a8(const tersor_spec* s, int64_t, int32_t) {
+  return refuses(*s, 4, TERSOR_A8);
+}
+const char* refuses_w8a8(const tersor_spec* s, int64_t, int32_t) {
+  return refuses(*s, 8, TERSOR_A8);
+}
+const char* refuses_w4a16(const tersor_spec* s, int64_t, int32_t) {
+  return refuses(*s, 4, TERSOR_A16);
+}
+const char* refuses_w8a16(const tersor_spec* s, int64_t, int32_t) {
+  return refuses(*s, 8, TERSOR_A16);
+}
+const char* refuses_w4bf16(const tersor_spec* s, int64_t m, int32_t dtype) {
+  return refuses_all_but_bf16(*s, 4, m, dtype);
 }
 const char* refuses_w8bf16(const tersor_spec* s, int64_t m, int32_t dtype) {
-  if (m > 0 && dtype != TERSOR_BF16) return "takes bfloat16 activations only";
-  return refuses_w8a16(s, m, dtype);
+  return refuses_all_but_bf16(*s, 8, m, dtype);
+}
+
+const char* sparse_refuses_w4a8(const tersor_spec* s, int64_t, int32_t) {
+  const char* reason = refuses_dense(*s);
+  return reason ? reason : refuses(*s, 4, TERSOR_A8);
+}
+const char* sparse_refuses_w8a8(const tersor_spec* s, int64_t, int32_t) {
+  const char* reason = refuses_dense(*s);
+  return reason ? reason : refuses(*s, 8, TERSOR_A8);
+}
+const char* sparse_refuses_w4a16(const tersor_spec* s, int64_t, int32_t) {
+  const char* reason = refuses_dense(*s);
+  return reason ? reason : refuses(*s, 4, TERSOR_A16);
+}
+const char* sparse_refuses_w8a16(const tersor_spec* s, int64_t, int32_t) {
+  const char* reason = refuses_dense(*s);
+  return reason ? reason : refuses(*s, 8, TERSOR_A16);
+}
+const char* sparse_refuses_w4bf16(const tersor_spec* s, int64_t m, int32_t dtype) {
+  const char* reason = refuses_dense(*s);
+  return reason ? reason : refuses_all_but_bf16(*s, 4, m, dtype);
+}
+const char* sparse_refuses_w8bf16(const tersor_spec* s, int64_t m, int32_t dtype) {
+  const char* reason = refuses_dense(*s);
+  return reason ? reason : refuses_all_but_bf16(*s, 8, m, dtype);
 }
 
 }  // namespace tersor::tile16

@@ -12,6 +12,22 @@
 //
 // Codes beyond k or n are zero and meet activations that are zero, or results that are not stored.
 //
+// "tile16s24" is the same for symmetric weights of which at most two in every four columns are not
+// zero. In place of lines it has steps of 128 columns, which hold the two, in their order, and
+// which of the six patterns they follow: 2.75 bits a weight for 4-bit codes, 4.75 for 8-bit ones.
+// A code is stored less its midpoint (two's complement), so that zero is 0.
+//
+//   step = | pattern line 0 | 1 | 2 | code lines ... |      unit i: 8 columns, fours 2i and 2i + 1
+//
+//   4 bits, code line h, row r, byte j:  [ unit 2h + 1 : unit 2h ]    high : low nibble
+//   8 bits, code line i, row r, byte j:  unit i                       j: first and second code of
+//                                                                     four 2i, then of four 2i + 1
+//   pattern line q, row r, half f (16 bits):  | rest | unit 4q + 3 | 4q + 2 | 4q + 1 | 4q |
+//       bits                                  15..12   11..9         8..6     5..3     2..0
+//
+//   each the pattern of four 2i + f; the rests of lines 0, 1, 2 are the low, middle and high bits
+//   of what would be line 3. Patterns 0 to 5 keep columns 01, 02, 03, 12, 13, 23 of their four.
+//
 // Included by translation units compiled for different instruction sets: everything here has
 // internal linkage, so that the linker cannot merge an AVX-512 copy into a baseline path.
 #pragma once
@@ -32,17 +48,31 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Where things are in a packed weight of this layout.
+constexpr int64_t kSparseColumns = 128;  // in a step
+constexpr int64_t kPatternLines = 3;     // at the head of a step
+// From there to the line with the codes of a unit.
+constexpr int64_t sparse_codes_at(int64_t bits, int64_t unit) {
+  return (kPatternLines + (bits == 8 ? unit : unit / 2)) * kLineBytes;
+}
+constexpr int64_t sparse_step_bytes(int64_t bits) {
+  return (kPatternLines + 2 * bits) * kLineBytes;
+}
+
+// Where things are in a packed weight of either layout. A step is a line, or 128 columns with zeros
+// left out.
 struct Tile16 {
-  int64_t columns_per_line, lines, groups, scale_bytes;
+  int64_t columns_per_step, step_bytes, steps, groups, scale_bytes;
   int64_t scales_at, zeros_at, tile_bytes, tiles;
 
-  explicit Tile16(const tersor_spec& s)
-      : columns_per_line(s.bits == 4 ? 8 : 4),
-        lines(ceil_div(s.k, columns_per_line)),
+  explicit Tile16(const tersor_spec& s, bool sparse = false)
+      : columns_per_step(sparse        ? kSparseColumns
+                         : s.bits == 4 ? 8
+                                       : 4),
+        step_bytes(sparse ? sparse_step_bytes(s.bits) : kLineBytes),
+        steps(ceil_div(s.k, columns_per_step)),
         groups(s.k / s.g),
         scale_bytes(s.scale_dtype == TERSOR_F32 ? 4 : 2),
-        scales_at(lines * kLineBytes),
+        scales_at(steps * step_bytes),
         zeros_at(scales_at + round_up(groups * kTileRows * scale_bytes, kLineBytes)),
         tile_bytes(zeros_at + (s.asymmetric ? round_up(groups * kTileRows, kLineBytes) : 0)),
         tiles(ceil_div(s.n, kTileRows)) {}

@@ -7,7 +7,7 @@
 //   kBits, kMaxTokens, kUnits  code width; register block: tokens times vectors of rows
 //   kFewTokens, kFewUnits      another register block, for decode: fewer tokens, more rows
 //   start(zeros, sum)          an accumulator that holds -zero * sum (zeros NULL: the midpoint)
-//   dot<MR, NU>(acc, w, lines, a, stride)   acc[t][u] += lines of w[u] . tokens of a
+//   dot<MR, NU>(acc, w, steps, a, stride)   acc[t][u] += steps of w[u] . tokens of a
 //   to_float, load_scale, load, store, fma, store_y, prepare
 //
 // Each output is computed in the same order whatever m, the blocks and the threads are: chunk by
@@ -29,9 +29,9 @@ struct Call {
   const uint8_t* packed;
   const uint8_t* work;
 
-  Call(const tersor_args& args, int64_t element)
+  Call(const tersor_args& args, int64_t element, bool sparse = false)
       : a(args),
-        tile(args.spec),
+        tile(args.spec, sparse),
         prepared(args.spec, args.m, element),
         packed(static_cast<const uint8_t*>(args.packed)),
         work(static_cast<const uint8_t*>(args.workspace)) {}
@@ -43,8 +43,11 @@ struct Unit {
   int64_t row;
 };
 
+// One chunk of columns: w are the steps of each unit at its first column; adds to total.
 template <class Op, int MR, int NU>
-void multiply_block(const Call& c, int64_t token, const Unit* units, int live) {
+inline void add_chunk(const Call& c, int64_t token, const Unit* units, int64_t chunk,
+                      const uint8_t* const (&w)[NU], int64_t columns_per_step,
+                      float (&total)[MR][NU][Op::kLanes]) {
   using Element = typename Op::Element;
   const tersor_spec& s = c.a.spec;
   const Prepared& p = c.prepared;
@@ -53,39 +56,38 @@ void multiply_block(const Call& c, int64_t token, const Unit* units, int live) {
   const auto* sums =
       reinterpret_cast<const typename Op::Sum*>(c.work + p.sums_at) + token * p.chunks;
   const bool with_sums = Op::kSumsAlways || s.asymmetric;
-
-  alignas(64) float total[MR][NU][Op::kLanes] = {};
-  for (int64_t chunk = 0; chunk < p.chunks; ++chunk) {
-    const int64_t begin = p.chunk_begin(s, chunk), end = p.chunk_end(s, chunk);
-    const int64_t group = chunk / p.chunks_per_group;
-    const uint8_t* w[NU];
-    typename Op::Acc acc[MR][NU];
+  const int64_t begin = p.chunk_begin(s, chunk), end = p.chunk_end(s, chunk);
+  const int64_t group = chunk / p.chunks_per_group;
+  typename Op::Acc acc[MR][NU];
 #pragma GCC unroll 8
-    for (int u = 0; u < NU; ++u) {
-      w[u] = units[u].lines + begin / c.tile.columns_per_line * kLineBytes;
-      const uint8_t* zeros = s.asymmetric ? units[u].zeros + group * kTileRows : nullptr;
+  for (int u = 0; u < NU; ++u) {
+    const uint8_t* zeros = s.asymmetric ? units[u].zeros + group * kTileRows : nullptr;
 #pragma GCC unroll 16
-      for (int t = 0; t < MR; ++t)
-        acc[t][u] = Op::start(zeros, with_sums ? sums[t * p.chunks + chunk] : 0);
-    }
-    Op::template dot<MR, NU>(acc, w, ceil_div(end - begin, c.tile.columns_per_line), a + begin,
-                             stride);
-#pragma GCC unroll 8
-    for (int u = 0; u < NU; ++u) {
-      const auto scale =
-          Op::load_scale(units[u].scales + group * kTileRows * c.tile.scale_bytes, s.scale_dtype);
-#pragma GCC unroll 16
-      for (int t = 0; t < MR; ++t)
-        Op::store(total[t][u], Op::fma(scale, Op::to_float(acc[t][u]), Op::load(total[t][u])));
-    }
+    for (int t = 0; t < MR; ++t)
+      acc[t][u] = Op::start(zeros, with_sums ? sums[t * p.chunks + chunk] : 0);
   }
+  Op::template dot<MR, NU>(acc, w, ceil_div(end - begin, columns_per_step), a + begin, stride);
+#pragma GCC unroll 8
+  for (int u = 0; u < NU; ++u) {
+    const auto scale =
+        Op::load_scale(units[u].scales + group * kTileRows * c.tile.scale_bytes, s.scale_dtype);
+#pragma GCC unroll 16
+    for (int t = 0; t < MR; ++t)
+      Op::store(total[t][u], Op::fma(scale, Op::to_float(acc[t][u]), Op::load(total[t][u])));
+  }
+}
 
-  const auto* token_scale = reinterpret_cast<const float*>(c.work + p.scales_at) + token;
+// Token scales and bias, and into y.
+template <class Op, int MR, int NU>
+inline void finish(const Call& c, int64_t token, const Unit* units, int live,
+                   float (&total)[MR][NU][Op::kLanes]) {
+  const tersor_spec& s = c.a.spec;
+  const auto* token_scale = reinterpret_cast<const float*>(c.work + c.prepared.scales_at) + token;
   for (int u = 0; u < live; ++u) {
     const int64_t row = units[u].row;
     const int64_t rows = smaller(Op::kLanes, s.n - row);
     for (int t = 0; t < MR; ++t) {
-      const float by = sizeof(Element) == 1 ? token_scale[t] : 1.0f;
+      const float by = sizeof(typename Op::Element) == 1 ? token_scale[t] : 1.0f;
       float* y = total[t][u];
       for (int64_t r = 0; r < rows; ++r) y[r] = y[r] * by + (c.a.bias ? c.a.bias[row + r] : 0.0f);
       const int64_t at = (token + t) * c.a.ldy + row;
@@ -94,6 +96,33 @@ void multiply_block(const Call& c, int64_t token, const Unit* units, int live) {
       else
         for (int64_t r = 0; r < rows; ++r) store_element(c.a.y, at + r, c.a.dtype, y[r]);
     }
+  }
+}
+
+template <class Op, int MR, int NU>
+void multiply_block(const Call& c, int64_t token, const Unit* units, int live) {
+  alignas(64) float total[MR][NU][Op::kLanes] = {};
+  for (int64_t chunk = 0; chunk < c.prepared.chunks; ++chunk) {
+    const int64_t step = c.prepared.chunk_begin(c.a.spec, chunk) / c.tile.columns_per_step;
+    const uint8_t* w[NU];
+#pragma GCC unroll 8
+    for (int u = 0; u < NU; ++u) w[u] = units[u].lines + step * c.tile.step_bytes;
+    add_chunk<Op, MR, NU>(c, token, units, chunk, w, c.tile.columns_per_step, total);
+  }
+  finish<Op, MR, NU>(c, token, units, live, total);
+}
+
+// The units from the first on; past the last one it is repeated and not stored, so that codes
+// beyond n need no code path.
+template <class Op, int NU>
+inline void find_units(const Call& c, int64_t first, int64_t last, Unit (&units)[NU]) {
+  constexpr int64_t kPerTile = kTileRows / Op::kLanes;
+  for (int64_t u = 0; u < NU; ++u) {
+    const int64_t i = smaller(first + u, last - 1);
+    const uint8_t* tile = c.packed + i / kPerTile * c.tile.tile_bytes;
+    const int64_t lane = i % kPerTile * Op::kLanes;
+    units[u] = {tile + lane * 4, tile + c.tile.scales_at + lane * c.tile.scale_bytes,
+                tile + c.tile.zeros_at + lane, i * Op::kLanes};
   }
 }
 
@@ -110,7 +139,6 @@ template <class Op, int MR, int NU>
 void multiply(const Call& c, int64_t begin, int64_t end) {
   Block blocks[MR];
   fill_blocks<Op, NU, MR>(blocks);
-  constexpr int64_t kPerTile = kTileRows / Op::kLanes;
   const int64_t first = begin / Op::kLanes, last = ceil_div(end, Op::kLanes);
   const int64_t fitting = kTokenBlockBytes / c.prepared.stride / MR * MR;
   const int64_t token_block = fitting > MR ? fitting : MR;
@@ -118,15 +146,8 @@ void multiply(const Call& c, int64_t begin, int64_t end) {
   for (int64_t from = 0; from < c.a.m; from += token_block) {
     const int64_t tokens = smaller(token_block, c.a.m - from);
     for (int64_t unit = first; unit < last; unit += NU) {
-      // Past the last row a block repeats it and does not store: codes beyond n need no code path.
       Unit units[NU];
-      for (int64_t u = 0; u < NU; ++u) {
-        const int64_t i = smaller(unit + u, last - 1);
-        const uint8_t* tile = c.packed + i / kPerTile * c.tile.tile_bytes;
-        const int64_t lane = i % kPerTile * Op::kLanes;
-        units[u] = {tile + lane * 4, tile + c.tile.scales_at + lane * c.tile.scale_bytes,
-                    tile + c.tile.zeros_at + lane, i * Op::kLanes};
-      }
+      find_units<Op>(c, unit, last, units);
       const int live = static_cast<int>(smaller(NU, last - unit));
       // Blocks of nearly equal size: 13 tokens are 7 and 6, not 12 and 1.
       const int64_t parts = ceil_div(tokens, MR);

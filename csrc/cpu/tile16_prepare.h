@@ -40,8 +40,8 @@ float sum_chunk(const void* x, int64_t begin, int64_t end) {
 // Symmetric int8 with one scale per token: scale = absmax / 127.5, code = rint(x / scale), at
 // most 127. The largest value takes code -128 where it is negative.
 template <class Load>
-void quantize_token(const tersor_spec& s, const Prepared& p, const void* x, int8_t* codes,
-                    float* scale, int32_t* sums) {
+void quantize_token(const tersor_spec& s, const Prepared& p, const void* x, int8_t flip,
+                    int8_t* codes, float* scale, int32_t* sums) {
   // Among the bit patterns of absolute values NaN > infinity > any number: none of them is lost.
   uint32_t top = 0;
   for (int64_t i = 0; i < s.k; ++i) {
@@ -61,7 +61,7 @@ void quantize_token(const tersor_spec& s, const Prepared& p, const void* x, int8
       q = q > 127.0f ? 127.0f : q;
       q = q < -128.0f ? -128.0f : q;
       const int32_t code = finite ? static_cast<int32_t>((q + 12582912.0f) - 12582912.0f) : 0;
-      codes[i] = static_cast<int8_t>(code);
+      codes[i] = static_cast<int8_t>(code ^ flip);
       sum += code;
     }
     sums[c] = sum;
@@ -79,7 +79,8 @@ void convert_token(const tersor_spec& s, const Prepared& p, const void* x, float
       sums[c] = sum_chunk<Load>(x, p.chunk_begin(s, c), p.chunk_end(s, c));
 }
 
-inline void prepare_a8(const tersor_args* a, int64_t begin, int64_t end) {
+// flip: xored with every code; -128 makes them unsigned.
+inline void prepare_codes(const tersor_args* a, int64_t begin, int64_t end, int8_t flip) {
   const Prepared p(a->spec, a->m, 1);
   auto* work = static_cast<uint8_t*>(a->workspace);
   for (int64_t token = begin; token < end; ++token) {
@@ -88,12 +89,39 @@ inline void prepare_a8(const tersor_args* a, int64_t begin, int64_t end) {
     auto* sums = reinterpret_cast<int32_t*>(work + p.sums_at) + token * p.chunks;
     const void* x = token_of(*a, token);
     if (a->dtype == TERSOR_F32)
-      quantize_token<LoadF32>(a->spec, p, x, codes, scale, sums);
+      quantize_token<LoadF32>(a->spec, p, x, flip, codes, scale, sums);
     else if (a->dtype == TERSOR_BF16)
-      quantize_token<LoadBF16>(a->spec, p, x, codes, scale, sums);
+      quantize_token<LoadBF16>(a->spec, p, x, flip, codes, scale, sums);
     else
-      quantize_token<LoadF16>(a->spec, p, x, codes, scale, sums);
+      quantize_token<LoadF16>(a->spec, p, x, flip, codes, scale, sums);
   }
+}
+
+inline void prepare_a8(const tersor_args* a, int64_t begin, int64_t end) {
+  prepare_codes(a, begin, end, 0);
+}
+
+// A row of weights that passes over the one activation that is NaN or infinite would hide it: where
+// there is such a one, the whole token becomes NaN.
+inline void spoil(float* x, int64_t k) {
+  float bad = 0;
+  for (int64_t i = 0; i < k; ++i) bad += x[i] - x[i];
+  if (bad != bad)
+    for (int64_t i = 0; i < k; ++i) x[i] = bad;
+}
+
+inline void spoil(uint16_t* x, int64_t k) {  // bfloat16
+  bool bad = false;
+  for (int64_t i = 0; i < k; ++i) bad |= (x[i] & 0x7f80) == 0x7f80;
+  for (int64_t i = 0; bad && i < k; ++i) x[i] = 0x7fc0;
+}
+
+template <class Element>
+void spoil_tokens(const tersor_args* a, int64_t begin, int64_t end) {
+  const Prepared p(a->spec, a->m, sizeof(Element));
+  for (int64_t token = begin; token < end; ++token)
+    spoil(reinterpret_cast<Element*>(static_cast<uint8_t*>(a->workspace) + token * p.stride),
+          a->spec.k);
 }
 
 inline void prepare_f32(const tersor_args* a, int64_t begin, int64_t end) {
@@ -110,6 +138,11 @@ inline void prepare_f32(const tersor_args* a, int64_t begin, int64_t end) {
     else
       convert_token<LoadF16>(a->spec, p, x, out, sums);
   }
+}
+
+inline void prepare_sparse_f32(const tersor_args* a, int64_t begin, int64_t end) {
+  prepare_f32(a, begin, end);
+  spoil_tokens<float>(a, begin, end);
 }
 
 }  // namespace

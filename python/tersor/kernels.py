@@ -74,15 +74,16 @@ def explain(
     activation: ActSpec | None = None,
     dtype: torch.dtype = torch.bfloat16,
     scale_dtype: torch.dtype = torch.bfloat16,
+    pattern: tuple[int, int] = (0, 0),
 ) -> list[tuple[str, str | None]]:
     """(name, reason why it does not serve, or None) for every kernel, best priority first; the
-    first without a reason serves."""
+    first without a reason serves. pattern: (kept, of) where so few of the codes are not zero."""
     _load_outside_kernels()
     group = spec.group or k
     spec.groups(k)
     rows: list[tuple[str, str | None]] = _core.explain(
         n, k, group, _stored_bits(spec), not spec.symmetric, dtype_code(scale_dtype),
-        int(activation is not None), m, dtype_code(dtype),
+        int(activation is not None), m, dtype_code(dtype), *pattern,
     )  # fmt: skip
     return rows
 
@@ -115,23 +116,36 @@ def _recentre(spec: QSpec) -> int:
     return 8 - spec.midpoint if spec.symmetric and spec.bits < 4 else 0
 
 
-def pack_weight(q: QWeight, activation: ActSpec | None = None) -> Tensor:
+def pack_weight(
+    q: QWeight, activation: ActSpec | None = None, pattern: tuple[int, int] = (0, 0)
+) -> Tensor:
     """The weight in the order of the kernel that will run it: uint8, aligned to 64 bytes.
 
     q.order must be None: a kernel's groups are contiguous (QuantLinear permutes its input).
     activation is part of the choice of kernel: with it inputs are quantized in the call.
+    pattern: (kept, of) for a kernel that leaves zeros out; TersorError where q has fewer of them.
     """
     if q.order is not None:
         raise TersorError("pack_weight needs contiguous groups; sort the columns by q.order first")
     _load_outside_kernels()
+    weight, code = _stored(q), int(activation is not None)
+    packed = torch.empty(_core.packed_bytes(*weight, code, *pattern), dtype=torch.uint8)
+    _core.pack(*weight, code, packed, *pattern)
+    return packed
+
+
+def _stored(q: QWeight) -> tuple[Tensor, Tensor, Tensor | None, int]:
+    """Codes, scales, zeros and bits as a kernel takes them."""
     shift = _recentre(q.spec)
     codes = (q.codes + shift if shift else q.codes).contiguous()
     zeros = None if q.zeros is None else q.zeros.contiguous()
-    bits, code = _stored_bits(q.spec), int(activation is not None)
-    weight = (codes, q.scales.contiguous(), zeros, bits, code)
-    packed = torch.empty(_core.packed_bytes(*weight), dtype=torch.uint8)
-    _core.pack(*weight, packed)
-    return packed
+    return codes, q.scales.contiguous(), zeros, _stored_bits(q.spec)
+
+
+def keeps_pattern(q: QWeight, kept: int, of: int) -> bool:
+    """Whether at most `kept` of every `of` codes of a row stand for something else than zero."""
+    found: bool = q.k % of == 0 and _core.keeps_pattern(*_stored(q), kept, of)
+    return found
 
 
 def unpack_weight(packed: Tensor, spec: QSpec | None = None) -> QWeight:
@@ -151,7 +165,7 @@ def unpack_weight(packed: Tensor, spec: QSpec | None = None) -> QWeight:
 
 def packed_spec(packed: Tensor) -> dict[str, Any]:
     """What the header of a packed weight says: layout, n, k, g, bits, asymmetric, scale_dtype and
-    activation (the last two as numbers of kernel.h)."""
+    activation (these two as numbers of kernel.h), kept and of."""
     if packed.device.type != "cpu" or packed.dtype != torch.uint8:
         raise TersorError("a packed weight is a uint8 tensor on the CPU")
     spec: dict[str, Any] = _core.packed_spec(packed)

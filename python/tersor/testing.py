@@ -99,17 +99,30 @@ def _quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def random_qweight(
-    n: int, k: int, spec: QSpec, scale_dtype: torch.dtype = torch.float32, seed: int = 0
+    n: int,
+    k: int,
+    spec: QSpec,
+    scale_dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    pattern: tuple[int, int] = (0, 0),
 ) -> QWeight:
     """A random weight with every code, scales around 2**-6 and, in every seventh row, a zero
-    scale; [n, k]."""
+    scale; [n, k].
+
+    pattern: (kept, of) of a symmetric weight: at most `kept` of every `of` codes are not zeros.
+    """
     r = torch.Generator().manual_seed(seed)
     grid = (n, spec.groups(k))
     scales = (0.5 + torch.rand(grid, generator=r)) / 64
     scales[6::7, 0] = 0
+    codes = torch.randint(0, spec.levels, (n, k), generator=r, dtype=torch.uint8)
+    kept, of = pattern
+    if of:
+        order = torch.rand(n, k // of, of, generator=r).argsort(dim=-1)
+        codes.masked_fill_((order >= kept).view(n, k), spec.midpoint)
     return QWeight(
         spec,
-        torch.randint(0, spec.levels, (n, k), generator=r, dtype=torch.uint8),
+        codes,
         scales.to(scale_dtype),
         None
         if spec.symmetric
@@ -147,6 +160,7 @@ class Case:
     dtype: torch.dtype
     scale_dtype: torch.dtype
     bias: bool
+    pattern: tuple[int, int] = (0, 0)  # kept, of: zeros that the kernel is told of
 
     def spec(self) -> QSpec:
         return QSpec(self.bits, None if self.g == self.k else self.g, self.symmetric)
@@ -160,9 +174,17 @@ SHAPES = (
     (130, 7, 112, 112), (1, 131, 512, 128), (2, 3, 1001, 1001),
 )  # fmt: skip
 
+# For weights with 2:4 zeros: groups of whole steps of 128 columns, and ragged rows and tokens.
+SPARSE_SHAPES = (
+    (1, 16, 128, 128), (1, 131, 512, 128), (2, 33, 256, 256), (3, 40, 384, 128), (4, 16, 640, 640),
+    (5, 31, 512, 256), (7, 3, 256, 128), (8, 48, 256, 128), (9, 65, 384, 384), (17, 40, 256, 128),
+    (66, 20, 384, 128), (130, 7, 256, 256), (2, 17, 8192, 8192),
+)  # fmt: skip
+
 
 def cases(shapes: Iterable[tuple[int, int, int, int]] = SHAPES) -> Iterator[Case]:
-    """Every shape with every grid and dtype of activations; scale dtype and bias take turns."""
+    """Every shape with every grid and dtype of activations; scale dtype and bias take turns. Then
+    weights with 2:4 zeros, of SPARSE_SHAPES."""
     turn = itertools.cycle(itertools.product(DTYPES, (True, False)))
     for (m, n, k, g), bits, symmetric, activation in itertools.product(
         shapes, (4, 8), (True, False), (None, ActSpec())
@@ -171,6 +193,12 @@ def cases(shapes: Iterable[tuple[int, int, int, int]] = SHAPES) -> Iterator[Case
             scale_dtype, bias = next(turn)
             yield Case(m, n, k, g, bits, symmetric, activation, dtype, scale_dtype, bias)
         next(turn)  # 3 dtypes, 6 turns: without this step each dtype would see two turns only
+    for (m, n, k, g), bits, activation, dtype in itertools.product(
+        SPARSE_SHAPES, (4, 8), (None, ActSpec()), DTYPES
+    ):
+        scale_dtype, bias = next(turn)
+        yield Case(m, n, k, g, bits, True, activation, dtype, scale_dtype, bias, (2, 4))
+        next(turn)
 
 
 # --- kernel.h, seen from Python ------------------------------------------------------------------
@@ -181,7 +209,8 @@ _P, _S, _SIZE = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t
 
 class _Spec(ctypes.Structure):
     _fields_ = [("n", _I64), ("k", _I64), ("g", _I64), ("bits", _I32), ("asymmetric", _I32),
-                ("scale_dtype", _I32), ("activation", _I32)]  # fmt: skip
+                ("scale_dtype", _I32), ("activation", _I32), ("kept", _I32),
+                ("of", _I32)]  # fmt: skip
 
 
 class _View(ctypes.Structure):
@@ -320,14 +349,17 @@ class _Run:
         self.entry, self.case, self.seed = entry, case, seed
         self.spec = _Spec(
             case.n, case.k, case.g, case.bits, int(not case.symmetric),
-            DTYPES.index(case.scale_dtype), int(case.activation is not None),
+            DTYPES.index(case.scale_dtype), int(case.activation is not None), *case.pattern,
         )  # fmt: skip
-        self.q = random_qweight(case.n, case.k, case.spec(), case.scale_dtype, seed)
+        self.q = random_qweight(case.n, case.k, case.spec(), case.scale_dtype, seed, case.pattern)
+        zero = self.q.codes == self.q.spec.midpoint
         r = torch.Generator().manual_seed(seed)
         self.x = torch.randn(case.m, case.k, generator=r).to(case.dtype)
         self.bias = torch.randn(case.n, generator=r) if case.bias else None
         if seed % 4 == 3:  # the largest sums there are: integer accumulators must not saturate
             self.q.codes.fill_(self.q.spec.levels - 1)
+            if case.pattern[1]:
+                self.q.codes.masked_fill_(zero, self.q.spec.midpoint)
             self.x = torch.where(self.x < 0, -1.0, 1.0).to(case.dtype)
             self.x[0] = 1.0
         elif case.m > 2:
