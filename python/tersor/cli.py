@@ -219,6 +219,11 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--dtype", default="bfloat16", choices=DTYPES, help="of input and output; default: bfloat16"
     )
+    add(
+        "--pattern",
+        choices=("2:4",),
+        help="the weight has these zeros: measure what a kernel gains that leaves them out",
+    )
 
     add = command(
         "demo", commands.demo, "train a small model, quantize it, and show what it costs and gains"

@@ -224,6 +224,7 @@ def kernels(args: argparse.Namespace) -> None:
     from rich.table import Table
 
     from tersor import kernels as native
+    from tersor import sparse
     from tersor.qweight import ActSpec, QSpec, Scheme
 
     threads = native.thread_count()
@@ -237,7 +238,8 @@ def kernels(args: argparse.Namespace) -> None:
         m, n, k = args.shape
         spec = QSpec(args.bits, args.group, symmetric=not args.asymmetric)
         activation = ActSpec() if args.activations else None
-        reasons = dict(native.explain(m, n, k, spec, activation, getattr(torch, args.dtype)))
+        dtype, pattern = getattr(torch, args.dtype), sparse.PATTERN if args.pattern else (0, 0)
+        reasons = dict(native.explain(m, n, k, spec, activation, dtype, pattern=pattern))
         shown.add_column("this shape")
         serving = next((name for name, reason in reasons.items() if reason is None), None)
         grid = "row" if spec.group is None else f"group of {spec.group}"
@@ -246,6 +248,12 @@ def kernels(args: argparse.Namespace) -> None:
             f"{Scheme(spec, activation)}, a scale{' and zero point' * args.asymmetric} per {grid}, "
             f"{args.dtype}, {where}."
         )
+        if args.pattern and sparse.serves(n, k, spec, activation):
+            found = sparse.measure(m, n, k, spec, activation, dtype)
+            sentence += (
+                f" Measured: {1e3 * found.sparse:.3f} ms without the zeros, "
+                f"{1e3 * found.dense:.3f} ms with them, {found.gain:.2f} times as fast."
+            )
     first = True
     for kernel in native.table():
         row = [kernel.name, kernel.isa, kernel.layout, str(kernel.priority)]

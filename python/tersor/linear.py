@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from tersor import _core
+from tersor import _core, sparse
 from tersor.errors import TersorError
 from tersor.formats import FORMATS
 from tersor.formats.config import default_format
@@ -154,7 +154,9 @@ class QuantLinear(nn.Module):
             columns = _columns_by_group(q.order.long(), q.scales.shape[1])
             if not torch.equal(columns, torch.arange(q.k)):
                 codes, self.columns = codes[:, columns], columns
-        self.packed = pack_weight(QWeight(q.spec, codes, q.scales, q.zeros), self.activation)
+        ordered = QWeight(q.spec, codes, q.scales, q.zeros)
+        pattern = sparse.pattern_of(ordered, self.activation)
+        self.packed = pack_weight(ordered, self.activation, pattern)
 
     def _set_bias(self, bias: Tensor) -> None:
         """Kernels add a float32 bias; rounding it first gives the values that will be saved."""

@@ -1,0 +1,132 @@
+"""Weights with 2:4 zeros: when their zeros are left out, and that nothing else changes by it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tersor import _core, sparse
+from tersor.errors import TersorError
+from tersor.kernels import keeps_pattern, pack_weight, packed_spec, unpack_weight
+from tersor.linear import QuantLinear
+from tersor.qweight import ActSpec, QSpec, QWeight
+from tersor.sparse import Measured
+from tersor.testing import assert_close, oracle, random_qweight
+
+LEFT_OUT, WHOLE = "tile16s24", "tile16"
+
+
+@pytest.fixture(autouse=True)
+def _restore() -> Iterator[None]:
+    yield
+    sparse.use_sparse("auto")
+
+
+def weight(bits: int = 4, symmetric: bool = True, n: int = 40, k: int = 256) -> QWeight:
+    """2:4, whatever its zero points are."""
+    q = random_qweight(n, k, QSpec(bits, 128, symmetric), torch.bfloat16, 0)
+    zero = torch.full((n, k), q.spec.midpoint, dtype=torch.uint8)
+    if q.zeros is not None:
+        zero = q.zeros.repeat_interleave(128, dim=1)
+    pruned = torch.rand(n, k // 4, 4).argsort(dim=-1).view(n, k) >= 2
+    return QWeight(q.spec, torch.where(pruned, zero, q.codes), q.scales, q.zeros)
+
+
+def layout(layer: QuantLinear) -> str:
+    return str(packed_spec(layer.packed)["layout"])
+
+
+@pytest.mark.parametrize("activation", [None, ActSpec()])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_zeros_are_left_out_and_come_back(bits: int, activation: ActSpec | None) -> None:
+    q = weight(bits)
+    sparse.use_sparse("always")
+    layer = QuantLinear(q, torch.randn(40), activation)
+    assert layout(layer) == LEFT_OUT
+    back = layer.qweight()
+    assert torch.equal(back.codes, q.codes)
+    assert torch.equal(back.scales, q.scales)
+    for m in (1, 5, 20):
+        x = torch.randn(m, 256)
+        expected, tolerance = oracle(x, q, layer.bias, activation)
+        assert_close(layer(x), expected, tolerance, f"m={m}")
+    sparse.use_sparse("never")
+    dense = QuantLinear(q, layer.bias, activation)
+    assert layout(dense) == WHOLE
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(layer.state_dict().values(), dense.state_dict().values(), strict=True)
+    )
+    if activation:  # integers have one sum
+        assert torch.equal(layer(x), dense(x))
+
+
+def test_four_bits_take_less_than_three() -> None:
+    packed = pack_weight(weight(n=1024, k=4096), None, sparse.PATTERN)
+    assert 8 * packed.numel() / (1024 * 4096) < 2.9
+
+
+@pytest.mark.parametrize(("gain", "expected"), [(1.3, LEFT_OUT), (0.9, WHOLE)])
+def test_auto_takes_what_measures_faster(
+    monkeypatch: pytest.MonkeyPatch, gain: float, expected: str
+) -> None:
+    asked = []
+    monkeypatch.setattr(sparse, "measure", lambda *what: asked.append(what) or Measured(gain, 1.0))
+    layer = QuantLinear(weight(), None, ActSpec())
+    assert layout(layer) == expected
+    assert asked == [(1, 40, 256, QSpec(4, 128), ActSpec())]
+
+
+def test_what_has_no_such_kernel_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparse, "measure", lambda *what: pytest.fail("measured"))
+    dense = random_qweight(40, 256, QSpec(4, 128), torch.bfloat16)
+    small_groups = random_qweight(40, 256, QSpec(4, 32), torch.bfloat16, pattern=(2, 4))
+    for q in (dense, small_groups, weight(symmetric=False)):
+        assert layout(QuantLinear(q)) == WHOLE
+
+
+def test_measuring_gives_times_of_both() -> None:
+    found = sparse.measure(1, 256, 256, QSpec(4, 128), ActSpec())
+    assert found.dense > 0
+    assert found.sparse > 0
+    assert found.gain == found.dense / found.sparse
+    assert sparse.measure(1, 256, 256, QSpec(4, 128), ActSpec()) is found, "once for a shape"
+
+
+def test_which_weights_keep_the_pattern() -> None:
+    for symmetric in (True, False):
+        q = weight(symmetric=symmetric)
+        assert keeps_pattern(q, 2, 4)
+        assert not keeps_pattern(q, 1, 4)
+        assert not keeps_pattern(q, 2, 3)  # does not divide
+        q.codes[7, 8:12] = (q.spec.midpoint if q.zeros is None else int(q.zeros[7, 0])) ^ 1
+        assert not keeps_pattern(q, 2, 4)
+        assert keeps_pattern(q, 2, 4) == (not _violations(q))
+
+
+def _violations(q: QWeight) -> int:
+    zero = q.dequantize() == 0
+    return int(((~zero).view(q.n, -1, 4).sum(-1) > 2).sum())
+
+
+def test_bad_input() -> None:
+    with pytest.raises(TersorError, match="auto, always, never"):
+        sparse.use_sparse("sometimes")
+    dense = random_qweight(40, 256, QSpec(4, 128), torch.bfloat16)
+    with pytest.raises(TersorError, match="the codes are not 2:4"):
+        pack_weight(dense, None, (2, 4))
+    q = weight()
+    for kept, of in ((2, 3), (4, 4), (0, 4), (-1, 4), (2, 256), (1, 0)):
+        with pytest.raises(TersorError, match="a pattern keeps"):
+            _core.packed_bytes(q.codes, q.scales, None, 4, 0, kept, of)
+
+
+def test_memory_that_was_written_to_is_read_within_bounds() -> None:
+    """There are patterns that no packing gives; reading them touches nothing else."""
+    packed = pack_weight(weight(), ActSpec(), (2, 4))
+    packed[128:] = torch.randint(256, packed[128:].shape, dtype=torch.uint8)
+    unpack_weight(packed)
+    for m in (1, 20):
+        torch.ops.tersor.linear(torch.randn(m, 256), packed, None, 40)
