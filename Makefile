@@ -51,7 +51,7 @@ stubs: build
 # Not part of `test`: a timing on a busy machine says nothing. Writes bench/results/. Other scripts of
 # bench/ (demo, streaming) take their time and are run by themselves.
 bench: build
-	set -e; for each in gemm solve threads; do $(BIN)/python bench/$$each.py; done
+	set -e; for each in gemm solve threads sparse; do $(BIN)/python bench/$$each.py; done
 
 wheel: $(READY)
 	rm -rf dist
