@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -176,6 +176,36 @@ class Factor:
     dead: int
 
 
+class NormStats:
+    """The squared norm of each of a linear's inputs over the tokens seen: the diagonal of a Gram
+    matrix, where the rest would be for nothing."""
+
+    def __init__(self, k: int) -> None:
+        self.k = k
+        self.tokens = 0
+        self.diagonal = torch.zeros(k)
+
+    def update(self, x: Tensor) -> None:
+        """Adds the tokens of x, [..., k] in any floating-point dtype."""
+        rows = x.reshape(-1, self.k).float()
+        self.diagonal += rows.square().sum(0)
+        self.tokens += rows.shape[0]
+
+    def check(self, layer: str) -> None:
+        """TersorError where an input was NaN or infinite."""
+        _check_finite(self.diagonal, layer)
+
+
+def _check_finite(diagonal: Tensor, layer: str) -> None:
+    bad = int((~diagonal.isfinite()).sum())
+    if bad:
+        raise TersorError(
+            f"the activations that {layer} reads hold NaN or Inf ({bad} of its "
+            f"{diagonal.numel()} inputs); the model overflows in its own dtype, so convert it to "
+            "bfloat16 or float32, or check its weights"
+        )
+
+
 class GramStats:
     """The Gram matrix of a linear's input, H = Σ x xᵀ over the tokens seen.
 
@@ -249,13 +279,7 @@ class GramStats:
 
     def check(self, layer: str) -> None:
         """TersorError where an input was NaN or infinite: its square is on the diagonal."""
-        bad = (~self._gram.diagonal().isfinite()).sum().item()
-        if bad:
-            raise TersorError(
-                f"the activations that {layer} reads hold NaN or Inf ({bad} of its {self.k} "
-                f"inputs); the model overflows in its own dtype, so convert it to bfloat16 or "
-                f"float32, or check its weights"
-            )
+        _check_finite(self._gram.diagonal(), layer)
 
     def factor(self, damp: float, act_order: bool) -> Factor:
         """The factor of H for the solver, made once for all the linears that share the input.
@@ -316,14 +340,26 @@ def _transpose(square: Tensor) -> None:
             square[a, b] = mirrored
 
 
-def capture(linears: Mapping[str, nn.Linear], passes: Iterable[object]) -> dict[str, GramStats]:
+AnyStats = TypeVar("AnyStats", GramStats, NormStats)
+
+
+@overload
+def capture(linears: Mapping[str, nn.Linear], passes: Iterable[object]) -> dict[str, GramStats]: ...
+@overload
+def capture(
+    linears: Mapping[str, nn.Linear], passes: Iterable[object], kind: type[AnyStats]
+) -> dict[str, AnyStats]: ...
+def capture(
+    linears: Mapping[str, nn.Linear], passes: Iterable[object], kind: type[Any] = GramStats
+) -> dict[str, Any]:
     """The statistics, by name, of what each linear reads while `passes` is gone through.
 
     linears: one for each distinct input. passes: does a forward pass whenever it is advanced.
+    kind: of statistics.
     A linear that was never called, such as an expert that no token chose, has tokens == 0.
     Raises TersorError naming the linear where an input was NaN or infinite.
     """
-    stats = {name: GramStats(linear.in_features) for name, linear in linears.items()}
+    stats = {name: kind(linear.in_features) for name, linear in linears.items()}
 
     def hook(name: str) -> Callable[..., None]:
         return lambda module, args: stats[name].update(args[0])

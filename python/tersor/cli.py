@@ -143,6 +143,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--pattern", metavar="N:M", help="keep at most N of every M weights in a row, such as 2:4"
     )
     add(
+        "--allocation",
+        default="uniform",
+        choices=("uniform", "owl", "global"),
+        help="how --sparsity is spread: the same everywhere, less where there are outliers, or by "
+        "magnitude over the whole model; default: uniform",
+    )
+    add(
         "--quantize",
         type=int,
         choices=(2, 3, 4, 8),

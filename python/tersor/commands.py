@@ -55,7 +55,13 @@ def prune(args: argparse.Namespace) -> None:
     from tersor.pipeline import prune_checkpoint
 
     scheme = _scheme(args, args.quantize) if args.quantize else None
-    report = prune_checkpoint(args.model, args.out, scheme=scheme, method=solver, **_rest(args))
+    report = prune_checkpoint(
+        *(args.model, args.out),
+        method=solver,
+        scheme=scheme,
+        allocation=args.allocation,
+        **_rest(args),
+    )
     result = f"{100 * report.sparsity:.1f} % zeros in {len(report.layers)} linears"
     if scheme:
         result += f", {report.bits_per_weight:.2f} bits per weight"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import Field, asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import Field, asdict, dataclass, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -99,10 +99,12 @@ def compress_block(
     passes: Callable[[], Iterable[object]] | None,
     sequential: bool,
     timings: Timings,
+    ratios: Mapping[str, float] | None = None,
 ) -> Iterator[Solved]:
     """Compresses the linears of a block in place and yields them in the order of its taps.
 
-    scheme: None where weights stay in 16 bits.
+    scheme: None where weights stay in 16 bits. ratios: the sparsity of linears by name, in place of
+    the solver's.
 
     passes: gives the forward passes of the calibration text through the block, as the block is when
     they are made; None where there is no text.
@@ -115,9 +117,16 @@ def compress_block(
         for tap in taps:
             seen = stats.pop(tap[0], None)  # freed before the next one is factored
             for name in tap:
+                own = solver if ratios is None else _with_ratio(solver, ratios[name])
                 with timings.stage("solve"):
-                    solved = compress_linear(name, model.get_submodule(name), seen, solver, scheme)
+                    solved = compress_linear(name, model.get_submodule(name), seen, own, scheme)
                 yield solved
+
+
+def _with_ratio(solver: Solver, ratio: float) -> Solver:
+    """The solver with a sparsity of its own for one linear; 0 is the least that there is."""
+    made: Solver = replace(solver, sparsity=Sparsity(max(ratio, 1e-9)))
+    return made
 
 
 @torch.no_grad()

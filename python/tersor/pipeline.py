@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from tersor import _core
+from tersor.allocation import ALLOCATIONS, global_ratios, outliers, owl_ratios
 from tersor.blocks import Flow
 from tersor.calibrate import Calibration, digest, load_tokenizer
 from tersor.checkpoint import check_finite
@@ -28,6 +29,7 @@ from tersor.source import Source
 
 OUTSIDE_BYTES = 1 << 30  # of tensors outside the blocks that are written together
 BEGUN = "hidden states"  # commit: what enters the first block is on disk
+ALLOCATED = "allocation"  # commit: how sparse each linear is to be
 
 
 def quantize_checkpoint(
@@ -75,6 +77,7 @@ def prune_checkpoint(
     *,
     method: Solver,
     scheme: Scheme | None = None,
+    allocation: str = "uniform",
     calibration: Calibration | None = None,
     ignore: Sequence[str] = (),
     sequential: bool = False,
@@ -88,12 +91,31 @@ def prune_checkpoint(
     method: a solver with its sparsity, such as SparseGPT(Sparsity(pattern=(2, 4))).
     scheme: what every linear becomes beside, in the same pass; None leaves weights in the dtype of
         the files.
+    allocation: how a ratio is spread over the model. "uniform" gives it to every linear, "owl"
+        less of it to blocks with outliers (needs calibration, and one more pass of the text),
+        "global" to each linear its share of all the model's smallest weights.
     The rest is as in quantize_checkpoint.
     """
     refuse_existing(out)
-    if find_solver(method).sparsity is None:
+    sparsity = find_solver(method).sparsity
+    if sparsity is None:
         raise TersorError(f"{method} prunes nothing; use quantize_checkpoint, or another method")
-    return _compress(model, out, scheme, method, calibration, ignore, sequential, strict, progress)
+    if allocation not in ALLOCATIONS:
+        raise TersorError(f"allocation must be one of {', '.join(ALLOCATIONS)}, not {allocation!r}")
+    if allocation != "uniform" and sparsity.ratio is None:
+        raise TersorError(
+            f"the pattern {sparsity} is the same in every linear; allocation {allocation!r} is for "
+            "a ratio"
+        )
+    if allocation == "owl" and calibration is None:
+        raise TersorError(
+            "owl counts outliers with text to calibrate on; give --calibration FILE, or use "
+            "--allocation uniform or global"
+        )
+    return _compress(
+        *(model, out, scheme, method, calibration, ignore, sequential, strict, progress),
+        allocation,
+    )
 
 
 def _compress(
@@ -106,16 +128,20 @@ def _compress(
     sequential: bool,
     strict: bool,
     progress: bool | None,
+    allocation: str = "uniform",
 ) -> Report:
     source = Source.open(model)
     scope = settle(source.model, source.found, ignore)
     check_inputs(source.model, scope.linears, scheme.weight if scheme else None, solver.sparsity)
     windows = _windows(source, solver, calibration)
+    settings = settings_of(scheme, solver, ignore, sequential)
+    if solver.sparsity is not None:
+        settings["allocation"] = allocation
     report = Report(
         model=source.checkpoint.folder.resolve().name,
         fingerprint=source.checkpoint.fingerprint(),
         architecture=_architecture(source, scheme),
-        settings=settings_of(scheme, solver, ignore, sequential),
+        settings=settings,
         versions=versions(),
         calibration=_describe(calibration, windows),
         kept=scope.kept,
@@ -127,6 +153,7 @@ def _compress(
     with ShardWriter(out, _identity(report)) as writer, Progress(progress) as bar:
         run = _Run(source, scope, scheme, solver, sequential, writer, bar)
         run.write_outside()
+        run.allocate(allocation, windows)
         for block in run.blocks(windows):
             report.add(writer.done[block.path])
             if strict:
@@ -214,6 +241,7 @@ class _Run:
     writer: ShardWriter
     bar: Progress
     timings: Timings = field(default_factory=Timings)
+    ratios: dict[str, float] | None = None  # of linears by name; None: as the solver has it
 
     def write_outside(self) -> None:
         """Copies the tensors that are in no block, some at a time."""
@@ -229,6 +257,30 @@ class _Run:
                     self.writer.add(name, tensor)
                 nbytes = sum(self.source.checkpoint.metadata(name).nbytes for name in part)
                 self.writer.commit(key, {"bytes": nbytes}, quick=True)
+
+    def allocate(self, allocation: str, windows: Tensor | None) -> None:
+        """Settles how sparse each linear is to be."""
+        sparsity = self.solver.sparsity
+        if allocation == "uniform" or sparsity is None or sparsity.ratio is None:
+            return
+        if ALLOCATED not in self.writer.done:
+            self.bar.say("how sparse each layer is to be")
+            with self.timings.stage("allocate"):
+                if allocation == "global":
+                    ratios = global_ratios(self.scope.linears, self._weight, sparsity.ratio)
+                else:
+                    assert windows is not None  # checked by prune_checkpoint
+                    path = lambda number: self.writer.state_path(f"surveyed-{number}")  # noqa: E731
+                    blocks = self.scope.blocks
+                    of_block = owl_ratios(
+                        outliers(self.source, blocks, windows, path, self.bar.step), sparsity.ratio
+                    )
+                    ratios = {name: of_block[b.path] for b in blocks for name in b.linears}
+            self.writer.commit(ALLOCATED, {"bytes": 0, "ratios": ratios}, quick=True)
+        self.ratios = self.writer.done[ALLOCATED]["ratios"]
+
+    def _weight(self, name: str) -> Tensor:
+        return self.source.where[f"{name}.weight"].read(self.source.checkpoint)
 
     def blocks(self, windows: Tensor | None) -> Iterator[BlockScope]:
         """Yields each block once it is done, in this run or in one that was interrupted."""
@@ -274,7 +326,8 @@ class _Run:
             with timings.stage("read"):
                 memory.enter_context(self.source.loaded(names))
             for solved in compress_block(
-                model, block, self.solver, self.scheme, passes, self.sequential, timings
+                *(model, block, self.solver, self.scheme, passes, self.sequential, timings),
+                self.ratios,
             ):
                 solved.report.bytes = self._add(solved.name, solved.weight)
                 layers.append(solved.report)
