@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM
 import tiny
 from folders import tensors, weights
 from tersor import pipeline
-from tersor.calibrate import Calibration
+from tersor.calibrate import Calibration, load_tokenizer
 from tersor.errors import TersorError
+from tersor.inmemory import prune_model
+from tersor.linear import QuantLinear
 from tersor.loading import load
 from tersor.pipeline import prune_checkpoint, quantize_checkpoint
 from tersor.qweight import QSpec, Scheme
@@ -165,3 +167,42 @@ def test_bad_input(llama: Path, out: Path, arguments: dict[str, Any], message: s
     with pytest.raises(TersorError, match=message):
         prune_checkpoint(llama, out, **arguments)
     assert not list(out.parent.iterdir())
+
+
+# --- in memory -----------------------------------------------------------------------------------
+
+
+def test_a_model_in_memory_is_pruned_as_its_folder_is(tmp_path: Path, out: Path) -> None:
+    folder = tiny.save(tmp_path / "llama")
+    model, method = tiny.model("llama"), SparseGPT(TWO_OF_FOUR)
+    windows = TEXT.windows(load_tokenizer(folder), 64)
+    report = prune_model(model, windows, method=method)
+    assert len(report.layers) == 14
+    prune_checkpoint(folder, out, method=method, calibration=TEXT)
+    for name, tensor in tensors(out).items():
+        mine = model.get_parameter(name)
+        if mine.dim() == 2 and "layers" in name:
+            assert in_pattern(mine)
+        # Sums over batches of another size may round to the other side of a tie.
+        close = (mine - tensor).abs() <= 1e-4 * (1 + tensor.abs())
+        assert close.float().mean() > 0.99, name
+
+
+def test_joint_pruning_in_memory(tmp_path: Path) -> None:
+    model = tiny.model("llama")
+    prune_model(model, method=Magnitude(TWO_OF_FOUR), scheme=W4)
+    layer = model.model.layers[0].mlp.down_proj
+    assert isinstance(layer, QuantLinear)
+    assert in_pattern(layer.qweight().dequantize())
+    assert model.generate(torch.arange(5).unsqueeze(0), max_new_tokens=3).shape[1] == 8
+
+
+def test_bad_input_in_memory() -> None:
+    with pytest.raises(TersorError, match="prunes nothing"):
+        prune_model(tiny.model("llama"), method=GPTQ())
+    with pytest.raises(TersorError, match="prune its folder"):
+        prune_model(tiny.model("gpt2"), method=Magnitude(HALF))
+    with pytest.raises(
+        TersorError, match="pass token ids as `calibration`, or use method=Magnitude"
+    ):
+        prune_model(tiny.model("llama"), method=Wanda(HALF))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tersor.calibrate import Calibration
     from tersor.errors import TersorError
-    from tersor.inmemory import quantize_model, swap_linears
+    from tersor.inmemory import prune_model, quantize_model, swap_linears
     from tersor.linear import QuantLinear
     from tersor.loading import TersorConfig, load
     from tersor.pipeline import prune_checkpoint, quantize_checkpoint
@@ -39,6 +39,7 @@ _HOME = {  # module of each public name
     "quantize_checkpoint": "pipeline",
     "prune_checkpoint": "pipeline",
     "quantize_model": "inmemory",
+    "prune_model": "inmemory",
     "swap_linears": "inmemory",
 }
 
@@ -60,6 +61,7 @@ __all__ = [
     "get_include",
     "load",
     "prune_checkpoint",
+    "prune_model",
     "quantize_checkpoint",
     "quantize_model",
     "swap_linears",

@@ -1,4 +1,4 @@
-"""Quantizing a model that is in memory: any nn.Module, changed in place."""
+"""Compressing a model that is in memory: any nn.Module, changed in place."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from tersor.formats import FORMATS
 from tersor.layerwise import Solved, Solver, compress_block, find_solver, settings_of
 from tersor.linear import QuantLinear
 from tersor.models import FoundArch, find_arch, plain_linears
+from tersor.models.linears import is_conv1d, is_fused
 from tersor.qweight import Scheme
 from tersor.report import Report, Timings, versions
 from tersor.scope import check_inputs, settle, settle_all
@@ -44,6 +45,38 @@ def quantize_model(
     Raises TersorError for bad input; one that is found in the course of the work (activations that
     are not finite) leaves the blocks before it quantized.
     """
+    return _compress(model, calibration, scheme, find_solver(method), ignore, sequential)
+
+
+def prune_model(
+    model: nn.Module,
+    calibration: Tensor | Iterable[Any] | None = None,
+    *,
+    method: Solver,
+    scheme: Scheme | None = None,
+    ignore: Sequence[str] = (),
+    sequential: bool = False,
+) -> Report:
+    """Makes weights of the model's linears zero, in place; returns what came of each.
+
+    method: a solver with its sparsity, such as SparseGPT(Sparsity(pattern=(2, 4))).
+    scheme: quantize what is left in the same pass and put QuantLinears in place; None keeps the
+        linears as they are, with zeros in their weights.
+    The rest is as in quantize_model.
+    """
+    if find_solver(method).sparsity is None:
+        raise TersorError(f"{method} prunes nothing; use quantize_model, or another method")
+    return _compress(model, calibration, scheme, method, ignore, sequential)
+
+
+def _compress(
+    model: nn.Module,
+    calibration: Tensor | Iterable[Any] | None,
+    scheme: Scheme | None,
+    solver: Solver,
+    ignore: Sequence[str],
+    sequential: bool,
+) -> Report:
     if isinstance(model, nn.Linear):
         raise TersorError(
             "a bare nn.Linear cannot be replaced within itself; use QuantLinear.from_linear"
@@ -56,17 +89,23 @@ def quantize_model(
                 f"{name} is on {tensor.device}; load the model's weights and move it to the CPU, "
                 "or use quantize_checkpoint, which reads a folder block by block"
             )
-    solver = find_solver(method)
+    if scheme is None and (odd := _not_plain(model)):
+        raise TersorError(
+            f"{odd} would have to become nn.Linear to be pruned in memory, and the model could no "
+            "longer be saved as it was; prune its folder (tersor.prune_checkpoint)"
+        )
     inputs = _inputs(model, calibration)
     if solver.needs is not None and not inputs:
+        other = "method=Magnitude(...)" if solver.sparsity else 'method="rtn"'
         raise TersorError(
             f"{solver.name} needs inputs to calibrate on; pass token ids as `calibration`, or use "
-            f'method="rtn", which needs none'
+            f"{other}, which needs none"
         )
     with _evaluating(model):
         found, texts = _start(model, inputs)
         scope = settle(model, found, ignore) if found else settle_all(model, ignore)
-        check_inputs(model, scope.linears, scheme.weight, solver.sparsity)
+        spec = scheme.weight if scheme else None
+        check_inputs(model, scope.linears, spec, solver.sparsity)
         for name in scope.linears:
             _check_plain(name, model.get_submodule(name))
         report = Report(
@@ -89,7 +128,8 @@ def quantize_model(
                 for text in texts:
                     text.advance(module)
             for each in solved:
-                _install(model, each, scheme)
+                if scheme is not None:
+                    _install(model, each, scheme)
                 report.layers.append(each.report)
                 if each.departure:
                     report.departures[each.name] = each.departure
@@ -144,6 +184,14 @@ class _Text:
 
 def _passes(texts: list[_Text], block: nn.Module) -> Iterator[Any]:
     return (text.through(block) for text in texts)
+
+
+def _not_plain(model: nn.Module) -> str | None:
+    """The first module whose weights are linears in another form, or None."""
+    for name, module in model.named_modules():
+        if is_conv1d(module) or is_fused(module):
+            return name
+    return None
 
 
 def _check_plain(name: str, linear: nn.Module) -> None:
