@@ -182,9 +182,12 @@ SPARSE_SHAPES = (
 )  # fmt: skip
 
 
-def cases(shapes: Iterable[tuple[int, int, int, int]] = SHAPES) -> Iterator[Case]:
-    """Every shape with every grid and dtype of activations; scale dtype and bias take turns. Then
-    weights with 2:4 zeros, of SPARSE_SHAPES."""
+Shape = tuple[int, int, int, int]  # m, n, k, g
+
+
+def cases(shapes: Iterable[Shape] = SHAPES, sparse: Iterable[Shape] = ()) -> Iterator[Case]:
+    """Every shape with every grid and dtype of activations; scale dtype and bias take turns. Those
+    in `sparse` are of weights with 2:4 zeros."""
     turn = itertools.cycle(itertools.product(DTYPES, (True, False)))
     for (m, n, k, g), bits, symmetric, activation in itertools.product(
         shapes, (4, 8), (True, False), (None, ActSpec())
@@ -194,7 +197,7 @@ def cases(shapes: Iterable[tuple[int, int, int, int]] = SHAPES) -> Iterator[Case
             yield Case(m, n, k, g, bits, symmetric, activation, dtype, scale_dtype, bias)
         next(turn)  # 3 dtypes, 6 turns: without this step each dtype would see two turns only
     for (m, n, k, g), bits, activation, dtype in itertools.product(
-        SPARSE_SHAPES, (4, 8), (None, ActSpec()), DTYPES
+        sparse, (4, 8), (None, ActSpec()), DTYPES
     ):
         scale_dtype, bias = next(turn)
         yield Case(m, n, k, g, bits, True, activation, dtype, scale_dtype, bias, (2, 4))
@@ -286,7 +289,7 @@ def check_capsule(capsule: object, weight_eps: float = 0.0) -> int:
 def check_kernel(
     which: str | Kernel, weight_eps: float = 0.0, requests: Iterable[Case] | None = None
 ) -> int:
-    """Runs a kernel over `requests` (all of `cases()` by default) and compares it with `oracle`.
+    """Runs a kernel over `requests` (`cases` of all shapes by default) and compares it with `oracle`.
 
     For each request that the kernel serves: unpack is the exact inverse of pack; the results lie
     within the bound; nothing outside the buffers is written; what the buffers held before does
@@ -300,7 +303,8 @@ def check_kernel(
     assert reason is None, f"{entry.name.decode()} cannot run here: {reason.decode()}"
     _check_fields(entry)
     served = 0
-    for seed, case in enumerate(cases() if requests is None else requests):
+    everything = cases(SHAPES, SPARSE_SHAPES)
+    for seed, case in enumerate(everything if requests is None else requests):
         run = _Run(entry, case, seed)
         if run.refused(0) is not None or run.refused(case.m) is not None:
             continue
