@@ -109,9 +109,10 @@ def test_an_interrupted_run_does_not_count_again(
         "calibration": TEXT,
     }
     prune_checkpoint(llama, tmp_path / "whole", **arguments)
+    cut = OSError("the plug is pulled")
     with monkeypatch.context() as interrupted:
-        interrupted.setattr(pipeline, "compress_block", lambda *_: (_ for _ in ()).throw(OSError))
-        with pytest.raises(OSError, match=""):
+        interrupted.setattr(pipeline, "compress_block", lambda *_: (_ for _ in ()).throw(cut))
+        with pytest.raises(OSError, match="pulled"):
             prune_checkpoint(llama, tmp_path / "twice", **arguments)
     monkeypatch.setattr(pipeline, "outliers", lambda *_: pytest.fail("counted again"))
     prune_checkpoint(llama, tmp_path / "twice", **arguments)
