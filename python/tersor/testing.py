@@ -289,7 +289,7 @@ def check_capsule(capsule: object, weight_eps: float = 0.0) -> int:
 def check_kernel(
     which: str | Kernel, weight_eps: float = 0.0, requests: Iterable[Case] | None = None
 ) -> int:
-    """Runs a kernel over `requests` (`cases` of all shapes by default) and compares it with `oracle`.
+    """Runs a kernel over `requests` (by default `cases` of all shapes) and compares with `oracle`.
 
     For each request that the kernel serves: unpack is the exact inverse of pack; the results lie
     within the bound; nothing outside the buffers is written; what the buffers held before does
