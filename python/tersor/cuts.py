@@ -44,7 +44,8 @@ class Cut:
         for linear in self.groups.rows:
             for name in (f"{linear}.weight", f"{linear}.bias"):
                 if name in tensors:
-                    result[name] = select(tensors[name], 0, self.count, kept)
+                    parts = tensors[name].chunk(self.groups.parts)
+                    result[name] = torch.cat([select(p, 0, self.count, kept) for p in parts])
         name = f"{self.groups.columns}.weight"
         return result | {name: select(tensors[name], 1, self.count, kept)}
 
@@ -93,7 +94,10 @@ class Cuts:
         found = find_arch(model)
         plain_linears(model, found.arch)
         wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        for name, shape in self._shapes(source, kept):
+        shapes = dict(self._shapes(source, kept))
+        for name in (name for name, _ in model.named_parameters() if name not in shapes):
+            raise TersorError(f"{type(model).__name__} wants {name}, which nothing is left for")
+        for name, shape in shapes.items():
             if wanted.get(name) != shape:
                 asked = f"the shape {wanted[name]}" if name in wanted else "no place"
                 raise TersorError(
@@ -199,7 +203,7 @@ def _cut(source: Source, what: str, share: float, groups: Groups, multiple: int 
     for block in source.blocks:
         linears = [block.get_submodule(path) for path in groups.rows]
         columns = block.get_submodule(groups.columns).in_features
-        shapes.add((columns, *(linear.out_features for linear in linears)))
+        shapes.add((columns, *(linear.out_features // groups.parts for linear in linears)))
     if len(shapes) > 1:
         raise TersorError(f"{what} cannot be cut where blocks have different sizes: {shapes}")
     (sizes,) = shapes
@@ -213,10 +217,10 @@ def _cut(source: Source, what: str, share: float, groups: Groups, multiple: int 
     kept = max(1, round(count * (1 - share) / multiple)) * multiple
     if kept >= count:
         unit = "heads of keys and values" if what == "heads" else f"channels by {multiple}"
-        fix = f"the least is {what}={multiple / count:.2g}" if multiple < count else ""
+        fix = f"use {what}={multiple / count:.2g}" if multiple < count else "use"
         if what == "ffn":
-            fix += f"{' or' if fix else ''} a smaller multiple"
-        raise TersorError(f"{what}={share:g} of {count} {unit} rounds to none; use {fix}")
+            fix += " or a smaller multiple" if multiple < count else " a smaller multiple"
+        raise TersorError(f"{what}={share:g} of {count} {unit} rounds to none; {fix}")
     return Cut(what, groups, count, kept)
 
 

@@ -101,6 +101,7 @@ def shrink_checkpoint(
         calibration=describe(calibration, windows),
         bytes_before=source.nbytes,
     )
+    before = _parameters(source.model)  # now, since weights that come and go do not stay tied
     with ShardWriter(out, identity(report)) as writer, Progress(progress) as bar:
         run = _Run(
             source=source,
@@ -117,7 +118,7 @@ def shrink_checkpoint(
         small = cuts.skeleton(source, kept)
         paths = [path for path, _ in source.found.blocks(source.model)]
         report.structure = {
-            "parameters_before": _parameters(source.model),
+            "parameters_before": before,
             "parameters_after": _parameters(small),
             "dropped": [path for number, path in enumerate(paths) if number not in kept],
             "influence": influence,
@@ -281,7 +282,12 @@ class _Run(Run):
             for local in names
             if local.rpartition(".")[0] in linears
         }
-        w, rows = tensors[name], [tensors[f"{linear}.weight"] for linear in cut.groups.rows]
+        w = tensors[name]
+        rows = [
+            part
+            for linear in cut.groups.rows
+            for part in tensors[f"{linear}.weight"].chunk(cut.groups.parts)
+        ]
         kept = best(importance(self.importance, cut.count, w, rows, stats), cut.kept)
         changed = cut.apply(tensors, kept)
         notes, departure = [], None

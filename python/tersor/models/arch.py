@@ -61,12 +61,15 @@ class Groups:
         configuration has is that number; without one, every column is a group.
     width: entry with the columns of one of what the last of `counts` counts, which has to be
         written once it no longer follows from the others: "head_dim".
+    parts: equal parts of each of `rows`, one after the other, that each have all the groups: 2
+        where gate and up are one linear.
     """
 
     rows: tuple[str, ...]
     columns: str
     counts: tuple[str, ...]
     width: str | None = None
+    parts: int = 1
 
 
 @dataclass(frozen=True)
