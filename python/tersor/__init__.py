@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tersor.loading import TersorConfig, load
     from tersor.pipeline import prune_checkpoint, quantize_checkpoint
     from tersor.qweight import ActSpec, QSpec, QWeight, Scheme
+    from tersor.shrink import shrink_checkpoint
     from tersor.solvers import GPTQ, RTN, Magnitude, SparseGPT, Wanda
     from tersor.sparsity import Sparsity
 
@@ -38,6 +39,7 @@ _HOME = {  # module of each public name
     "Sparsity": "sparsity",
     "quantize_checkpoint": "pipeline",
     "prune_checkpoint": "pipeline",
+    "shrink_checkpoint": "shrink",
     "quantize_model": "inmemory",
     "prune_model": "inmemory",
     "swap_linears": "inmemory",
@@ -64,6 +66,7 @@ __all__ = [
     "prune_model",
     "quantize_checkpoint",
     "quantize_model",
+    "shrink_checkpoint",
     "swap_linears",
 ]
 

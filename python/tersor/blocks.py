@@ -189,18 +189,26 @@ class Flow:
         """Writes what enters the first block; returns the digest of the file."""
         return self._file(0).write(self._entering())
 
-    def through(self, number: int, block: nn.Module) -> Iterator[Tensor]:
-        """What comes out of a block, a batch of windows at a time."""
+    def pairs(self, number: int, block: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+        """What enters a block and what comes out of it, a batch of windows at a time."""
         for hidden in self._file(number):
             with torch.no_grad():
                 out = self._calls.get(len(hidden), number)(block, hidden)
             self._tick()
-            yield out
+            yield hidden, out
+
+    def through(self, number: int, block: nn.Module) -> Iterator[Tensor]:
+        """What comes out of a block, a batch of windows at a time."""
+        return (out for _, out in self.pairs(number, block))
 
     def advance(self, number: int, block: nn.Module) -> str:
         """Writes what comes out of a block, durably; it enters the next one. Returns the digest of
         the file."""
-        return self._file(number + 1).write(self.through(number, block))
+        return self.write(number + 1, self.through(number, block))
+
+    def write(self, number: int, stream: Iterator[Tensor]) -> str:
+        """Writes what enters a block, durably. Returns the digest of the file."""
+        return self._file(number).write(stream)
 
     def forget(self, number: int) -> None:
         """Removes what enters a block that is done."""

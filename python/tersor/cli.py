@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 BOS = ("auto", "always", "never")  # as in tersor.calibrate, which imports torch
+IMPORTANCES = ("output", "magnitude", "activation")  # as in tersor.pruning
 DTYPES = ("float32", "bfloat16", "float16")
 
 EXAMPLES = {
@@ -126,13 +127,15 @@ def build_parser() -> argparse.ArgumentParser:
     _add_settings(sub, "act_order", "damp", "clip")
 
     sub = command(
-        "prune", commands.prune, "make weights of a Hugging Face checkpoint zero", stopped=again
+        "prune",
+        commands.prune,
+        "make weights of a Hugging Face checkpoint zero, or cut parts of it out",
+        stopped=again,
     )
     _add_files(sub)
     add = sub.add_argument
     add(
         "--method",
-        default="sparsegpt",
         metavar="NAME",
         help="sparsegpt (the default), wanda, or magnitude, which needs no text; or another of "
         "tersor.solvers.PRUNERS",
@@ -141,6 +144,13 @@ def build_parser() -> argparse.ArgumentParser:
     how.add_argument("--sparsity", type=float, metavar="R", help="share of zeros, such as 0.5")
     how.add_argument(
         "--pattern", metavar="N:M", help="keep at most N of every M weights in a row, such as 2:4"
+    )
+    how.add_argument(
+        "--structured",
+        type=_structured,
+        metavar="WHAT=N,...",
+        help="make the model smaller: heads and ffn (channels of the MLPs) by a share, layers by a "
+        "number, such as heads=0.2,ffn=0.25,layers=2",
     )
     add(
         "--allocation",
@@ -159,6 +169,23 @@ def build_parser() -> argparse.ArgumentParser:
     _add_grid(sub)
     _add_text(sub, bos)
     _add_settings(sub, "refit", "per", "act_order", "damp", "clip")
+    add = sub.add_argument_group("settings of --structured").add_argument
+    add(
+        "--importance",
+        choices=IMPORTANCES,
+        help="by what heads and channels are ranked; default: output, the error of leaving one out",
+    )
+    add(
+        "--multiple",
+        type=_whole(1),
+        metavar="N",
+        help="of which the channels left are a multiple; default: as the model's, up to 128",
+    )
+    add(
+        "--update",
+        action=argparse.BooleanOptionalAction,
+        help="new values for what reads heads and channels, by least squares; default: yes",
+    )
 
     add = command(
         "eval", commands.evaluate, "measure the quality of a model on a text"
@@ -320,6 +347,20 @@ def _add_settings(sub: Parser, *names: str) -> None:
     for name in names:
         group.add_argument("--" + name.replace("_", "-"), **SETTINGS[name])
     sub.set_defaults(settings=names)
+
+
+def _structured(text: str) -> dict[str, Any]:
+    types: dict[str, Any] = {"heads": float, "ffn": float, "layers": int}
+    found: dict[str, Any] = {}
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        try:
+            found[name] = types[name](value)
+        except (KeyError, ValueError):
+            raise argparse.ArgumentTypeError(
+                f"{part!r} is none of heads=SHARE, ffn=SHARE, layers=NUMBER"
+            ) from None
+    return found
 
 
 def _group(text: str) -> int | None:

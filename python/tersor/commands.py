@@ -41,6 +41,13 @@ def quantize(args: argparse.Namespace) -> None:
 
 def prune(args: argparse.Namespace) -> None:
     _check_output(args.out)
+    if args.structured is not None:
+        _shrink(args)
+        return
+    for option in STRUCTURED:
+        if getattr(args, option) is not None:
+            raise TersorError(f"--{option} is of --structured; leave it out")
+    args.method = args.method or "sparsegpt"
     if args.quantize is None:
         for option in ("group", "asymmetric", "activations"):
             if getattr(args, option, None):
@@ -66,6 +73,30 @@ def prune(args: argparse.Namespace) -> None:
     if scheme:
         result += f", {report.bits_per_weight:.2f} bits per weight"
     _show(args, report, result)
+
+
+STRUCTURED = ("importance", "multiple", "update")  # options of `prune --structured` alone
+UNSTRUCTURED = ("method", "quantize", "group", "asymmetric", "activations", "ignore", "sequential")
+
+
+def _shrink(args: argparse.Namespace) -> None:
+    others = [*UNSTRUCTURED, *(name for name in args.settings if name != "damp")]
+    for option in others:
+        if getattr(args, option, None) not in (None, False, []):
+            raise TersorError(
+                f"--{option.replace('_', '-')} changes nothing for --structured; leave it out"
+            )
+    settings = {name: getattr(args, name) for name in (*STRUCTURED, "damp")}
+    settings = {name: value for name, value in settings.items() if value is not None}
+
+    from tersor.shrink import shrink_checkpoint
+
+    rest = _rest(args)
+    del rest["ignore"], rest["sequential"]
+    report = shrink_checkpoint(args.model, args.out, **args.structured, **settings, **rest)
+    parts = report.structure or {}
+    before, after = parts["parameters_before"], parts["parameters_after"]
+    _show(args, report, f"{before / 1e6:.1f} -> {after / 1e6:.1f} million parameters")
 
 
 def _scheme(args: argparse.Namespace, bits: int) -> Scheme:
@@ -104,7 +135,8 @@ def _show(args: argparse.Namespace, report: Report, result: str) -> None:
     from tersor.report import table
 
     out = _console()
-    out.print(table(report))
+    if report.layers:
+        out.print(table(report))
     for name, reason in report.departures.items():
         out.print(f"not as asked: {name}: {reason}", highlight=False)
     out.print(

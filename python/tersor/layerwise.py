@@ -74,7 +74,13 @@ def settings_of(
         **asdict(solver),
         "sequential": sequential,
         "ignore": sorted(set(ignore)),
-        # The order of sums in torch depends on these two.
+        **machine(),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What of the machine the order of sums depends on, and with it the last bits of a result."""
+    return {
         "threads": torch.get_num_threads(),
         "isa": sorted({kernel.isa for kernel in kernels.table() if not kernel.unavailable}),
     }

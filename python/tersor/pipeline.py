@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from tersor import _core
 from tersor.allocation import ALLOCATIONS, global_ratios, outliers, owl_ratios
 from tersor.blocks import Flow
-from tersor.calibrate import Calibration, digest, load_tokenizer
-from tersor.checkpoint import check_finite
+from tersor.calibrate import Calibration
 from tersor.errors import TersorError
 from tersor.formats import FORMATS, quantization_config
 from tersor.formats.config import default_format
@@ -23,11 +21,11 @@ from tersor.layerwise import Solver, compress_block, find_solver, settings_of
 from tersor.progress import Progress
 from tersor.qweight import QWeight, Scheme
 from tersor.report import REPORT, TIMINGS, LayerReport, Report, Timings, versions
+from tersor.runs import Run, describe, identity, text_windows
 from tersor.scope import BlockScope, Scope, check_inputs, settle
 from tersor.shards import ShardWriter, refuse_existing
 from tersor.source import Source
 
-OUTSIDE_BYTES = 1 << 30  # of tensors outside the blocks that are written together
 BEGUN = "hidden states"  # commit: what enters the first block is on disk
 ALLOCATED = "allocation"  # commit: how sparse each linear is to be
 
@@ -143,22 +141,30 @@ def _compress(
         architecture=_architecture(source, scheme),
         settings=settings,
         versions=versions(),
-        calibration=_describe(calibration, windows),
+        calibration=describe(calibration, windows),
         kept=scope.kept,
         departures=scope.departures,
         bytes_before=source.nbytes,
     )
     if strict:
         report.require_strict()
-    with ShardWriter(out, _identity(report)) as writer, Progress(progress) as bar:
-        run = _Run(source, scope, scheme, solver, sequential, writer, bar)
+    with ShardWriter(out, identity(report)) as writer, Progress(progress) as bar:
+        run = _Run(
+            source=source,
+            writer=writer,
+            bar=bar,
+            scope=scope,
+            scheme=scheme,
+            solver=solver,
+            sequential=sequential,
+        )
         run.write_outside()
         run.allocate(allocation, windows)
         for block in run.blocks(windows):
             report.add(writer.done[block.path])
             if strict:
                 report.require_strict()
-        report.bytes_after = sum(info["bytes"] for info in writer.done.values())
+        report.bytes_after = run.nbytes
         files = {REPORT: report.to_json(), TIMINGS: run.timings.to_json()}
         config = source.checkpoint.config
         if scheme is not None:
@@ -180,47 +186,15 @@ def _architecture(source: Source, scheme: Scheme | None) -> str:
 
 
 def _windows(source: Source, solver: Solver, calibration: Calibration | None) -> Tensor | None:
-    """The token ids, int64 [samples, seq_len], checked against the model."""
-    if calibration is None:
-        if solver.needs is not None:
-            raise TersorError(
-                f"{solver.name} needs text to calibrate on; give --calibration FILE, or use "
-                f"--method {'magnitude' if solver.sparsity else 'rtn'}, which needs none"
-            )
-        return None
-    windows = calibration.windows(load_tokenizer(source.checkpoint.folder), source.context)
-    vocabulary = source.model.get_input_embeddings().num_embeddings
-    if int(windows.max()) >= vocabulary:
+    """The token ids, int64 [samples, seq_len], or None where there is no text and need be none."""
+    if calibration is not None:
+        return text_windows(source, calibration)
+    if solver.needs is not None:
         raise TersorError(
-            f"the tokenizer gives token {int(windows.max())}, but the model has {vocabulary} "
-            f"embeddings; the tokenizer files in {source.checkpoint.folder} are of another model"
+            f"{solver.name} needs text to calibrate on; give --calibration FILE, or use "
+            f"--method {'magnitude' if solver.sparsity else 'rtn'}, which needs none"
         )
-    return windows
-
-
-def _describe(calibration: Calibration | None, windows: Tensor | None) -> dict[str, Any] | None:
-    if calibration is None or windows is None:
-        return None
-    return {
-        "sources": list(calibration.sources) or "texts in memory",
-        "samples": windows.shape[0],
-        "seq_len": windows.shape[1],
-        "seed": calibration.seed,
-        "bos": calibration.bos,
-        "tokens": windows.numel(),
-        "sha256": digest(windows),
-    }
-
-
-def _identity(report: Report) -> dict[str, Any]:
-    """What two runs must have in common for one to continue the other."""
-    text = {k: v for k, v in (report.calibration or {}).items() if k != "sources"}
-    return {
-        **report.settings,
-        "model": report.fingerprint,
-        **{f"calibration {key}": value for key, value in text.items()},
-        **{f"version of {key}": value for key, value in report.versions.items()},
-    }
+    return None
 
 
 def _hidden(number: int) -> str:
@@ -228,35 +202,13 @@ def _hidden(number: int) -> str:
     return f"hidden-{number}"
 
 
-@dataclass
-class _Run:
-    """The work between the checks and the last rename. Whatever a commit covers is durable and is
-    passed over when the run is started again."""
-
-    source: Source
+@dataclass(kw_only=True)
+class _Run(Run):
     scope: Scope
     scheme: Scheme | None
     solver: Solver
     sequential: bool
-    writer: ShardWriter
-    bar: Progress
-    timings: Timings = field(default_factory=Timings)
     ratios: dict[str, float] | None = None  # of linears by name; None: as the solver has it
-
-    def write_outside(self) -> None:
-        """Copies the tensors that are in no block, some at a time."""
-        for number, part in enumerate(self.source.outside(OUTSIDE_BYTES)):
-            key = f"outside {number}"
-            if key in self.writer.done:
-                continue
-            self.bar.say("copying what is outside the blocks")
-            with self.timings.stage("copy"):
-                for name in part:
-                    tensor = self.source.checkpoint.load(name)
-                    check_finite(name, tensor)
-                    self.writer.add(name, tensor)
-                nbytes = sum(self.source.checkpoint.metadata(name).nbytes for name in part)
-                self.writer.commit(key, {"bytes": nbytes}, quick=True)
 
     def allocate(self, allocation: str, windows: Tensor | None) -> None:
         """Settles how sparse each linear is to be."""
@@ -286,7 +238,7 @@ class _Run:
         """Yields each block once it is done, in this run or in one that was interrupted."""
         blocks = self.scope.blocks
         todo = [block for block in blocks if block.path not in self.writer.done]
-        flow = self._begin(windows) if todo and windows is not None else None
+        flow = self.begin(windows, BEGUN, _hidden) if todo and windows is not None else None
         passes = len(flow.batches) if flow else 0
         for block in todo:  # the text goes through to observe, and again for what enters the next
             rounds = len(block.rounds(self.sequential)) + (block is not blocks[-1])
@@ -297,21 +249,6 @@ class _Run:
                 self._block(number, block, flow)
             self.timings.add(self.writer.done[block.path]["seconds"])
             yield block
-
-    def _begin(self, windows: Tensor) -> Flow:
-        """The text at the first block, or where an interrupted run has left it."""
-        self.bar.say("the text up to the first block")
-        with self.timings.stage("run"), self.source.loaded(self.source.before()):
-            flow = Flow(
-                self.source.model,
-                self.source.blocks,
-                windows,
-                lambda number: self.writer.state_path(_hidden(number)),
-                self.bar.step,
-            )
-            if BEGUN not in self.writer.done:
-                self.writer.commit(BEGUN, {"bytes": 0}, {_hidden(0): flow.enter()}, quick=True)
-        return flow
 
     def _block(self, number: int, block: BlockScope, flow: Flow | None) -> None:
         model, timings = self.source.model, Timings()

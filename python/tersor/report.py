@@ -72,6 +72,7 @@ class Report:
     kept: modules that were not meant to be, each with the rule or the pattern.
     departures: modules that were not treated as asked, each with the reason.
     bytes_before, bytes_after: of all tensors of the checkpoint.
+    structure: of a model that was made smaller (see tersor.shrink), what went and what stayed.
     """
 
     model: str
@@ -85,6 +86,7 @@ class Report:
     departures: dict[str, str] = field(default_factory=dict)
     bytes_before: int = 0
     bytes_after: int = 0
+    structure: dict[str, Any] | None = None
 
     @property
     def bits_per_weight(self) -> float:
@@ -103,9 +105,11 @@ class Report:
         return sum(math.prod(layer.shape) for layer in self.layers)
 
     def add(self, block: dict[str, Any]) -> None:
-        """What was recorded of a block when it was done: layers and departures."""
+        """What was recorded of a block when it was done: layers, departures, and what stayed."""
         self.layers += [LayerReport.from_dict(layer) for layer in block["layers"]]
         self.departures |= block["departures"]
+        if self.structure is not None:
+            self.structure["blocks"].append(block["structure"])
 
     def to_json(self) -> str:
         means = {"bits_per_weight": self.bits_per_weight, "sparsity": self.sparsity}

@@ -109,15 +109,19 @@ class Source:
         """Bytes of all tensors of the checkpoint."""
         return sum(self.checkpoint.metadata(name).nbytes for name in self.checkpoint.names)
 
-    def outside(self, limit: int) -> list[list[str]]:
+    def outside(self, limit: int, tables: bool = True) -> list[list[str]]:
         """Tensors of the checkpoint that are in no block, by their names in it, in parts of at most
-        `limit` bytes or one tensor."""
+        `limit` bytes or one tensor.
+
+        tables: with those in files of old (masks, frequencies) that belong to a block, but to no
+        parameter of it."""
         blocks = tuple(f"{path}." for path, _ in self.found.blocks(self.model))
         inside = {place.name for name, place in self.where.items() if name.startswith(blocks)}
+        between = f".{self.found.arch.blocks}."
         parts: list[list[str]] = []
         room = 0
         for name in self.checkpoint.names:
-            if name in inside:
+            if name in inside or (not tables and between in f".{name}"):
                 continue
             nbytes = self.checkpoint.metadata(name).nbytes
             if not parts or nbytes > room:

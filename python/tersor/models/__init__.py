@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import nn
 
-from tersor.models.arch import Arch, Experts, Tap
+from tersor.models.arch import Arch, Experts, Groups, Structure, Tap
 from tersor.models.bert import BERT, DISTILBERT
 from tersor.models.find import (
     FoundArch,
@@ -50,11 +50,14 @@ __all__ = [
     "Arch",
     "Experts",
     "FoundArch",
+    "Groups",
     "Reader",
     "Stored",
+    "Structure",
     "Tap",
     "build_skeleton",
     "check_all_used",
+    "config_value",
     "empty",
     "fill",
     "find_arch",

@@ -50,6 +50,48 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class Groups:
+    """Channels inside half of a block, in equal groups that can be cut out whole: attention heads,
+    or one by one the channels of an MLP.
+
+    rows: linears, paths in the block, whose output features are the groups, one after the other.
+    columns: the linear whose input features are, in the same order. A group of attention is one
+        head of keys and values with all the query heads that read it.
+    counts: entries of config.json in proportion to the number of groups. The first one that a
+        configuration has is that number; without one, every column is a group.
+    width: entry with the columns of one of what the last of `counts` counts, which has to be
+        written once it no longer follows from the others: "head_dim".
+    parts: equal parts of each of `rows`, one after the other, that each have all the groups: 2
+        where gate and up are one linear.
+    """
+
+    rows: tuple[str, ...]
+    columns: str
+    counts: tuple[str, ...]
+    width: str | None = None
+    parts: int = 1
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What can be cut out of a model so that a smaller one of the same class is left.
+
+    heads, ffn: None where a linear holds more than one thing (q, k and v), so that nothing of it
+        can be cut in one piece.
+    depth: entry of config.json that counts the blocks. per_block: those with a list, an item for
+        each block.
+    by_number: entries that, where they are true and there is no list in per_block, make what a
+        block does depend on its number, so that no block can be taken out.
+    """
+
+    heads: Groups | None
+    ffn: Groups | None
+    depth: str = "num_hidden_layers"
+    per_block: tuple[str, ...] = ("layer_types",)
+    by_number: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Arch:
     """One family of models.
 
@@ -65,6 +107,7 @@ class Arch:
     experts: how the experts of a mixture are kept, or None for a dense model.
     norm_offset: the norms multiply by norm_offset + weight; a fold into a source has to know.
     causal: tokens see only what came before, so that perplexity means something.
+    structure: what can be cut out of it, or None where no one has looked.
     """
 
     name: str
@@ -76,6 +119,7 @@ class Arch:
     experts: Experts | None = None
     norm_offset: float = 0.0
     causal: bool = True
+    structure: Structure | None = None
 
 
 def spellings(path: str, aliases: Iterable[tuple[str, str]]) -> list[str]:

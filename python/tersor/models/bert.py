@@ -3,7 +3,7 @@
 What a norm puts out is read by the next linears and by the next sum: no norm is a source.
 """
 
-from tersor.models.arch import Arch, Tap
+from tersor.models.arch import Arch, Groups, Structure, Tap
 
 BERT = Arch(
     name="bert",
@@ -16,6 +16,15 @@ BERT = Arch(
     ),
     after=("pooler",),
     causal=False,
+    structure=Structure(
+        heads=Groups(
+            rows=("attention.self.query", "attention.self.key", "attention.self.value"),
+            columns="attention.output.dense",
+            counts=("num_attention_heads",),
+            width="head_dim",
+        ),
+        ffn=Groups(("intermediate.dense",), "output.dense", ("intermediate_size",)),
+    ),
 )
 
 DISTILBERT = Arch(
@@ -28,4 +37,14 @@ DISTILBERT = Arch(
         Tap(("ffn.lin2",)),
     ),
     causal=False,
+    structure=Structure(
+        heads=Groups(
+            rows=("attention.q_lin", "attention.k_lin", "attention.v_lin"),
+            columns="attention.out_lin",
+            counts=("n_heads",),
+            width="head_dim",
+        ),
+        ffn=Groups(("ffn.lin1",), "ffn.lin2", ("hidden_dim",)),
+        depth="n_layers",
+    ),
 )

@@ -1,7 +1,9 @@
 """Gemma 2 and the text model of Gemma 3: norms around both halves, which multiply by 1 + weight."""
 
+from dataclasses import replace
+
 from tersor.models.arch import Arch, Tap
-from tersor.models.llama import ATTENTION
+from tersor.models.llama import ATTENTION, STRUCTURE
 
 GEMMA = Arch(
     name="gemma",
@@ -14,4 +16,5 @@ GEMMA = Arch(
     after=("norm",),
     head="lm_head",
     norm_offset=1.0,
+    structure=replace(STRUCTURE, by_number=("sliding_window",)),
 )

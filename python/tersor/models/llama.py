@@ -1,10 +1,20 @@
 """Llama and Mistral; the halves of their block serve most of the younger families."""
 
-from tersor.models.arch import Arch, Tap
+from tersor.models.arch import Arch, Groups, Structure, Tap
 
 ATTENTION = (
     Tap(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm"),
     Tap(("self_attn.o_proj",), "self_attn.v_proj"),
+)
+
+STRUCTURE = Structure(
+    heads=Groups(
+        rows=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        columns="self_attn.o_proj",
+        counts=("num_key_value_heads", "num_attention_heads"),
+        width="head_dim",
+    ),
+    ffn=Groups(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj", ("intermediate_size",)),
 )
 
 LLAMA = Arch(
@@ -17,4 +27,5 @@ LLAMA = Arch(
     ),
     after=("norm",),
     head="lm_head",
+    structure=STRUCTURE,
 )

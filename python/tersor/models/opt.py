@@ -1,6 +1,6 @@
 """OPT. opt-350m normalizes after each half, so there the norms are not what the linears read."""
 
-from tersor.models.arch import Arch, Tap
+from tersor.models.arch import Arch, Groups, Structure, Tap
 
 OPT = Arch(
     name="opt",
@@ -17,4 +17,13 @@ OPT = Arch(
     ),
     after=("decoder.final_layer_norm", "decoder.project_out"),
     head="lm_head",
+    structure=Structure(
+        heads=Groups(
+            rows=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            columns="self_attn.out_proj",
+            counts=("num_attention_heads",),
+            width="head_dim",
+        ),
+        ffn=Groups(("fc1",), "fc2", ("ffn_dim",)),
+    ),
 )

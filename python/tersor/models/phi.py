@@ -3,7 +3,7 @@
 The producers of o_proj's and down_proj's inputs are parts of a linear, so neither has a source.
 """
 
-from tersor.models.arch import Arch, Tap
+from tersor.models.arch import Arch, Groups, Structure, Tap
 
 PHI3 = Arch(
     name="phi3",
@@ -16,4 +16,8 @@ PHI3 = Arch(
     ),
     after=("norm",),
     head="lm_head",
+    structure=Structure(
+        heads=None,
+        ffn=Groups(("mlp.gate_up_proj",), "mlp.down_proj", ("intermediate_size",), parts=2),
+    ),
 )

@@ -7,10 +7,11 @@ MLP in the others. The norm before experts is read by the routers too, so it is 
 from dataclasses import replace
 
 from tersor.models.arch import Experts, Tap
-from tersor.models.llama import LLAMA
+from tersor.models.llama import LLAMA, STRUCTURE
 
-QWEN2 = replace(LLAMA, name="qwen2")
-QWEN3 = replace(LLAMA, name="qwen3")
+_WINDOWED = replace(STRUCTURE, by_number=("use_sliding_window",))
+QWEN2 = replace(LLAMA, name="qwen2", structure=_WINDOWED)
+QWEN3 = replace(LLAMA, name="qwen3", structure=_WINDOWED)
 
 _EXPERTS = (
     Tap(("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj")),
@@ -24,6 +25,7 @@ _SHARED = (
 QWEN2_MOE = replace(
     LLAMA,
     name="qwen2_moe",
+    structure=None,
     taps=(*LLAMA.taps, *_SHARED, *_EXPERTS),
     experts=Experts(
         module="mlp.experts",

@@ -1,0 +1,13 @@
+"""Structured pruning of one block: which groups of channels go, and what the linear that read them
+makes of those that stay. Tensors in, tensors out; cuts.py and shrink.py know the model."""
+
+from tersor.pruning.structured import (
+    IMPORTANCES,
+    best,
+    importance,
+    output_error,
+    reconstruct,
+    select,
+)
+
+__all__ = ["IMPORTANCES", "best", "importance", "output_error", "reconstruct", "select"]
