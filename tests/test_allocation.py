@@ -35,7 +35,19 @@ def test_global_is_the_share_below_one_threshold(ratio: float) -> None:
     threshold = everything[int(ratio * everything.numel())]
     found = global_ratios(weights, weights.__getitem__, ratio)
     for name, w in weights.items():
-        assert found[name] == int((w.abs() < threshold).sum()) / w.numel()
+        assert found[name] == pytest.approx(int((w.abs() < threshold).sum()) / w.numel(), abs=1e-3)
+
+
+def test_of_equal_weights_as_many_go_as_have_to() -> None:
+    draw = torch.Generator().manual_seed(0)
+    ternary = {
+        name: torch.randint(-1, 2, (64, 64), generator=draw).float() * size
+        for name, size in (("a", 1), ("b", 1), ("c", 2))
+    }
+    found = global_ratios(ternary, ternary.__getitem__, 0.5)
+    assert sum(found.values()) / 3 == pytest.approx(0.5, abs=1e-3)
+    assert found["a"] == pytest.approx(found["b"], abs=0.05)
+    assert found["c"] < found["a"]
 
 
 def test_owl_is_the_published_formula() -> None:

@@ -347,3 +347,10 @@ def test_what_a_file_cannot_hold(name: str, field: str, value: Tensor, message: 
     setattr(q, field, value)
     with pytest.raises(TersorError, match=message):
         FORMATS[name].pack(q)
+
+
+def test_three_bits_of_a_single_row() -> None:
+    """A row whose bytes do not end with a word: a slice of it passes for contiguous."""
+    for count in range(1, 100):
+        codes = torch.randint(8, (1, count), dtype=torch.uint8)
+        assert torch.equal(unpack_bits(pack_bits(codes, 3), 3, count), codes)

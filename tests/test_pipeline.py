@@ -419,3 +419,12 @@ def test_tokenizer_of_another_model(llama: Path, tmp_path: Path, out: Path) -> N
     (other / "tokenizer.json").unlink()
     with pytest.raises(TersorError, match=r"the tokenizer in .* cannot be loaded"):
         quantize_checkpoint(other, out, scheme=W4, calibration=TEXT)
+
+
+def test_more_blocks_than_tensors_are_refused_at_once(llama: Path, out: Path) -> None:
+    folder = out.parent / "deep"
+    shutil.copytree(llama, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**9}))
+    with pytest.raises(TersorError, match="num_hidden_layers is 1000000000, but the files hold"):
+        quantize_checkpoint(folder, out, scheme=W4, method="rtn")

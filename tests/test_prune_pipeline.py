@@ -157,6 +157,11 @@ def test_experts_without_tokens_are_pruned_by_magnitude(tmp_path: Path, out: Pat
     ("arguments", "message"),
     [
         ({"method": RTN()}, "prunes nothing"),
+        ({"method": None}, "a solver, not None"),
+        ({"method": Magnitude(HALF), "scheme": QSpec(4, 32)}, r"a Scheme\(QSpec"),
+        ({"method": Magnitude(HALF), "calibration": "cal.txt"}, "a tersor.Calibration"),
+        ({"method": Magnitude(HALF), "ignore": "*.down_proj"}, "a list of patterns"),
+        ({"method": Magnitude(HALF, refit=True)}, "or leave --refit out"),
         ({"method": "sparsegpt"}, r"give SparseGPT\(Sparsity"),
         ({"method": SparseGPT(TWO_OF_FOUR)}, "needs text to calibrate on.*--method magnitude"),
         ({"method": Magnitude(Sparsity(pattern=(32, 64)))}, "32:64 does not divide.*--pattern 4:8"),

@@ -60,7 +60,16 @@ def test_what_is_no_sparsity_is_refused() -> None:
     for pattern in ((4, 4), (0, 4), (2, 3), (5, 4), (2, 256)):
         with pytest.raises(TersorError, match="N:M"):
             Sparsity(pattern=pattern)
-    for text in ("2", "2:", ":4", "a:b", "2:4:8", "-2:4"):
+    for odd in ("2:4", (2,), [2, 4], (2.0, 4), (True, 2), (1, 2, 3)):
+        with pytest.raises(TersorError, match="two whole numbers"):
+            Sparsity(pattern=odd)  # type: ignore[arg-type]
+    for odd in ("0.5", (2, 4), True):
+        with pytest.raises(TersorError, match="between 0 and 1"):
+            Sparsity(odd)  # type: ignore[arg-type]
+    for solver in PRUNERS.values():
+        with pytest.raises(TersorError, match=r"give Sparsity\(0.5\)"):
+            solver("2:4")  # type: ignore[arg-type]
+    for text in ("9" * 5000 + ":4", None, "2", "2:", ":4", "a:b", "2:4:8", "-2:4"):
         with pytest.raises(TersorError, match="N:M"):
             Sparsity.parse(text)
     assert Sparsity.parse("2:4") == TWO_OF_FOUR

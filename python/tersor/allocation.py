@@ -24,7 +24,7 @@ _HALF = 1 << 16
 def global_ratios(
     linears: Iterable[str], load: Callable[[str], Tensor], ratio: float
 ) -> dict[str, float]:
-    """The share of each linear's weights that is below the magnitude that `ratio` of all are below.
+    """The share of each linear's weights that is among the smallest of all, which are `ratio`.
 
     load: gives the weight of a linear, [n, k]; called twice for each, so that one is in memory.
     """
@@ -48,7 +48,10 @@ def global_ratios(
         for name, count in counts.items():
             below[name] += int(count[:digit].sum())
         found |= digit << shift
-    ratios = {name: below[name] / sizes[name] for name in linears}
+    # Weights that are just at the threshold: each linear gives the same part of those it has.
+    equal = {name: int(count[digit]) for name, count in counts.items()}
+    part = rank / max(1, sum(equal.values()))
+    ratios = {name: (below[name] + part * equal[name]) / sizes[name] for name in linears}
     worst = max(ratios, key=lambda name: ratios[name])
     if ratios[worst] > MOST:
         raise TersorError(

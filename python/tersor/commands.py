@@ -57,6 +57,10 @@ def prune(args: argparse.Namespace) -> None:
     from tersor.sparsity import Sparsity
 
     sparsity = Sparsity.parse(args.pattern) if args.pattern else Sparsity(args.sparsity)
+    if args.per and args.pattern:
+        raise TersorError(
+            "--per is what --sparsity is kept over; a pattern is of rows: leave it out"
+        )
     solver = _solver(args, PRUNERS, sparsity=sparsity)
 
     from tersor.pipeline import prune_checkpoint
@@ -264,6 +268,7 @@ def kernels(args: argparse.Namespace) -> None:
     from tersor import kernels as native
     from tersor import sparse
     from tersor.qweight import ActSpec, QSpec, Scheme
+    from tersor.sparsity import Sparsity
 
     threads = native.thread_count()
     where = f"on {threads} thread{'s' * (threads > 1)}"
@@ -277,6 +282,8 @@ def kernels(args: argparse.Namespace) -> None:
         spec = QSpec(args.bits, args.group, symmetric=not args.asymmetric)
         activation = ActSpec() if args.activations else None
         dtype, pattern = getattr(torch, args.dtype), sparse.PATTERN if args.pattern else (0, 0)
+        if args.pattern:
+            Sparsity.parse(args.pattern).check(k)
         reasons = dict(native.explain(m, n, k, spec, activation, dtype, pattern=pattern))
         shown.add_column("this shape")
         serving = next((name for name, reason in reasons.items() if reason is None), None)

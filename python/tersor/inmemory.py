@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from tersor.blocks import Call, batches, catch
 from tersor.errors import TersorError
 from tersor.formats import FORMATS
-from tersor.layerwise import Solved, Solver, compress_block, find_solver, settings_of
+from tersor.layerwise import (
+    Solved,
+    Solver,
+    check_arguments,
+    compress_block,
+    find_solver,
+    settings_of,
+)
 from tersor.linear import QuantLinear
 from tersor.models import FoundArch, find_arch, plain_linears
 from tersor.models.linears import is_conv1d, is_fused
@@ -77,6 +84,7 @@ def _compress(
     ignore: Sequence[str],
     sequential: bool,
 ) -> Report:
+    check_arguments(scheme, ignore)
     if isinstance(model, nn.Linear):
         raise TersorError(
             "a bare nn.Linear cannot be replaced within itself; use QuantLinear.from_linear"

@@ -143,6 +143,13 @@ def _summary(report: Report) -> str:
     parts = [f"made by tersor {report.versions.get('tersor', '?')}"]
     parts.append(f"method {report.settings.get('method', '?')}")
     parts.append(f"calibrated on {text.get('tokens', '?')} tokens" if text else "not calibrated")
+    if report.sparsity > 0.05:
+        parts.append(f"{100 * report.sparsity:.1f} % of these weights are zero")
+    if any(layer.sparsity >= 0.49 for layer in report.layers):
+        parts.append(
+            "those with 2:4 zeros are loaded into a kernel that leaves them out, if that "
+            "measures faster"
+        )
     if errors:
         what = "outputs" if text else "weights"
         parts.append(f"relative squared error of {what} {min(errors):.1e} to {max(errors):.1e}")

@@ -51,6 +51,8 @@ class Solver(Protocol):
 def find_solver(method: str | Solver) -> Solver:
     """The solver of that name in SOLVERS with its default settings, or the one that is given."""
     if not isinstance(method, str):
+        if not all(hasattr(method, name) for name in ("name", "needs", "sparsity")):
+            raise TersorError(f"method is the name of a solver, or a solver, not {method!r}")
         return method
     if method in PRUNERS:
         raise TersorError(
@@ -59,6 +61,14 @@ def find_solver(method: str | Solver) -> Solver:
     if method not in SOLVERS:
         raise TersorError(f"method must be one of {', '.join(SOLVERS)}, not {method!r}")
     return SOLVERS[method]()
+
+
+def check_arguments(scheme: Scheme | None, ignore: Sequence[str]) -> None:
+    """TersorError for what a caller without a type checker gets wrong."""
+    if not isinstance(scheme, (Scheme, type(None))):
+        raise TersorError(f"scheme is a Scheme(QSpec(...)), not {scheme!r}")
+    if isinstance(ignore, str):
+        raise TersorError(f"ignore is a list of patterns; write [{ignore!r}]")
 
 
 def settings_of(

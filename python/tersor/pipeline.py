@@ -17,7 +17,7 @@ from tersor.calibrate import Calibration
 from tersor.errors import TersorError
 from tersor.formats import FORMATS, quantization_config
 from tersor.formats.config import default_format
-from tersor.layerwise import Solver, compress_block, find_solver, settings_of
+from tersor.layerwise import Solver, check_arguments, compress_block, find_solver, settings_of
 from tersor.progress import Progress
 from tersor.qweight import QWeight, Scheme
 from tersor.report import REPORT, TIMINGS, LayerReport, Report, Timings, versions
@@ -128,6 +128,11 @@ def _compress(
     progress: bool | None,
     allocation: str = "uniform",
 ) -> Report:
+    check_arguments(scheme, ignore)
+    if not isinstance(calibration, (Calibration, type(None))):
+        raise TersorError(
+            f"calibration is a tersor.Calibration((FILE, ...)), not {type(calibration).__name__}"
+        )
     source = Source.open(model)
     scope = settle(source.model, source.found, ignore)
     check_inputs(source.model, scope.linears, scheme.weight if scheme else None, solver.sparsity)
@@ -190,9 +195,11 @@ def _windows(source: Source, solver: Solver, calibration: Calibration | None) ->
     if calibration is not None:
         return text_windows(source, calibration)
     if solver.needs is not None:
+        other = f"use --method {'magnitude' if solver.sparsity else 'rtn'}, which needs none"
+        if solver.name == "magnitude":
+            other = "leave --refit out"
         raise TersorError(
-            f"{solver.name} needs text to calibrate on; give --calibration FILE, or use "
-            f"--method {'magnitude' if solver.sparsity else 'rtn'}, which needs none"
+            f"{solver.name} needs text to calibrate on; give --calibration FILE, or {other}"
         )
     return None
 

@@ -44,6 +44,7 @@ class Source:
         if "quantization_config" in checkpoint.config:
             raise TersorError(f"{folder} is quantized already; give the original model")
         dtype = _dtype(checkpoint)
+        _check_depth(checkpoint)
         model = build_skeleton(checkpoint.config, dtype)
         model.config.use_cache = False
         found = find_arch(model)
@@ -136,6 +137,18 @@ def _tensor(model: nn.Module, name: str) -> Tensor:
     path, _, last = name.rpartition(".")
     tensor: Tensor = getattr(model.get_submodule(path), last)
     return tensor
+
+
+def _check_depth(checkpoint: Checkpoint) -> None:
+    """TersorError for more blocks than there are tensors, before time is spent on building them."""
+    config = checkpoint.config.get("text_config") or checkpoint.config
+    for key in ("num_hidden_layers", "n_layer", "num_layers"):
+        depth = config.get(key)
+        if isinstance(depth, int) and depth > len(checkpoint.names):
+            raise TersorError(
+                f"config.json says {key} is {depth}, but the files hold {len(checkpoint.names)} "
+                "tensors; correct it, or download the model again"
+            )
 
 
 def _dtype(checkpoint: Checkpoint) -> torch.dtype:

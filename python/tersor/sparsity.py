@@ -27,9 +27,17 @@ class Sparsity:
     def __post_init__(self) -> None:
         if (self.ratio is None) == (self.pattern is None):
             raise TersorError("give a sparsity as a ratio or as a pattern, one of the two")
-        if self.ratio is not None and not 0 < self.ratio < 1:
-            raise TersorError(f"a sparsity is between 0 and 1, such as 0.5, not {self.ratio}")
+        if self.ratio is not None:
+            number = isinstance(self.ratio, (int, float)) and not isinstance(self.ratio, bool)
+            if not number or not 0 < self.ratio < 1:
+                raise TersorError(f"a sparsity is between 0 and 1, such as 0.5, not {self.ratio!r}")
         if self.pattern is not None:
+            two = isinstance(self.pattern, tuple) and [type(x) for x in self.pattern] == [int, int]
+            if not two:
+                raise TersorError(
+                    f"a pattern is two whole numbers, (2, 4) for 2:4, not {self.pattern!r}; "
+                    "Sparsity.parse reads a text"
+                )
             kept, of = self.pattern
             if of not in PATTERNS or not 0 < kept < of:
                 raise TersorError(
@@ -40,9 +48,9 @@ class Sparsity:
     @classmethod
     def parse(cls, pattern: str) -> Sparsity:
         """From a pattern as people write it, such as "2:4"."""
-        kept, colon, of = pattern.partition(":")
-        if not (colon and kept.isdecimal() and of.isdecimal()):
-            raise TersorError(f"a pattern is written N:M, such as 2:4, not {pattern!r}")
+        kept, colon, of = str(pattern).partition(":")
+        if not (colon and kept.isdecimal() and of.isdecimal() and len(pattern) < 10):
+            raise TersorError(f"a pattern is written N:M, such as 2:4, not {str(pattern)[:20]!r}")
         return cls(pattern=(int(kept), int(of)))
 
     @property

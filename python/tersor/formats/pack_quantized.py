@@ -56,7 +56,9 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
         block |= codes[:, lane::LANES].long() << (bits * lane)
     stream = block.view(torch.uint8).view(rows, blocks, 8)[..., :bits].reshape(rows, -1)
     stream = torch.nn.functional.pad(stream, (0, max(0, 4 * words(count, bits) - stream.shape[1])))
-    return stream[:, : 4 * words(count, bits)].contiguous().view(torch.int32)
+    # clone, since a slice of a single row passes for contiguous with the stride that it had
+    cut = stream[:, : 4 * words(count, bits)].clone(memory_format=torch.contiguous_format)
+    return cut.view(torch.int32)
 
 
 def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:

@@ -36,7 +36,7 @@ class Magnitude:
     name: ClassVar[str] = "magnitude"
 
     def __post_init__(self) -> None:
-        check(self.per, self.damp)
+        check(self.sparsity, self.per, self.damp)
 
     @property
     def needs(self) -> type[GramStats] | None:
@@ -75,7 +75,7 @@ class Wanda:
     needs: ClassVar[type[GramStats] | None] = GramStats
 
     def __post_init__(self) -> None:
-        check(self.per, self.damp)
+        check(self.sparsity, self.per, self.damp)
 
     def without_input(self) -> Magnitude:
         return Magnitude(self.sparsity, self.per, clip=self.clip)
@@ -92,7 +92,9 @@ class Wanda:
         return on_mask(w, w, mask, stats, spec, refitted=self.refit, damp=self.damp, clip=self.clip)
 
 
-def check(per: str, damp: float) -> None:
+def check(sparsity: Sparsity, per: str, damp: float) -> None:
+    if not isinstance(sparsity, Sparsity):
+        raise TersorError(f"give Sparsity(0.5) or Sparsity(pattern=(2, 4)), not {sparsity!r}")
     if per not in ("layer", "row"):
         raise TersorError(f'a ratio is kept per "layer" or per "row", not {per!r}')
     if not 0 < damp < 1:

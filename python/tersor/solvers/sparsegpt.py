@@ -36,7 +36,7 @@ class SparseGPT:
     needs: ClassVar[type[GramStats] | None] = GramStats
 
     def __post_init__(self) -> None:
-        check("row", self.damp)
+        check(self.sparsity, "row", self.damp)
         if self.act_order and (self.sparsity.pattern or self.refit):
             raise TersorError(
                 "activation order goes with a ratio and without a refit: a pattern is of columns "
