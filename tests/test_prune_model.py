@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,7 @@ from tersor.layerwise import Solver
 from tersor.loading import load
 from tersor.pipeline import prune_checkpoint, quantize_checkpoint
 from tersor.qweight import QSpec, Scheme
+from tersor.shrink import shrink_checkpoint
 from tersor.solvers import RTN, Magnitude, SparseGPT, Wanda
 from tersor.sparsity import Sparsity
 
@@ -105,3 +107,27 @@ def test_sparsegpt_costs_a_part_of_what_magnitude_does(
 def test_the_joint_pass_costs_less_than_pruning_and_then_rounding(pruned: Pruned) -> None:
     """With the refit. Without it the two are alike: of 2:4 and INT4 it is the zeros that cost."""
     assert pruned.kl(TWO_OF_FOUR, "joint refit") <= 0.8 * pruned.kl(TWO_OF_FOUR, "rounded")
+
+
+@pytest.mark.slow
+def test_what_is_cut_out_costs_less_with_text_and_least_squares(
+    demo_model: DemoModel, tmp_path: Path
+) -> None:
+    text = Calibration((str(demo_model.calibration),), samples=16, seq_len=demo.WINDOW)
+
+    def kl(**settings: Any) -> float:
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
+        shrink_checkpoint(demo_model.folder, out, calibration=text, **settings)
+        small = demo.original(DemoModel(out, demo_model.calibration, demo_model.held_out, {}))
+        both = {"original": original, "small": small}
+        found = evaluate(both, windows, baseline="original", batch=8)["small"].kl
+        assert found is not None
+        return found.mean
+
+    with all_cores():
+        original = demo.original(demo_model)
+        windows = demo.held_out_windows(demo_model)["code"][:20]
+        cut = kl(ffn=0.5, update=False)
+        assert cut < kl(ffn=0.5, importance="magnitude", update=False)
+        assert kl(ffn=0.5) < 0.6 * cut
+        assert kl(heads=0.5) < 0.8 * kl(heads=0.5, update=False)

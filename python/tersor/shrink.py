@@ -91,7 +91,7 @@ def shrink_checkpoint(
         settings={
             "method": "structured",
             **{cut.what: f"{cut.kept} of {cut.count}" for cut in cuts.groups},
-            "layers": cuts.drop,
+            "layers": cuts.drop if isinstance(cuts.drop, int) else list(cuts.drop),
             "importance": importance,
             "update": update,
             "damp": damp,
