@@ -11,7 +11,7 @@ BUILT := $(VENV)/.built
 NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h')
 # The tests that exercise native code, and that run once for every instruction set.
-NATIVE_TESTS := tests/test_kernels.py tests/test_solve_native.py
+NATIVE_TESTS := tests/test_kernels.py tests/test_solve_native.py tests/test_prune_native.py
 # Sets $isas, to all that this machine has unless the environment names some; fails if there is none.
 FIND_ISAS := set -e; isas="$${ISAS:-$$($(BIN)/python .ci/isas.py)}"; test -n "$$isas"
 

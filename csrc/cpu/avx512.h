@@ -105,7 +105,6 @@ struct alignas(64) Table512 {
   __m512i load() const { return _mm512_load_si512(words); }
 };
 
-constexpr int kKeptColumns[8][2] = {{0, 1}, {0, 2}, {0, 3}, {1, 2}, {1, 3}, {2, 3}, {}, {}};
 constexpr Table512 kExpandTable(expand_entry);
 
 // Calls work(unit, v, patterns, codes) for every unit of 8 columns, counted through all steps: v is

@@ -46,7 +46,6 @@ struct Sparse {
   template <int BITS, class Sum, class Element>
   static void add(const uint8_t* lines, int64_t begin, int64_t end, const int32_t*,
                   const Element* x, Sum* sum) {
-    constexpr int8_t kKept[8][2] = {{0, 1}, {0, 2}, {0, 3}, {1, 2}, {1, 3}, {2, 3}, {}, {}};
     for (int64_t i = begin; i < end; i += 4) {
       const uint8_t* step = lines + i / kSparseColumns * sparse_step_bytes(BITS);
       const int64_t unit = i % kSparseColumns / 8;
@@ -60,7 +59,7 @@ struct Sparse {
           const int shift = BITS == 8 ? 24 : unit % 2 ? 24 : 28;
           const int32_t code =
               static_cast<int32_t>(static_cast<uint32_t>(byte) << shift) >> (32 - BITS);
-          sum[r] += static_cast<Sum>(code) * static_cast<Sum>(x[i + kKept[p][j]]);
+          sum[r] += static_cast<Sum>(code) * static_cast<Sum>(x[i + kKeptColumns[p][j]]);
         }
       }
     }

@@ -47,14 +47,14 @@ void unpack_codes(const tersor_spec& s, const Tile16& t, const uint8_t* row, uin
 // ---- The same with zeros left out
 // ----------------------------------------------------------------
 
-constexpr int kKept[6][2] = {{0, 1}, {0, 2}, {0, 3}, {1, 2}, {1, 3}, {2, 3}};  // by pattern
 constexpr int64_t kUnits = kSparseColumns / 8;
 
 // The pattern that keeps all codes of a four that are not `zero`; of several, the first.
 int pattern_of(const uint8_t* four, uint8_t zero) {
   for (int p = 0; p < 5; ++p) {
     bool holds = true;
-    for (int j = 0; j < 4; ++j) holds &= four[j] == zero || j == kKept[p][0] || j == kKept[p][1];
+    for (int j = 0; j < 4; ++j)
+      holds &= four[j] == zero || j == kKeptColumns[p][0] || j == kKeptColumns[p][1];
     if (holds) return p;
   }
   return 5;
@@ -90,7 +90,7 @@ void pack_sparse_codes(const tersor_spec& s, const Tile16& t, const uint8_t* cod
         const int pattern = pattern_of(four, zero);
         patterns.set(unit, f, pattern);
         for (int j = 0; j < 2; ++j) {
-          const auto code = static_cast<uint8_t>(four[kKept[pattern][j]] ^ zero);
+          const auto code = static_cast<uint8_t>(four[kKeptColumns[pattern][j]] ^ zero);
           row[sparse_codes_at(s.bits, unit) + 2 * f + j] |=
               static_cast<uint8_t>(s.bits == 8 ? code : code << unit % 2 * 4);
         }
@@ -117,12 +117,11 @@ void unpack_sparse_codes(const tersor_spec& s, const Tile16& t, const uint8_t* r
       }
     for (int64_t unit = 0; unit < kUnits; ++unit)
       for (int f = 0; f < 2; ++f) {
-        // Memory that another program has written to may hold patterns 6 and 7.
-        const int pattern = patterns.get(unit, f) % 6;
+        const int pattern = patterns.get(unit, f);
         for (int j = 0; j < 2; ++j) {
           const uint8_t byte = row[sparse_codes_at(s.bits, unit) + 2 * f + j];
           const uint8_t code = s.bits == 8 ? byte : byte >> unit % 2 * 4 & 15;
-          codes[unit * 8 + f * 4 + kKept[pattern][j]] = code ^ zero;
+          codes[unit * 8 + f * 4 + kKeptColumns[pattern][j]] = code ^ zero;
         }
       }
   }

@@ -50,6 +50,9 @@ constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 constexpr int64_t kSparseColumns = 128;  // in a step
 constexpr int64_t kPatternLines = 3;     // at the head of a step
+// The columns of a four that each pattern keeps. There are six: what is none of them comes only
+// from memory that something else has written to, and must be read within bounds.
+constexpr int kKeptColumns[8][2] = {{0, 1}, {0, 2}, {0, 3}, {1, 2}, {1, 3}, {2, 3}, {0, 1}, {0, 1}};
 // From there to the line with the codes of a unit.
 constexpr int64_t sparse_codes_at(int64_t bits, int64_t unit) {
   return (kPatternLines + (bits == 8 ? unit : unit / 2)) * kLineBytes;

@@ -18,10 +18,11 @@ constexpr int64_t kExpandedTokens = 64;  // that one expansion serves
 // The byte of a dense word, for column j of a four with this pattern: which of its two codes, or
 // 0x80 where it is zero (what pshufb takes for a zero).
 constexpr uint32_t expand_entry(int pattern) {
-  constexpr int kKept[8][2] = {{0, 1}, {0, 2}, {0, 3}, {1, 2}, {1, 3}, {2, 3}, {0, 1}, {0, 1}};
   uint32_t word = 0;
   for (int j = 0; j < 4; ++j) {
-    const uint32_t byte = j == kKept[pattern][0] ? 0u : j == kKept[pattern][1] ? 1u : 0x80u;
+    const uint32_t byte = j == kKeptColumns[pattern][0]   ? 0u
+                          : j == kKeptColumns[pattern][1] ? 1u
+                                                          : 0x80u;
     word |= byte << (8 * j);
   }
   return word;
