@@ -28,13 +28,14 @@ using Array = nb::ndarray<T, nb::ndim<D>, nb::c_contig, nb::device::cpu>;
 using Codes = Array<uint8_t, 2>;
 using Bytes = Array<uint8_t, 1>;
 using Grid = nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu>;  // float32, bfloat16, float16
+using Elements = Grid;  // codes, uint8, or the values of a 16-bit weight
 
 int32_t dtype_of(const nb::dlpack::dtype& type) {
   const auto code = static_cast<nb::dlpack::dtype_code>(type.code);
   if (code == nb::dlpack::dtype_code::Float && type.bits == 32) return TERSOR_F32;
   if (code == nb::dlpack::dtype_code::Bfloat && type.bits == 16) return TERSOR_BF16;
   if (code == nb::dlpack::dtype_code::Float && type.bits == 16) return TERSOR_F16;
-  throw Error("scales must be float32, bfloat16 or float16");
+  throw Error("scales and values must be float32, bfloat16 or float16");
 }
 
 std::string shape_text(int64_t rows, int64_t columns) {
@@ -47,18 +48,25 @@ struct Weight {
   tersor_view view;
 };
 
-Weight portable(const Codes& codes, const Grid& scales, const std::optional<Codes>& zeros, int bits,
-                int activation, int kept, int of) {
+Weight portable(const Elements& codes, const std::optional<Grid>& scales,
+                const std::optional<Codes>& zeros, int bits, int activation, int kept, int of) {
   const auto n = static_cast<int64_t>(codes.shape(0)), k = static_cast<int64_t>(codes.shape(1));
-  const auto groups = static_cast<int64_t>(scales.shape(1));
-  if (groups < 1 || k % groups || static_cast<int64_t>(scales.shape(0)) != n)
+  const auto groups = scales ? static_cast<int64_t>(scales->shape(1)) : 1;
+  if (bits == 16) {
+    if (scales || zeros) throw Error("16-bit weights have no scales and no zero points");
+  } else if (codes.dtype() != nb::dtype<uint8_t>() || !scales) {
+    throw nb::type_error("codes of 4 or 8 bits are uint8, and come with scales");
+  } else if (groups < 1 || k % groups || static_cast<int64_t>(scales->shape(0)) != n) {
     throw Error("scales must be [n, k / g]; they are " +
-                shape_text(static_cast<int64_t>(scales.shape(0)), groups) + " for codes " +
+                shape_text(static_cast<int64_t>(scales->shape(0)), groups) + " for codes " +
                 shape_text(n, k));
-  if (zeros && (zeros->shape(0) != scales.shape(0) || zeros->shape(1) != scales.shape(1)))
+  }
+  if (zeros && (zeros->shape(0) != scales->shape(0) || zeros->shape(1) != scales->shape(1)))
     throw Error("zeros must have the shape of the scales");
-  Weight w{{n, k, k / groups, bits, zeros ? 1 : 0, dtype_of(scales.dtype()), activation, kept, of},
-           {codes.data(), scales.data(), zeros ? zeros->data() : nullptr}};
+  Weight w{{n, k, k / groups, bits, zeros ? 1 : 0, dtype_of((scales ? *scales : codes).dtype()),
+            activation, kept, of},
+           {static_cast<uint8_t*>(codes.data()), scales ? scales->data() : nullptr,
+            zeros ? zeros->data() : nullptr}};
   tersor::check(w.spec);
   return w;
 }
@@ -72,20 +80,20 @@ void check_range(const uint8_t* codes, int64_t count, int bits, const char* what
 // Whether every row keeps to the pattern: the caller promises a kernel that it does.
 bool follows_pattern(const Weight& w, int kept, int of) {
   const int64_t n = w.spec.n, k = w.spec.k, g = w.spec.g;
+  const auto is_zero = [&](int64_t row, int64_t j) {
+    const int64_t at = row * k + j;
+    if (w.spec.bits == 16) return !(w.view.codes[2 * at] | (w.view.codes[2 * at + 1] & 0x7f));
+    const int zero = w.view.zeros ? w.view.zeros[row * (k / g) + j / g] : 1 << (w.spec.bits - 1);
+    return w.view.codes[at] == zero;
+  };
   std::atomic<bool> holds{true};
   tersor::parallel_for(n, 64, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end && holds; ++row) {
-      const uint8_t* codes = w.view.codes + row * k;
+    for (int64_t row = begin; row < end && holds; ++row)
       for (int64_t i = 0; i < k; i += of) {
         int found = 0;
-        for (int64_t j = i; j < i + of; ++j) {
-          const int zero =
-              w.view.zeros ? w.view.zeros[row * (k / g) + j / g] : 1 << (w.spec.bits - 1);
-          found += codes[j] != zero;
-        }
+        for (int64_t j = i; j < i + of; ++j) found += !is_zero(row, j);
         if (found > kept) holds = false;
       }
-    }
   });
   return holds;
 }
@@ -117,31 +125,33 @@ tersor_spec spec_of(int64_t n, int64_t k, int64_t g, int bits, bool asymmetric, 
 }
 
 // Whether at most `kept` of every `of` codes of a row are not its zero point.
-bool keeps_pattern(const Codes& codes, const Grid& scales, const std::optional<Codes>& zeros,
-                   int bits, int kept, int of) {
+bool keeps_pattern(const Elements& codes, const std::optional<Grid>& scales,
+                   const std::optional<Codes>& zeros, int bits, int kept, int of) {
   const Weight w = portable(codes, scales, zeros, bits, TERSOR_A16, kept, of);
   nb::gil_scoped_release release;
   return follows_pattern(w, kept, of);
 }
 
-size_t packed_bytes(const Codes& codes, const Grid& scales, const std::optional<Codes>& zeros,
-                    int bits, int activation, int kept, int of) {
+size_t packed_bytes(const Elements& codes, const std::optional<Grid>& scales,
+                    const std::optional<Codes>& zeros, int bits, int activation, int kept, int of) {
   const Weight w = portable(codes, scales, zeros, bits, activation, kept, of);
   return tersor::packed_bytes(tersor::select(w.spec, 0, TERSOR_F32), w.spec);
 }
 
-void pack(const Codes& codes, const Grid& scales, const std::optional<Codes>& zeros, int bits,
-          int activation, const Bytes& packed, int kept, int of) {
+void pack(const Elements& codes, const std::optional<Grid>& scales,
+          const std::optional<Codes>& zeros, int bits, int activation, const Bytes& packed,
+          int kept, int of) {
   const Weight w = portable(codes, scales, zeros, bits, activation, kept, of);
   const tersor_kernel& kernel = tersor::select(w.spec, 0, TERSOR_F32);
   if (packed.shape(0) != tersor::packed_bytes(kernel, w.spec) ||
       reinterpret_cast<uintptr_t>(packed.data()) % TERSOR_ALIGN)
     throw Error("the destination must be packed_bytes() long and aligned to 64 bytes");
   nb::gil_scoped_release release;
-  check_range(w.view.codes, w.spec.n * w.spec.k, bits, "codes");
+  if (bits != 16) check_range(w.view.codes, w.spec.n * w.spec.k, bits, "codes");
   if (zeros) check_range(w.view.zeros, w.spec.n * (w.spec.k / w.spec.g), bits, "zeros");
   if (of && !follows_pattern(w, kept, of))
-    throw Error("the codes are not " + std::to_string(kept) + ":" + std::to_string(of));
+    throw Error("the " + std::string(bits == 16 ? "values" : "codes") + " are not " +
+                std::to_string(kept) + ":" + std::to_string(of));
   tersor::pack(kernel, w.spec, w.view, packed.data());
 }
 
@@ -168,7 +178,7 @@ nb::dict packed_spec(const Bytes& packed) {
   return d;
 }
 
-void unpack(const Bytes& packed, const Codes& codes, const Grid& scales,
+void unpack(const Bytes& packed, const Elements& codes, const std::optional<Grid>& scales,
             const std::optional<Codes>& zeros) {
   const auto& head = trusted(packed.data(), packed.shape(0));
   const Weight w = portable(codes, scales, zeros, head.spec.bits, head.spec.activation,
@@ -367,15 +377,16 @@ NB_MODULE(_core, m) {
   m.def("forced_isa", [] { return tersor::forced_isa(); });
   m.def("explain", explain, "n"_a, "k"_a, "g"_a, "bits"_a, "asymmetric"_a, "scale_dtype"_a,
         "activation"_a, "m"_a, "dtype"_a, "kept"_a = 0, "of"_a = 0);
-  m.def("keeps_pattern", keeps_pattern, "codes"_a.noconvert(), "scales"_a.noconvert(),
+  m.def("keeps_pattern", keeps_pattern, "codes"_a.noconvert(), "scales"_a.noconvert().none(),
         "zeros"_a.noconvert().none(), "bits"_a, "kept"_a, "of"_a);
-  m.def("packed_bytes", packed_bytes, "codes"_a.noconvert(), "scales"_a.noconvert(),
+  m.def("packed_bytes", packed_bytes, "codes"_a.noconvert(), "scales"_a.noconvert().none(),
         "zeros"_a.noconvert().none(), "bits"_a, "activation"_a, "kept"_a = 0, "of"_a = 0);
-  m.def("pack", pack, "codes"_a.noconvert(), "scales"_a.noconvert(), "zeros"_a.noconvert().none(),
-        "bits"_a, "activation"_a, "packed"_a.noconvert(), "kept"_a = 0, "of"_a = 0);
+  m.def("pack", pack, "codes"_a.noconvert(), "scales"_a.noconvert().none(),
+        "zeros"_a.noconvert().none(), "bits"_a, "activation"_a, "packed"_a.noconvert(),
+        "kept"_a = 0, "of"_a = 0);
   m.def("packed_spec", packed_spec, "packed"_a.noconvert());
-  m.def("unpack", unpack, "packed"_a.noconvert(), "codes"_a.noconvert(), "scales"_a.noconvert(),
-        "zeros"_a.noconvert().none());
+  m.def("unpack", unpack, "packed"_a.noconvert(), "codes"_a.noconvert(),
+        "scales"_a.noconvert().none(), "zeros"_a.noconvert().none());
   m.def("linear", linear);
 
   m.def("factor", factor, "gram"_a.noconvert(), "damp"_a);

@@ -182,8 +182,13 @@ void check(const tersor_spec& s) {
   if (s.n > std::numeric_limits<int64_t>::max() / 16 / (s.k + 64))
     throw Error("a weight of " + std::to_string(s.n) + " x " + std::to_string(s.k) +
                 " is too large to address");
-  if (s.bits != 4 && s.bits != 8)
-    throw Error("codes are stored in 4 or 8 bits, not " + std::to_string(s.bits));
+  if (s.bits != 4 && s.bits != 8 && s.bits != 16)
+    throw Error("codes are stored in 4 or 8 bits, and values in 16, not " + std::to_string(s.bits));
+  if (s.bits == 16 && (s.g != s.k || s.asymmetric || s.scale_dtype == TERSOR_F32 || !s.of ||
+                       s.activation != TERSOR_A16))
+    throw Error(
+        "16-bit weights are bfloat16 or float16 values with a pattern of zeros, without scales or "
+        "zero points, for activations that are not quantized");
   if (s.g < 1 || s.k % s.g || (s.g != s.k && s.g % 16))
     throw Error("the group must be k, or a multiple of 16 that divides k; g=" +
                 std::to_string(s.g) + " k=" + std::to_string(s.k));

@@ -33,9 +33,11 @@ enum tersor_activation { TERSOR_A16 = 0, TERSOR_A8 = 1 };
 /* What is fixed when a weight is loaded. */
 typedef struct tersor_spec {
   int64_t n, k, g;     /* g divides k; g == k means one scale per row */
-  int32_t bits;        /* 4 or 8: the width that codes are stored in */
+  int32_t bits;        /* 4 or 8: the width that codes are stored in; 16: the values themselves,
+                          bfloat16 or float16, without scales, g == k, always with a pattern */
   int32_t asymmetric;  /* 0: the zero point is 1 << (bits - 1); 1: zeros are given */
-  int32_t scale_dtype; /* enum tersor_dtype, as in the checkpoint: nothing is rounded at load */
+  int32_t scale_dtype; /* enum tersor_dtype, as in the checkpoint: nothing is rounded at load;
+                          where bits is 16, of the values */
   int32_t activation;  /* enum tersor_activation */
   int32_t kept, of;    /* of > 0: of every `of` columns from a multiple of it on, at most `kept`
                           codes are not the zero point; 0 and 0: nothing is known of zeros */
@@ -44,8 +46,8 @@ typedef struct tersor_spec {
 /* A weight in portable order: dequantize(W)[i, j] = (codes[i, j] - zero) * scale,
  * zero and scale being those of row i and group j / g. */
 typedef struct tersor_view {
-  uint8_t* codes; /* [n, k], one code a byte, each below 1 << bits */
-  void* scales;   /* [n, k / g] of scale_dtype */
+  uint8_t* codes; /* [n, k], one code a byte, each below 1 << bits; values, where bits is 16 */
+  void* scales;   /* [n, k / g] of scale_dtype, or NULL where bits is 16 */
   uint8_t* zeros; /* [n, k / g], or NULL when symmetric */
 } tersor_view;
 

@@ -88,6 +88,11 @@ def test_sums_are_split_where_they_would_overflow(name):
         for bits in (4, 8)
         for activation in (None, ActSpec())
         for dtype in DTYPES[:2]
+    ] + [  # 1024 is where a row of values is cut
+        Case(m, 17, k, k, 16, True, None, dtype, values, False, (2, 4))
+        for m, k in ((1, 1024), (9, 1152), (2, 4224))
+        for values in DTYPES[1:]
+        for dtype in DTYPES[:2]
     ]
     testing.check_kernel(usable(name), requests=requests)
 

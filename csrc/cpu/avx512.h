@@ -130,8 +130,34 @@ inline void each_four(const uint8_t* const (&w)[NU], int64_t steps, const Work& 
   }
 }
 
+constexpr uint32_t expand_low(int pattern) { return expand_values(pattern, 0); }
+constexpr uint32_t expand_high(int pattern) { return expand_values(pattern, 1); }
+constexpr Table512 kExpandValues[2] = {Table512(expand_low), Table512(expand_high)};
+
+// A row's values of a four, spread over the words of two lines.
+inline void expand_values512(const uint8_t* steps, int64_t count, uint8_t* lines) {
+  const __m512i rows = _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0);
+  const __m512i tables[2] = {kExpandValues[0].load(), kExpandValues[1].load()};
+  for (int64_t s = 0; s < count; ++s, steps += sparse_step_bytes(16)) {
+    const Patterns512<16> patterns(steps);
+    for (int unit = 0; unit < 16; ++unit)
+      for (int f = 0; f < 2; ++f) {
+        const __m512i values =
+            _mm512_load_si512(steps + sparse_codes_at(16, unit) + f * kLineBytes);
+        const __m512i at = _mm512_srli_epi32(patterns.line[unit / 4],
+                                             static_cast<unsigned>(3 * (unit % 4) + 16 * f));
+        for (const __m512i& table : tables) {
+          const __m512i from = _mm512_or_si512(_mm512_permutexvar_epi32(at, table), rows);
+          _mm512_store_si512(lines, _mm512_shuffle_epi8(values, from));
+          lines += kLineBytes;
+        }
+      }
+  }
+}
+
 template <int BITS>
 void expand512(const uint8_t* steps, int64_t count, uint8_t* lines) {
+  if constexpr (BITS == 16) return expand_values512(steps, count, lines);
   // A row's codes of a unit are the bytes of its own word within 128 bits.
   const __m512i rows = _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0);
   const __m512i odd = _mm512_add_epi8(rows, _mm512_set1_epi8(2));

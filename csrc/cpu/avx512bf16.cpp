@@ -175,6 +175,72 @@ struct SparseBF16 : Avx512 {
   }
 };
 
+// 16-bit values are pairs as they are.
+struct Values : Avx512 {
+  using Element = uint16_t;
+  using Sum = float;
+  using Acc = __m512;
+  static constexpr int kBits = 16;
+  static constexpr bool kSumsAlways = false;
+  static constexpr int kMaxTokens = 12, kUnits = 2;
+
+  static Acc start(const uint8_t*, float) { return _mm512_setzero_ps(); }
+  static Float to_float(Acc acc) { return acc; }
+  static Float load_scale(const void*, int32_t) { return _mm512_set1_ps(1.0f); }
+
+  template <int MR, int NU>
+  static void dot(Acc (&acc)[MR][NU], const uint8_t* const (&w)[NU], int64_t lines,
+                  const uint16_t* a, int64_t stride) {
+    for (int64_t l = 0; l < lines; ++l) {
+      __m512bh pairs[NU];
+#pragma GCC unroll 8
+      for (int u = 0; u < NU; ++u)
+        pairs[u] = reinterpret_cast<__m512bh>(_mm512_load_si512(w[u] + l * kLineBytes));
+#pragma GCC unroll 16
+      for (int t = 0; t < MR; ++t) {
+        const auto x = reinterpret_cast<__m512bh>(broadcast4(a + t * stride + 2 * l));
+#pragma GCC unroll 8
+        for (int u = 0; u < NU; ++u) acc[t][u] = _mm512_dpbf16_ps(acc[t][u], pairs[u], x);
+      }
+    }
+  }
+};
+
+constexpr uint32_t both_pairs(int p) {
+  return first_pair(p) | static_cast<uint32_t>(second_pair(p)) << 16;
+}
+constexpr Table512 kPickBoth(both_pairs);
+
+struct SparseValues : Values {
+  static constexpr int kFewTokens = 4, kFewUnits = 4;
+  static constexpr int64_t kFewest = 8;
+
+  template <int MR, int NU>
+  static void dot(Acc (&acc)[MR][NU], const uint8_t* const (&w)[NU], int64_t steps,
+                  const uint16_t* a, int64_t stride) {
+    const __m512i table = kPickBoth.load();
+    each_four<16, NU>(
+        w, steps,
+        [&](int64_t unit, int v, const __m512i(&patterns)[NU], const uint8_t* const(&values)[NU]) {
+#pragma GCC unroll 8
+          for (int u = 0; u < NU; ++u) {
+#pragma GCC unroll 2
+            for (int f = 0; f < 2; ++f) {
+              const auto pair = reinterpret_cast<__m512bh>(load_line(values[u] + f * kLineBytes));
+              const __m512i pick = _mm512_permutexvar_epi32(
+                  _mm512_srli_epi32(patterns[u], static_cast<unsigned>(3 * v + 16 * f)), table);
+#pragma GCC unroll 4
+              for (int t = 0; t < MR; ++t) {
+                const __m512i x = broadcast8(a + t * stride + unit * 8 + f * 4);
+                acc[t][u] = _mm512_dpbf16_ps(
+                    acc[t][u], pair, reinterpret_cast<__m512bh>(_mm512_shuffle_epi8(x, pick)));
+              }
+            }
+          }
+        });
+  }
+};
+
 // In the order that the inner product of so many tokens reads.
 template <int BITS>
 void prepare_sparse_bf16(const tersor_args* a, int64_t begin, int64_t end) {
@@ -182,6 +248,11 @@ void prepare_sparse_bf16(const tersor_args* a, int64_t begin, int64_t end) {
     prepare_bf16<BITS>(a, begin, end);
   else
     prepare_bf16<8>(a, begin, end);
+  spoil_tokens<uint16_t>(a, begin, end);
+}
+
+inline void prepare_values(const tersor_args* a, int64_t begin, int64_t end) {
+  prepare_bf16<16>(a, begin, end);
   spoil_tokens<uint16_t>(a, begin, end);
 }
 
@@ -202,6 +273,9 @@ const tersor_kernel kAvx512Bf16Kernels[] = {
     sparse_kernel("s24w8a16_avx512bf16", "avx512bf16", 45, avx512bf16_missing,
                   sparse_refuses_w8bf16, workspace_bf16, prepare_sparse_bf16<8>,
                   sparse_gemm<SparseBF16<8>, BF16<8>, expand512<8>>),
+    sparse_kernel("s24bf16_avx512bf16", "avx512bf16", 45, avx512bf16_missing,
+                  sparse_refuses_bf16bf16, workspace_bf16, prepare_values,
+                  sparse_gemm<SparseValues, Values, expand512<16>>),
 };
 
 }  // namespace tersor

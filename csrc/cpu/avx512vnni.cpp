@@ -222,6 +222,88 @@ struct SparseA16 : Avx512 {
   }
 };
 
+// ---- 16-bit values
+// ------------------------------------------------------------------------------------------
+
+// Of lines, which only an expansion makes.
+template <int32_t DTYPE>
+struct Values : Avx512 {
+  using Element = float;
+  using Sum = float;
+  using Acc = __m512;
+  static constexpr int kBits = 16;
+  static constexpr bool kSumsAlways = false;
+  static constexpr int kMaxTokens = 12, kUnits = 2;
+
+  static Acc start(const uint8_t*, float) { return _mm512_setzero_ps(); }
+  static Float to_float(Acc acc) { return acc; }
+  static Float load_scale(const void*, int32_t) { return _mm512_set1_ps(1.0f); }
+
+  // Half j of each row's word.
+  static __m512 value(__m512i line, int j) {
+    if constexpr (DTYPE == TERSOR_F16)
+      return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(j ? _mm512_srli_epi32(line, 16) : line));
+    return _mm512_castsi512_ps(
+        j ? _mm512_and_si512(line, _mm512_set1_epi32(static_cast<int>(0xffff0000)))
+          : _mm512_slli_epi32(line, 16));
+  }
+
+  template <int MR, int NU>
+  static void dot(Acc (&acc)[MR][NU], const uint8_t* const (&w)[NU], int64_t lines, const float* a,
+                  int64_t stride) {
+    for (int64_t l = 0; l < lines; ++l) {
+#pragma GCC unroll 2
+      for (int j = 0; j < 2; ++j) {
+        __m512 values[NU];
+#pragma GCC unroll 8
+        for (int u = 0; u < NU; ++u) values[u] = value(_mm512_load_si512(w[u] + l * kLineBytes), j);
+#pragma GCC unroll 16
+        for (int t = 0; t < MR; ++t) {
+          const __m512 x = _mm512_set1_ps(a[t * stride + 2 * l + j]);
+#pragma GCC unroll 8
+          for (int u = 0; u < NU; ++u) acc[t][u] = _mm512_fmadd_ps(values[u], x, acc[t][u]);
+        }
+      }
+    }
+  }
+};
+
+template <int32_t DTYPE>
+struct SparseValues : Values<DTYPE> {
+  using typename Values<DTYPE>::Acc;
+  static constexpr int kFewTokens = 4, kFewUnits = 4;
+  static constexpr int64_t kFewest = kFew;
+
+  template <int MR, int NU>
+  static void dot(Acc (&acc)[MR][NU], const uint8_t* const (&w)[NU], int64_t steps, const float* a,
+                  int64_t stride) {
+    const __m512i table = kPickFloats.load();
+    each_four<16, NU>(
+        w, steps,
+        [&](int64_t unit, int v, const __m512i(&patterns)[NU], const uint8_t* const(&values)[NU]) {
+#pragma GCC unroll 8
+          for (int u = 0; u < NU; ++u) {
+#pragma GCC unroll 2
+            for (int f = 0; f < 2; ++f) {
+              const __m512i line = Avx512::load_line(values[u] + f * kLineBytes);
+              const __m512i at =
+                  _mm512_srli_epi32(patterns[u], static_cast<unsigned>(3 * v + 16 * f));
+              const __m512i first = _mm512_permutexvar_epi32(at, table);
+              const __m512i second = _mm512_srli_epi32(first, 2);
+              const __m512 one = SparseValues::value(line, 0), two = SparseValues::value(line, 1);
+#pragma GCC unroll 4
+              for (int t = 0; t < MR; ++t) {
+                const __m512 x =
+                    _mm512_broadcast_f32x4(_mm_loadu_ps(a + t * stride + unit * 8 + f * 4));
+                acc[t][u] = _mm512_fmadd_ps(one, _mm512_permutevar_ps(x, first), acc[t][u]);
+                acc[t][u] = _mm512_fmadd_ps(two, _mm512_permutevar_ps(x, second), acc[t][u]);
+              }
+            }
+          }
+        });
+  }
+};
+
 }  // namespace
 
 namespace tersor {
@@ -247,6 +329,12 @@ const tersor_kernel kAvx512VnniKernels[] = {
     sparse_kernel("s24w8a16_avx512vnni", "avx512vnni", 35, avx512vnni_missing, sparse_refuses_w8a16,
                   workspace_f32, prepare_sparse_f32,
                   sparse_gemm<SparseA16<8>, A16<8>, expand512<8>>),
+    sparse_kernel("s24bf16_avx512vnni", "avx512vnni", 35, avx512vnni_missing, sparse_refuses_bf16,
+                  workspace_f32, prepare_sparse_f32,
+                  sparse_gemm<SparseValues<TERSOR_BF16>, Values<TERSOR_BF16>, expand512<16>>),
+    sparse_kernel("s24f16_avx512vnni", "avx512vnni", 35, avx512vnni_missing, sparse_refuses_f16,
+                  workspace_f32, prepare_sparse_f32,
+                  sparse_gemm<SparseValues<TERSOR_F16>, Values<TERSOR_F16>, expand512<16>>),
 };
 
 }  // namespace tersor

@@ -6,9 +6,9 @@
 
 namespace tersor {
 
-extern const tersor_kernel kScalarKernels[8];
-extern const tersor_kernel kAvx2Kernels[8];
-extern const tersor_kernel kAvx512VnniKernels[8];
-extern const tersor_kernel kAvx512Bf16Kernels[4];
+extern const tersor_kernel kScalarKernels[10];
+extern const tersor_kernel kAvx2Kernels[10];
+extern const tersor_kernel kAvx512VnniKernels[10];
+extern const tersor_kernel kAvx512Bf16Kernels[5];
 
 }  // namespace tersor

@@ -8,6 +8,12 @@
 
 namespace {
 
+// As a constant, which is not there for values without scales.
+template <int BITS>
+float scale_of(const tersor_spec& s, const uint8_t* scales, int64_t i) {
+  return BITS == 16 ? 1.0f : load_element(scales, i, s.scale_dtype);
+}
+
 template <int BITS>
 int32_t code_of(const uint8_t* lines, int64_t row, int64_t column) {
   constexpr int64_t kColumns = BITS == 4 ? 8 : 4;
@@ -66,6 +72,28 @@ struct Sparse {
   }
 };
 
+// The same with values in place of codes.
+template <int32_t DTYPE>
+struct SparseValues {
+  static constexpr bool kSparse = true;
+
+  template <int BITS>
+  static void add(const uint8_t* lines, int64_t begin, int64_t end, const int32_t*, const float* x,
+                  float* sum) {
+    for (int64_t i = begin; i < end; i += 4) {
+      const uint8_t* step = lines + i / kSparseColumns * sparse_step_bytes(16);
+      const int64_t unit = i % kSparseColumns / 8;
+      const int f = static_cast<int>(i / 4 % 2);
+      const uint8_t* values = step + sparse_codes_at(16, unit) + f * kLineBytes;
+      for (int64_t r = 0; r < kTileRows; ++r) {
+        const int p = Sparse::pattern_of(step, r, unit, f);
+        for (int j = 0; j < 2; ++j)
+          sum[r] += load_element(values, 2 * r + j, DTYPE) * x[i + kKeptColumns[p][j]];
+      }
+    }
+  }
+};
+
 // Element: int8_t with int32_t sums, or float with float sums.
 template <class Layout, int BITS, class Element, class Sum>
 void gemm(const tersor_args* a, int64_t begin, int64_t end) {
@@ -89,7 +117,7 @@ void gemm(const tersor_args* a, int64_t begin, int64_t end) {
         Layout::template add<BITS>(lines, p.chunk_begin(s, chunk), p.chunk_end(s, chunk), zero, x,
                                    sum);
         for (int64_t r = 0; r < kTileRows; ++r)
-          total[r] += load_element(lines + tile.scales_at, group * kTileRows + r, s.scale_dtype) *
+          total[r] += scale_of<BITS>(s, lines + tile.scales_at, group * kTileRows + r) *
                       static_cast<float>(sum[r]);
       }
       const float by = sizeof(Element) == 1 ? token_scale[token] : 1.0f;
@@ -123,6 +151,11 @@ const tersor_kernel kScalarKernels[] = {
                   workspace_f32, prepare_sparse_f32, gemm<Sparse, 4, float, float>),
     sparse_kernel("s24w8a16_scalar", "scalar", 5, nothing_missing, sparse_refuses_w8a16,
                   workspace_f32, prepare_sparse_f32, gemm<Sparse, 8, float, float>),
+    sparse_kernel("s24bf16_scalar", "scalar", 5, nothing_missing, sparse_refuses_bf16,
+                  workspace_f32, prepare_sparse_f32,
+                  gemm<SparseValues<TERSOR_BF16>, 16, float, float>),
+    sparse_kernel("s24f16_scalar", "scalar", 5, nothing_missing, sparse_refuses_f16, workspace_f32,
+                  prepare_sparse_f32, gemm<SparseValues<TERSOR_F16>, 16, float, float>),
 };
 
 }  // namespace tersor

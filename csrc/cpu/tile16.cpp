@@ -78,6 +78,25 @@ struct Patterns {
     half[f] |= static_cast<uint64_t>(bits & 0xfff) << (12 * q);
     half[f] |= static_cast<uint64_t>(bits >> 12) << (36 + 4 * q);
   }
+
+  // To and from the pattern lines of a step.
+  void store(uint8_t* row) const {
+    for (int q = 0; q < 3; ++q)
+      for (int f = 0; f < 2; ++f) {
+        const uint16_t bits = line(q, f);
+        std::memcpy(row + q * kLineBytes + 2 * f, &bits, 2);
+      }
+  }
+  static Patterns load(const uint8_t* row) {
+    Patterns patterns;
+    for (int q = 0; q < 3; ++q)
+      for (int f = 0; f < 2; ++f) {
+        uint16_t bits;
+        std::memcpy(&bits, row + q * kLineBytes + 2 * f, 2);
+        patterns.add_line(q, f, bits);
+      }
+    return patterns;
+  }
 };
 
 void pack_sparse_codes(const tersor_spec& s, const Tile16& t, const uint8_t* codes, uint8_t* row) {
@@ -95,11 +114,7 @@ void pack_sparse_codes(const tersor_spec& s, const Tile16& t, const uint8_t* cod
               static_cast<uint8_t>(s.bits == 8 ? code : code << unit % 2 * 4);
         }
       }
-    for (int q = 0; q < 3; ++q)
-      for (int f = 0; f < 2; ++f) {
-        const uint16_t bits = patterns.line(q, f);
-        std::memcpy(row + q * kLineBytes + 2 * f, &bits, 2);
-      }
+    patterns.store(row);
   }
 }
 
@@ -108,13 +123,7 @@ void unpack_sparse_codes(const tersor_spec& s, const Tile16& t, const uint8_t* r
   const auto zero = static_cast<uint8_t>(1 << (s.bits - 1));
   std::memset(codes, zero, static_cast<size_t>(s.k));
   for (int64_t i = 0; i < t.steps; ++i, codes += kSparseColumns, row += t.step_bytes) {
-    Patterns patterns;
-    for (int q = 0; q < 3; ++q)
-      for (int f = 0; f < 2; ++f) {
-        uint16_t bits;
-        std::memcpy(&bits, row + q * kLineBytes + 2 * f, 2);
-        patterns.add_line(q, f, bits);
-      }
+    const Patterns patterns = Patterns::load(row);
     for (int64_t unit = 0; unit < kUnits; ++unit)
       for (int f = 0; f < 2; ++f) {
         const int pattern = patterns.get(unit, f);
@@ -127,14 +136,52 @@ void unpack_sparse_codes(const tersor_spec& s, const Tile16& t, const uint8_t* r
   }
 }
 
+// ---- 16-bit values with zeros left out; the sign of a zero is not kept
+// ----------------------------------------------------------------------------
+
+void pack_values(const tersor_spec&, const Tile16& t, const uint8_t* values, uint8_t* row) {
+  for (int64_t i = 0; i < t.steps; ++i, values += 2 * kSparseColumns, row += t.step_bytes) {
+    Patterns patterns;
+    for (int64_t unit = 0; unit < kUnits; ++unit)
+      for (int f = 0; f < 2; ++f) {
+        const uint8_t* four = values + 2 * (unit * 8 + f * 4);
+        uint8_t kept[4];
+        for (int j = 0; j < 4; ++j) kept[j] = (four[2 * j] | (four[2 * j + 1] & 0x7f)) != 0;
+        const int pattern = pattern_of(kept, 0);
+        patterns.set(unit, f, pattern);
+        for (int j = 0; j < 2; ++j)
+          if (kept[kKeptColumns[pattern][j]])
+            std::memcpy(row + sparse_codes_at(16, unit) + f * kLineBytes + 2 * j,
+                        four + 2 * kKeptColumns[pattern][j], 2);
+      }
+    patterns.store(row);
+  }
+}
+
+void unpack_values(const tersor_spec& s, const Tile16& t, const uint8_t* row, uint8_t* values) {
+  std::memset(values, 0, static_cast<size_t>(2 * s.k));
+  for (int64_t i = 0; i < t.steps; ++i, values += 2 * kSparseColumns, row += t.step_bytes) {
+    const Patterns patterns = Patterns::load(row);
+    for (int64_t unit = 0; unit < kUnits; ++unit)
+      for (int f = 0; f < 2; ++f)
+        for (int j = 0; j < 2; ++j)
+          std::memcpy(values + 2 * (unit * 8 + f * 4 + kKeptColumns[patterns.get(unit, f)][j]),
+                      row + sparse_codes_at(16, unit) + f * kLineBytes + 2 * j, 2);
+  }
+}
+
 // ---- Whole tiles
 // ---------------------------------------------------------------------------------
+
+// Of a row in portable order.
+int64_t code_bytes(const tersor_spec& s) { return s.bits == 16 ? 2 * s.k : s.k; }
 
 void pack_tile(const tersor_spec& s, const Tile16& t, bool sparse, const tersor_view& view,
                uint8_t* tile, int64_t row, int64_t rows) {
   std::memset(tile, 0, static_cast<size_t>(t.tile_bytes));
   for (int64_t r = 0; r < rows; ++r) {
-    (sparse ? pack_sparse_codes : pack_codes)(s, t, view.codes + (row + r) * s.k, tile + r * 4);
+    const auto pack = !sparse ? pack_codes : s.bits == 16 ? pack_values : pack_sparse_codes;
+    pack(s, t, view.codes + (row + r) * code_bytes(s), tile + r * 4);
     const auto* scales =
         static_cast<const uint8_t*>(view.scales) + (row + r) * t.groups * t.scale_bytes;
     for (int64_t c = 0; c < t.groups; ++c) {
@@ -149,7 +196,8 @@ void pack_tile(const tersor_spec& s, const Tile16& t, bool sparse, const tersor_
 void unpack_tile(const tersor_spec& s, const Tile16& t, bool sparse, const uint8_t* tile,
                  const tersor_view& view, int64_t row, int64_t rows) {
   for (int64_t r = 0; r < rows; ++r) {
-    (sparse ? unpack_sparse_codes : unpack_codes)(s, t, tile + r * 4, view.codes + (row + r) * s.k);
+    const auto unpack = !sparse ? unpack_codes : s.bits == 16 ? unpack_values : unpack_sparse_codes;
+    unpack(s, t, tile + r * 4, view.codes + (row + r) * code_bytes(s));
     auto* scales = static_cast<uint8_t*>(view.scales) + (row + r) * t.groups * t.scale_bytes;
     for (int64_t c = 0; c < t.groups; ++c) {
       const int64_t at = c * kTileRows + r;
@@ -215,7 +263,8 @@ const char* refuses(const tersor_spec& s, int32_t bits, int32_t activation) {
   if (s.activation != activation)
     return activation == TERSOR_A8 ? "computes with int8 activations"
                                    : "computes with 16-bit activations";
-  if (s.bits != bits) return bits == 4 ? "is for 4-bit codes" : "is for 8-bit codes";
+  if (s.bits != bits)
+    return bits == 4 ? "is for 4-bit codes" : bits == 8 ? "is for 8-bit codes" : "is for 16 bits";
   return nullptr;
 }
 
@@ -254,6 +303,20 @@ const char* refuses_w8bf16(const tersor_spec* s, int64_t m, int32_t dtype) {
   return refuses_all_but_bf16(*s, 8, m, dtype);
 }
 
+const char* sparse_refuses_bf16(const tersor_spec* s, int64_t, int32_t) {
+  const char* reason = refuses_dense(*s);
+  if (!reason && s->bits == 16 && s->scale_dtype != TERSOR_BF16) reason = "is for bfloat16 weights";
+  return reason ? reason : refuses(*s, 16, TERSOR_A16);
+}
+const char* sparse_refuses_bf16bf16(const tersor_spec* s, int64_t m, int32_t dtype) {
+  const char* reason = sparse_refuses_bf16(s, m, dtype);
+  return reason ? reason : refuses_all_but_bf16(*s, 16, m, dtype);
+}
+const char* sparse_refuses_f16(const tersor_spec* s, int64_t, int32_t) {
+  const char* reason = refuses_dense(*s);
+  if (!reason && s->bits == 16 && s->scale_dtype != TERSOR_F16) reason = "is for float16 weights";
+  return reason ? reason : refuses(*s, 16, TERSOR_A16);
+}
 const char* sparse_refuses_w4a8(const tersor_spec* s, int64_t, int32_t) {
   const char* reason = refuses_dense(*s);
   return reason ? reason : refuses(*s, 4, TERSOR_A8);

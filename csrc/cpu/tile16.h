@@ -1,12 +1,14 @@
 // "tile16": the packed layout that all CPU kernels of this tree share.
 //
 // A tile is 16 output rows and all k columns. It is a run of 64-byte lines, then the scales, then
-// the zero points, each part padded to 64 bytes. A line holds 16 rows times 8 columns (4 bits) or
-// 4 columns (8 bits); one 32-bit word per row, so a vector lane is an output row and a dot product
-// needs no horizontal sum:
+// the zero points, each part padded to 64 bytes. A line holds 16 rows times 8 columns (4 bits), 4
+// columns (8 bits) or 2 columns (16 bits); one 32-bit word per row, so a vector lane is an output
+// row and a dot product needs no horizontal sum:
 //
 //   4 bits, line l, row r, byte j:   [ code(r, 8l + 4 + j) : code(r, 8l + j) ]   high : low nibble
 //   8 bits, line l, row r, byte j:   code(r, 4l + j)
+//  16 bits, line l, row r, half j:   value(r, 2l + j)           no scales; lines of an expansion
+//  only
 //
 //   tile = | line 0 | line 1 | ... | scales [groups][16] | zeros [groups][16] (asymmetric only) |
 //
@@ -14,14 +16,16 @@
 //
 // "tile16s24" is the same for symmetric weights of which at most two in every four columns are not
 // zero. In place of lines it has steps of 128 columns, which hold the two, in their order, and
-// which of the six patterns they follow: 2.75 bits a weight for 4-bit codes, 4.75 for 8-bit ones.
-// A code is stored less its midpoint (two's complement), so that zero is 0.
+// which of the six patterns they follow: 2.75 bits a weight for 4-bit codes, 4.75 for 8-bit ones,
+// 8.75 for 16-bit values. A code is stored less its midpoint (two's complement), so that zero is 0.
 //
 //   step = | pattern line 0 | 1 | 2 | code lines ... |      unit i: 8 columns, fours 2i and 2i + 1
 //
 //   4 bits, code line h, row r, byte j:  [ unit 2h + 1 : unit 2h ]    high : low nibble
 //   8 bits, code line i, row r, byte j:  unit i                       j: first and second code of
 //                                                                     four 2i, then of four 2i + 1
+//  16 bits, code line 2i + f, row r, half j:  unit i                  j: first and second value of
+//                                                                     four 2i + f
 //   pattern line q, row r, half f (16 bits):  | rest | unit 4q + 3 | 4q + 2 | 4q + 1 | 4q |
 //       bits                                  15..12   11..9         8..6     5..3     2..0
 //
@@ -43,6 +47,10 @@ constexpr int64_t kLineBytes = 64;
 // A group is summed in int32 or float over at most this many columns before it is scaled: 4096
 // columns of 255 * 128 stay below 2^28.
 constexpr int64_t kMaxChunk = 4096;
+// What a chunk is expanded into has to fit into a cache, and 16-bit values take four times as much.
+constexpr int64_t kMaxValueChunk = 1024;
+constexpr int64_t max_chunk(int64_t bits) { return bits == 16 ? kMaxValueChunk : kMaxChunk; }
+constexpr int64_t line_columns(int64_t bits) { return 32 / bits; }
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -55,7 +63,7 @@ constexpr int64_t kPatternLines = 3;     // at the head of a step
 constexpr int kKeptColumns[8][2] = {{0, 1}, {0, 2}, {0, 3}, {1, 2}, {1, 3}, {2, 3}, {0, 1}, {0, 1}};
 // From there to the line with the codes of a unit.
 constexpr int64_t sparse_codes_at(int64_t bits, int64_t unit) {
-  return (kPatternLines + (bits == 8 ? unit : unit / 2)) * kLineBytes;
+  return (kPatternLines + unit * bits / 8) * kLineBytes;
 }
 constexpr int64_t sparse_step_bytes(int64_t bits) {
   return (kPatternLines + 2 * bits) * kLineBytes;
@@ -68,12 +76,10 @@ struct Tile16 {
   int64_t scales_at, zeros_at, tile_bytes, tiles;
 
   explicit Tile16(const tersor_spec& s, bool sparse = false)
-      : columns_per_step(sparse        ? kSparseColumns
-                         : s.bits == 4 ? 8
-                                       : 4),
+      : columns_per_step(sparse ? kSparseColumns : line_columns(s.bits)),
         step_bytes(sparse ? sparse_step_bytes(s.bits) : kLineBytes),
         steps(ceil_div(s.k, columns_per_step)),
-        groups(s.k / s.g),
+        groups(s.bits == 16 ? 0 : s.k / s.g),
         scale_bytes(s.scale_dtype == TERSOR_F32 ? 4 : 2),
         scales_at(steps * step_bytes),
         zeros_at(scales_at + round_up(groups * kTileRows * scale_bytes, kLineBytes)),
@@ -94,7 +100,7 @@ struct Prepared {
 
   // element: bytes of a prepared activation (1: int8, 2: bfloat16, 4: float32).
   Prepared(const tersor_spec& s, int64_t m, int64_t element)
-      : chunk(smaller(s.g, kMaxChunk)),
+      : chunk(smaller(s.g, max_chunk(s.bits))),
         chunks_per_group(ceil_div(s.g, chunk)),
         chunks(s.k / s.g * chunks_per_group),
         stride((ceil_div(s.k * element, kLineBytes) | 1) * kLineBytes),

@@ -23,7 +23,8 @@ size_t workspace_f32(const tersor_spec*, int64_t m, int32_t dtype);
 using Refuses = const char*(const tersor_spec*, int64_t m, int32_t dtype);
 Refuses refuses_w4a8, refuses_w8a8, refuses_w4a16, refuses_w8a16, refuses_w4bf16, refuses_w8bf16;
 Refuses sparse_refuses_w4a8, sparse_refuses_w8a8, sparse_refuses_w4a16, sparse_refuses_w8a16,
-    sparse_refuses_w4bf16, sparse_refuses_w8bf16;
+    sparse_refuses_w4bf16, sparse_refuses_w8bf16, sparse_refuses_bf16, sparse_refuses_bf16bf16,
+    sparse_refuses_f16;
 
 using Workspace = size_t(const tersor_spec*, int64_t m, int32_t dtype);
 using Stage = void(const tersor_args*, int64_t begin, int64_t end);

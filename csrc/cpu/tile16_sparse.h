@@ -29,6 +29,19 @@ constexpr uint32_t expand_entry(int pattern) {
 }
 static_assert(expand_entry(0) == 0x80800100u && expand_entry(5) == 0x01008080u, "");
 
+// The same for the 16-bit values of columns 2h and 2h + 1, which are two bytes each.
+constexpr uint32_t expand_values(int pattern, int h) {
+  uint32_t word = 0;
+  for (int j = 0; j < 2; ++j) {
+    const uint32_t which = expand_entry(pattern) >> (16 * h + 8 * j) & 0xff;
+    word |= (which == 0x80 ? 0x8080u : 2 * which | (2 * which + 1) << 8) << (16 * j);
+  }
+  return word;
+}
+static_assert(expand_values(0, 0) == 0x03020100u && expand_values(0, 1) == 0x80808080u &&
+                  expand_values(2, 1) == 0x03028080u,
+              "");
+
 using ChunkBlock = void (*)(const Call&, int64_t, const Unit*, int64_t, const uint8_t* const*,
                             float*);
 
@@ -38,7 +51,7 @@ void add_expanded(const Call& c, int64_t token, const Unit* units, int64_t chunk
   const uint8_t* w[NU];
   for (int u = 0; u < NU; ++u) w[u] = lines[u];
   auto& total = *reinterpret_cast<float (*)[MR][NU][Op::kLanes]>(totals);
-  add_chunk<Op, MR, NU>(c, token, units, chunk, w, Op::kBits == 4 ? 8 : 4, total);
+  add_chunk<Op, MR, NU>(c, token, units, chunk, w, line_columns(Op::kBits), total);
 }
 
 template <class Op, int MR, int NU>
@@ -62,8 +75,7 @@ void multiply_expanded(const tersor_args* args, int64_t begin, int64_t end) {
   constexpr int MR = Op::kMaxTokens, NU = Op::kUnits;
   constexpr int kPerTile = kTileRows / Op::kLanes;
   static_assert(NU % kPerTile == 0, "whole tiles are expanded");
-  constexpr int64_t kLineColumns = Op::kBits == 4 ? 8 : 4;
-  constexpr int64_t kTileBytes = kMaxChunk / kLineColumns * kLineBytes;
+  constexpr int64_t kTileBytes = max_chunk(Op::kBits) / line_columns(Op::kBits) * kLineBytes;
   const Call c(*args, sizeof(typename Op::Element), true);
   ChunkBlock chunks[MR];
   FinishBlock finishes[MR];

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from tersor.qweight import ActSpec, QSpec, QWeight, Scheme
     from tersor.shrink import shrink_checkpoint
     from tersor.solvers import GPTQ, RTN, Magnitude, SparseGPT, Wanda
+    from tersor.sparse import use_sparse
+    from tersor.sparse_linear import SparseLinear, swap_sparse_linears
     from tersor.sparsity import Sparsity
 
 _HOME = {  # module of each public name
@@ -37,6 +39,9 @@ _HOME = {  # module of each public name
     "Wanda": "solvers",
     "SparseGPT": "solvers",
     "Sparsity": "sparsity",
+    "SparseLinear": "sparse_linear",
+    "swap_sparse_linears": "sparse_linear",
+    "use_sparse": "sparse",
     "quantize_checkpoint": "pipeline",
     "prune_checkpoint": "pipeline",
     "shrink_checkpoint": "shrink",
@@ -56,6 +61,7 @@ __all__ = [
     "QuantLinear",
     "Scheme",
     "SparseGPT",
+    "SparseLinear",
     "Sparsity",
     "TersorConfig",
     "TersorError",
@@ -68,6 +74,8 @@ __all__ = [
     "quantize_model",
     "shrink_checkpoint",
     "swap_linears",
+    "swap_sparse_linears",
+    "use_sparse",
 ]
 
 

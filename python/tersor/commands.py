@@ -358,13 +358,15 @@ def _check_config(folder: str) -> None:
 
 
 def _load_model(folder: str) -> Any:
-    """A quantized folder on tersor's kernels; any other as transformers has it, but whole."""
+    """A quantized folder on tersor's kernels; any other as transformers has it, but whole, its 2:4
+    linears on a kernel where that is faster."""
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     from tersor.checkpoint import Checkpoint
     from tersor.kernels import thread_count
     from tersor.loading import load
+    from tersor.sparse_linear import swap_sparse_linears
 
     thread_count()  # or TersorError
     if "quantization_config" in Checkpoint.open(folder).config:
@@ -389,6 +391,7 @@ def _load_model(folder: str) -> Any:
             f"{folder} has {wrong[0]}{more}; its files are incomplete, or of another model than "
             "config.json: download it again"
         )
+    swap_sparse_linears(model)
     return model.eval()
 
 

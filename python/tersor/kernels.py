@@ -88,6 +88,17 @@ def explain(
     return rows
 
 
+def explain_values(
+    m: int, n: int, k: int, values: torch.dtype, dtype: torch.dtype, pattern: tuple[int, int]
+) -> list[tuple[str, str | None]]:
+    """The same for a weight of 16-bit values with zeros. values: bfloat16 or float16."""
+    _load_outside_kernels()
+    rows: list[tuple[str, str | None]] = _core.explain(
+        n, k, k, 16, False, dtype_code(values), 0, m, dtype_code(dtype), *pattern
+    )
+    return rows
+
+
 def thread_count() -> int:
     """How many threads a kernel runs on. TersorError where TERSOR_THREADS is no number of threads,
     or TERSOR_ISA no instruction set of this machine."""
@@ -134,6 +145,33 @@ def pack_weight(
     return packed
 
 
+def pack_values(w: Tensor, pattern: tuple[int, int]) -> Tensor:
+    """A weight of bfloat16 or float16 values [n, k] with zeros, for a kernel that leaves them out;
+    TersorError where it has fewer than the pattern says. The sign of a zero is not kept."""
+    _load_outside_kernels()
+    weight = _values(w)
+    packed = torch.empty(_core.packed_bytes(*weight, 0, *pattern), dtype=torch.uint8)
+    _core.pack(*weight, 0, packed, *pattern)
+    return packed
+
+
+def unpack_values(packed: Tensor) -> Tensor:
+    """The inverse of pack_values: [n, k]."""
+    head = packed_spec(packed)
+    if head["bits"] != 16:
+        raise TersorError("unpack_values takes 16-bit weights; use unpack_weight")
+    w = torch.empty(head["n"], head["k"], dtype=DTYPES[head["scale_dtype"]])
+    _core.unpack(packed, w, None, None)
+    return w
+
+
+def _values(w: Tensor) -> tuple[Tensor, None, None, int]:
+    """A weight of values as a kernel takes it."""
+    if w.dtype not in DTYPES[1:] or w.dim() != 2:
+        raise TersorError(f"values are bfloat16 or float16 [n, k], not {w.dtype} {list(w.shape)}")
+    return w.detach().contiguous(), None, None, 16
+
+
 def _stored(q: QWeight) -> tuple[Tensor, Tensor, Tensor | None, int]:
     """Codes, scales, zeros and bits as a kernel takes them."""
     shift = _recentre(q.spec)
@@ -142,9 +180,13 @@ def _stored(q: QWeight) -> tuple[Tensor, Tensor, Tensor | None, int]:
     return codes, q.scales.contiguous(), zeros, _stored_bits(q.spec)
 
 
-def keeps_pattern(q: QWeight, kept: int, of: int) -> bool:
-    """Whether at most `kept` of every `of` codes of a row stand for something else than zero."""
-    found: bool = q.k % of == 0 and _core.keeps_pattern(*_stored(q), kept, of)
+def keeps_pattern(q: QWeight | Tensor, kept: int, of: int) -> bool:
+    """Whether at most `kept` of every `of` codes of a row stand for something else than zero; or of
+    the 16-bit values [n, k]."""
+    codes, scales, zeros, bits = _values(q) if isinstance(q, Tensor) else _stored(q)
+    if codes.shape[1] % of:
+        return False
+    found: bool = _core.keeps_pattern(codes, scales, zeros, bits, kept, of)
     return found
 
 
@@ -152,6 +194,8 @@ def unpack_weight(packed: Tensor, spec: QSpec | None = None) -> QWeight:
     """The inverse of pack_weight, exactly. Without a spec, 2- and 3-bit weights come back as the
     4-bit weights that they are stored as."""
     head = packed_spec(packed)
+    if head["bits"] == 16:
+        raise TersorError("unpack_weight takes codes; use unpack_values for 16-bit weights")
     n, k, groups = head["n"], head["k"], head["k"] // head["g"]
     if spec is None:
         group = None if groups == 1 else head["g"]
@@ -217,13 +261,13 @@ def _linear_fake(x: Tensor, packed: Tensor, bias: Tensor | None, n: int) -> Tens
 
 def _linear_backward(grad: Tensor, packed: Tensor, k: int) -> Tensor:
     """grad [..., n] @ dequantize(W) [n, k], in float32, a part of the rows of W at a time."""
-    q = unpack_weight(packed)
-    matrix = rows_of(grad, q.n).float()
+    head = packed_spec(packed)
+    q = unpack_values(packed) if head["bits"] == 16 else unpack_weight(packed)
+    matrix = rows_of(grad, head["n"]).float()
     result = torch.zeros(matrix.shape[0], k)
-    for begin in range(0, q.n, _ROWS):
+    for begin in range(0, head["n"], _ROWS):
         part = slice(begin, begin + _ROWS)
-        zeros = None if q.zeros is None else q.zeros[part]
-        weight = QWeight(q.spec, q.codes[part], q.scales[part], zeros).dequantize()
+        weight = q[part].float() if isinstance(q, Tensor) else q.rows(part).dequantize()
         result.addmm_(matrix[:, part], weight)
     return result.to(grad.dtype).view(*grad.shape[:-1], k)
 

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NoReturn
-
 import torch
 from torch import Tensor, nn
 
-from tersor import _core, sparse
+from tersor import sparse
 from tersor.errors import TersorError
 from tersor.formats import FORMATS
 from tersor.formats.config import default_format
-from tersor.kernels import DTYPES, dtype_code, pack_weight, packed_spec, rows_of, unpack_weight
+from tersor.kernels import pack_weight, packed_spec, unpack_weight
+from tersor.packed_linear import PackedLinear
 from tersor.qweight import ActSpec, QWeight, Scheme
 
-_DTYPE_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
 _OPTIONAL = ("weight_zero_point", "weight_g_idx")  # tensors that not every weight has
 
 
-class QuantLinear(nn.Module):
+class QuantLinear(PackedLinear):
     """y = x @ dequantize(W).T + bias on a native kernel; W and bias are frozen.
 
     qweight: the weight, [n, k]. On the meta device only its shapes are kept, to be loaded later;
@@ -38,9 +35,6 @@ class QuantLinear(nn.Module):
     (qweight.order) becomes a permutation of the inputs.
     """
 
-    packed: Tensor  # uint8, kernel order; empty until a weight is loaded
-    bias: Tensor | None  # float32, holding values of self.dtype
-    columns: Tensor | None  # int64 [k]: the column of x for each column of the packed weight
     order: Tensor | None  # int32 [k]: qweight.order, where there is one
     _awaited: QWeight | None  # on meta, until a weight is loaded
 
@@ -52,18 +46,14 @@ class QuantLinear(nn.Module):
         dtype: torch.dtype | None = None,
         format: str | None = None,
     ) -> None:
-        super().__init__()
-        self.in_features = qweight.k
-        self.out_features = qweight.n
+        dtype = dtype or (qweight.scales if bias is None else bias).dtype
+        super().__init__(qweight.n, qweight.k, dtype)
         self.spec = qweight.spec
         self.activation = activation
-        self.dtype = dtype or (qweight.scales if bias is None else bias).dtype
-        dtype_code(self.dtype)
         self.format = format or default_format(self.scheme)
         if self.format not in FORMATS:
             raise TersorError(f"format must be one of {', '.join(FORMATS)}, not {self.format}")
-        for name in ("packed", "bias", "columns", "order"):
-            self.register_buffer(name, None, persistent=False)
+        self.register_buffer("order", None, persistent=False)
         self._set_weight(qweight)
         if bias is not None:
             self._set_bias(bias)
@@ -93,42 +83,6 @@ class QuantLinear(nn.Module):
         q.order = self.order
         return q
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: float32, bfloat16 or float16 [..., k] -> [..., n] of the same dtype."""
-        if self._buffers["columns"] is not None:
-            x = self._permuted(x)
-        eager = not torch.compiler.is_compiling() and type(x) is Tensor
-        if not eager or x.requires_grad or not x.is_cpu:
-            return torch.ops.tersor.linear(x, self.packed, self.bias, self.out_features)
-        # Eager inference calls the kernel itself: the operator would cost some microseconds more,
-        # and so would nn.Module's lookup of its buffers, or an array object for each argument.
-        packed, bias = self._buffers["packed"], self._buffers["bias"]
-        n, k = self.out_features, self.in_features
-        shape, code, size = x.shape, _DTYPE_CODES.get(x.dtype), packed.numel()
-        if code is None or not shape or shape[-1] != k or not size:
-            self._refuse(x)
-        stride = k
-        if not x.is_contiguous() or x.is_neg():
-            x = rows_of(x, k)
-            stride = x.stride(0) if x.shape[0] > 1 else k
-        y = x.new_empty((*shape[:-1], n))
-        _core.linear(
-            x.data_ptr(), x.numel() // k, k, stride, code, packed.data_ptr(), size,
-            0 if bias is None else bias.data_ptr(), y.data_ptr(), n, n,
-        )  # fmt: skip
-        return y
-
-    def _permuted(self, x: Tensor) -> Tensor:
-        if x.dim() == 0 or x.shape[-1] != self.in_features:
-            self._refuse(x)
-        return x.index_select(-1, self.columns)
-
-    def _refuse(self, x: Tensor | None = None) -> NoReturn:
-        if x is None or not self.packed.numel():
-            raise TersorError("the layer has no weight yet; call load_state_dict first")
-        dtype_code(x.dtype)
-        raise TersorError(f"the layer takes inputs [..., {self.in_features}], not {list(x.shape)}")
-
     def extra_repr(self) -> str:
         group = "per row" if self.spec.group is None else f"g{self.spec.group}"
         grid = "symmetric" if self.spec.symmetric else "asymmetric"
@@ -142,8 +96,7 @@ class QuantLinear(nn.Module):
     # --- where the weight lives -------------------------------------------------------------
 
     def _set_weight(self, q: QWeight) -> None:
-        if q.codes.device.type not in ("cpu", "meta"):
-            raise TersorError(f"the weight is on {q.codes.device}; kernels run on the CPU, move it")
+        self._check_place(q.codes)
         self.columns = self.order = None
         self._awaited = q if q.codes.is_meta else None
         if q.codes.is_meta:
@@ -158,85 +111,20 @@ class QuantLinear(nn.Module):
         pattern = sparse.pattern_of(ordered, self.activation)
         self.packed = pack_weight(ordered, self.activation, pattern)
 
-    def _set_bias(self, bias: Tensor) -> None:
-        """Kernels add a float32 bias; rounding it first gives the values that will be saved."""
-        if bias.shape != (self.out_features,):
-            raise TersorError(f"bias must be [{self.out_features}], not {list(bias.shape)}")
-        self.bias = bias.detach().to(self.dtype).to(torch.float32, copy=True)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
-        """What .to(), .share_memory() and the like do. A dtype applies to the bias; there are
-        kernels for the CPU alone."""
-        probe = fn(torch.empty(0, dtype=self.dtype, device=self.packed.device))
-        if probe.device != self.packed.device:
-            raise TersorError(
-                f"cannot move a QuantLinear from {self.packed.device} to {probe.device}: it runs "
-                "on the CPU; keep the model there"
-            )
-        dtype_code(probe.dtype)
-        bias = self.bias
-        super()._apply(fn, recurse)
-        self.dtype = probe.dtype
-        if bias is not None and self.bias is not None and self.bias.dtype != torch.float32:
-            self._set_bias(bias)
-        return self
-
     # --- saving and loading -----------------------------------------------------------------
 
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        q = self.qweight() if self._awaited is None else self._awaited
-        tensors = FORMATS[self.format].pack(q)
-        if self.bias is not None:
-            tensors["bias"] = self.bias.to(self.dtype)
-        for name, tensor in tensors.items():
-            destination[prefix + name] = tensor
+    def _names(self) -> tuple[str, ...]:
+        return FORMATS[self.format].tensors
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """A weight is taken whole or not at all; its scales keep the dtype that they come in. The
-        bias is rounded to the dtype of the layer, which with assign=True becomes that of the bias.
-        """
-        rest = (missing_keys, unexpected_keys, error_msgs)
-        for hook in self._load_state_dict_pre_hooks.values():
-            hook(state_dict, prefix, local_metadata, strict, *rest)
-        given = {
-            name.removeprefix(prefix): tensor.detach().cpu()
-            for name, tensor in state_dict.items()
-            if name.startswith(prefix)
-        }
-        bias = given.pop("bias", None) if self.bias is not None else None
-        format = FORMATS[self.format]
-        tensors = {name: given.pop(name) for name in format.tensors if name in given}
-        missing = [
-            name
-            for name in format.tensors
-            if name not in tensors
-            and (name not in _OPTIONAL or (name == "weight_zero_point" and not self.spec.symmetric))
-        ]
-        if self.bias is not None and bias is None:
-            missing.append("bias")
-        missing_keys.extend(prefix + name for name in missing)
-        if strict:
-            unexpected_keys.extend(prefix + name for name in given)
-        try:
-            if missing in ([], ["bias"]):
-                self._set_weight(self._checked(format.unpack(tensors, self.spec)))
-            if bias is not None:
-                if local_metadata.get("assign_to_params_buffers", False):
-                    self.dtype = bias.dtype
-                self._set_bias(bias)
-        except TersorError as error:
-            error_msgs.append(f"{prefix.removesuffix('.')}: {error}")
+    def _needs(self, name: str) -> bool:
+        return name not in _OPTIONAL or (name == "weight_zero_point" and not self.spec.symmetric)
+
+    def _portable(self) -> dict[str, Tensor]:
+        return FORMATS[self.format].pack(self.qweight() if self._awaited is None else self._awaited)
+
+    def _take(self, tensors: dict[str, Tensor]) -> None:
+        """Scales keep the dtype that they come in."""
+        self._set_weight(self._checked(FORMATS[self.format].unpack(tensors, self.spec)))
 
     def _checked(self, q: QWeight) -> QWeight:
         if (q.n, q.k) != (self.out_features, self.in_features):

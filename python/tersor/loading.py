@@ -1,4 +1,4 @@
-"""Quantized folders as transformers models that run on QuantLinear.
+"""Quantized folders as transformers models that run on QuantLinear, and 2:4 ones on SparseLinear.
 
 `load` builds the model and reads every tensor itself. `TersorConfig` leaves the model to
 transformers' from_pretrained and brings in the quantized layers alone. Both put off the linears
@@ -24,7 +24,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from tersor.checkpoint import Checkpoint
 from tersor.errors import TersorError
 from tersor.formats import FORMATS, parse_config
-from tersor.formats.config import Group
+from tersor.formats.config import FormatConfig, Group
 from tersor.kernels import dtype_code
 from tersor.linear import QuantLinear
 from tersor.models import (
@@ -40,6 +40,7 @@ from tersor.models import (
     stored,
 )
 from tersor.models.arch import Arch
+from tersor.sparse_linear import swap_sparse_linears
 
 METHOD = "tersor"
 # Of these a quantized linear has at least one of the first two; a plain one has the last.
@@ -47,9 +48,11 @@ _NAMES = ("weight_scale", "weight_packed", "weight")
 
 
 def load(folder: str | Path, dtype: torch.dtype | None = None) -> Any:
-    """The transformers model of a quantized folder, with a QuantLinear for every quantized linear.
+    """The transformers model of a quantized folder, with a QuantLinear for every quantized linear;
+    or of one that is pruned to 2:4, with a SparseLinear where that is faster (see use_sparse).
 
-    folder: a compressed-tensors checkpoint, written by tersor, llm-compressor or the like.
+    folder: a compressed-tensors checkpoint, written by tersor, llm-compressor or the like, or an
+        ordinary one whose linears have 2:4 zeros.
     dtype: of all that is not quantized: float32, bfloat16 or float16; by default what config.json
         says. Scales stay as they are in the file.
 
@@ -61,13 +64,20 @@ def load(folder: str | Path, dtype: torch.dtype | None = None) -> Any:
     if dtype is not None:
         dtype_code(dtype)
     model: Any = build_skeleton(checkpoint.config, dtype)
+    quantization = checkpoint.config.get("quantization_config")
     deferred = _defer(model, checkpoint)
     where = stored(model, deferred.found, checkpoint.names)
     fill(model, where, where, checkpoint, model.dtype)
     model.tie_weights()
     used = {place.name for place in where.values()} | _complete(model, deferred, checkpoint)
     check_all_used(model, set(checkpoint.names) - used)
-    model.config.quantization_config = checkpoint.config["quantization_config"]
+    if quantization:
+        model.config.quantization_config = quantization
+    elif not swap_sparse_linears(model):
+        raise TersorError(
+            f"{checkpoint.folder} is not quantized; quantize it (tersor quantize), prune it to 2:4 "
+            "(tersor prune), or load it with transformers"
+        )
     model.config._name_or_path = model.name_or_path = str(folder)
     if model.can_generate() and (checkpoint.folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(folder))
@@ -197,16 +207,12 @@ class _Deferred:
 def _defer(model: nn.Module, checkpoint: Checkpoint) -> _Deferred:
     """Takes out of the model the linears that the checkpoint holds quantized, and those that have
     to be made nn.Linear first (fused experts, Conv1D). The model is on the meta device."""
-    if "quantization_config" not in checkpoint.config:
-        raise TersorError(
-            f"{checkpoint.folder} is not quantized; quantize it (tersor quantize), or load it with "
-            "transformers"
-        )
-    config = parse_config(checkpoint.config)
+    quantized_folder = "quantization_config" in checkpoint.config
+    config = parse_config(checkpoint.config) if quantized_folder else FormatConfig((), ())
     found = _find_arch(model)
     names = frozenset(checkpoint.names)
     native = {id(module) for module in model.modules() if isinstance(module, nn.Linear)}
-    plain_linears(model, found.arch)
+    plain_linears(model, found.arch, conv1d=quantized_folder)
     linears = {}
     for path, module in list(model.named_modules()):
         if not isinstance(module, nn.Linear):

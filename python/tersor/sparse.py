@@ -1,5 +1,5 @@
 """Whether a kernel that leaves the zeros of a 2:4 weight out is faster than the dense one: measured
-on this machine, for the shape at hand."""
+on this machine, for the shape at hand. The dense one of 16-bit values is torch's."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from tersor.errors import TersorError
-from tersor.kernels import explain, keeps_pattern, pack_weight
+from tersor.kernels import explain, explain_values, keeps_pattern, pack_values, pack_weight
 from tersor.qweight import ActSpec, QSpec, QWeight
 
 PATTERN = (2, 4)  # kept, of: the one that kernels of this package know
+VALUES = (torch.bfloat16, torch.float16)  # in which a weight may be without being quantized
 CHOICES = ("auto", "always", "never")
 _ROUNDS = 7
 _choice = "auto"
@@ -46,6 +47,19 @@ def pattern_of(q: QWeight, activation: ActSpec | None) -> tuple[int, int]:
         return 0, 0
     faster = _choice == "always" or measure(1, q.n, q.k, q.spec, activation).gain > 1
     return PATTERN if faster else (0, 0)
+
+
+def refusal(weight: Tensor) -> str | None:
+    """Why a 2:4 weight of 16-bit values [n, k] is left to torch, or None where a kernel gains."""
+    if _choice == "never":
+        return "use_sparse says never"
+    n, k = weight.shape
+    rows = explain_values(0, n, k, weight.dtype, weight.dtype, PATTERN)
+    if all(reason is not None for _, reason in rows):
+        return f"no kernel of this machine serves {n} x {k}"
+    if _choice == "auto" and (gain := measure_values(1, n, k, weight.dtype).gain) <= 1:
+        return f"torch is faster here ({gain:.2f} times)"
+    return None
 
 
 def serves(n: int, k: int, spec: QSpec, activation: ActSpec | None) -> bool:
@@ -83,32 +97,54 @@ def measure(
     layers of a model do."""
     draw = torch.Generator().manual_seed(0)
     codes = torch.randint(spec.levels, (n, k), dtype=torch.uint8, generator=draw)
-    zeros = torch.rand(n, k // 4, 4, generator=draw).argsort(dim=-1).view(n, k) < 2
-    codes.masked_fill_(zeros, spec.midpoint)
+    codes.masked_fill_(_zeros(n, k, draw), spec.midpoint)
     q = QWeight(spec, codes, torch.full((n, spec.groups(k)), 0.01, dtype=torch.bfloat16))
     x = torch.randn(m, k, generator=draw).to(dtype)
+    packed = [pack_weight(q, activation, pattern) for pattern in ((0, 0), PATTERN)]
+
+    def call(weight: Tensor) -> Tensor:
+        return torch.ops.tersor.linear(x, weight, None, n)
+
+    return _in_turn(*((call, weight) for weight in packed))
+
+
+@functools.cache
+def measure_values(m: int, n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> Measured:
+    """The same for a weight of bfloat16 or float16 values, against torch's linear."""
+    draw = torch.Generator().manual_seed(0)
+    w = torch.randn(n, k, generator=draw).to(dtype).masked_fill_(_zeros(n, k, draw), 0.0)
+    x = torch.randn(m, k, generator=draw).to(dtype)
+    return _in_turn(
+        (lambda weight: torch.nn.functional.linear(x, weight), w),
+        (lambda weight: torch.ops.tersor.linear(x, weight, None, n), pack_values(w, PATTERN)),
+    )
+
+
+def _zeros(n: int, k: int, draw: torch.Generator) -> Tensor:
+    return torch.rand(n, k // 4, 4, generator=draw).argsort(dim=-1).view(n, k) < 2
+
+
+Call = Callable[[Tensor], Tensor]
+
+
+def _in_turn(*calls: tuple[Call, Tensor]) -> Measured:
+    """The median times of two calls, each on copies of its weight that exceed the caches."""
+    rounds = [(call, _copies(weight)) for call, weight in calls]
     with torch.inference_mode():
-        calls = [
-            _round(x, _copies(pack_weight(q, activation, pattern)), n)
-            for pattern in ((0, 0), PATTERN)
-        ]
-        taken = [[call() for call in calls] for _ in range(_ROUNDS + 1)][1:]
+        taken = [[_seconds(*each) for each in rounds] for _ in range(_ROUNDS + 1)][1:]
     return Measured(*(median(column) for column in zip(*taken, strict=True)))
 
 
-def _copies(packed: Tensor) -> list[Tensor]:
-    count = math.ceil(1.5 * _last_level_cache() / packed.numel())
-    return [packed, *(packed.clone() for _ in range(count - 1))]
+def _copies(weight: Tensor) -> list[Tensor]:
+    count = math.ceil(1.5 * _last_level_cache() / weight.nbytes)
+    return [weight, *(weight.clone() for _ in range(count - 1))]
 
 
-def _round(x: Tensor, weights: list[Tensor], n: int) -> Callable[[], float]:
-    def run() -> float:
-        start = time.perf_counter()
-        for packed in weights:
-            torch.ops.tersor.linear(x, packed, None, n)
-        return (time.perf_counter() - start) / len(weights)
-
-    return run
+def _seconds(call: Call, weights: list[Tensor]) -> float:
+    start = time.perf_counter()
+    for weight in weights:
+        call(weight)
+    return (time.perf_counter() - start) / len(weights)
 
 
 def _last_level_cache() -> int:

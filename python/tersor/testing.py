@@ -19,8 +19,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tersor.oracle import assert_close, oracle, random_qweight, random_values
 from tersor.qweight import ActSpec, QSpec, QWeight
 
+__all__ = (
+    *("SHAPES", "SPARSE_SHAPES", "Case", "Kernel", "cases", "check_capsule", "check_kernel"),
+    *("kernel", "kernels_of", "assert_close", "oracle", "random_qweight", "random_values"),
+)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of enum tersor_dtype
 GUARD = 256  # bytes watched on either side of every buffer that a kernel writes
 ALIGN = 64
@@ -28,127 +33,13 @@ ABI = 1
 CAPSULE = b"tersor.kernels.v1"
 
 
-# --- the expected values -------------------------------------------------------------------------
-
-
-def oracle(
-    x: Tensor,
-    q: QWeight,
-    bias: Tensor | None = None,
-    activation: ActSpec | None = None,
-    weight_eps: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """x @ dequantize(q).T + bias in float64, and the error that a right implementation may have.
-
-    x [m, k] is float32, bfloat16 or float16; returns y and tolerance, both float64 [m, n], for a
-    result that is rounded to the dtype of x.
-
-    The bound (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1): a sum of
-    products in float32, in any order, with at most r roundings on the way of each product, is off
-    by at most r u / (1 - r u) times the sum of the absolute products, u = 2**-24. Each product
-    meets k sums, one scale per group and a few single roundings (two scales, the zero point, the
-    bias). A kernel may subtract the zero point after the sum, so a code counts as code + zero.
-    Then one rounding to the dtype of the result. `weight_eps` is for a kernel that rounds the
-    dequantized weight to 16 bits before it multiplies.
-    """
-    k, groups = q.k, q.scales.shape[1]
-    index = torch.arange(k) // (k // groups) if q.order is None else q.order.long()
-    scales = q.scales.double()[:, index]
-    midpoint = torch.full((q.n, groups), q.spec.midpoint)
-    zeros = (midpoint if q.zeros is None else q.zeros).double()[:, index]
-    weight = (q.codes.double() - zeros) * scales
-    offset = (q.codes.double() + zeros) * scales.abs()
-
-    slack: Tensor | float = 0.0
-    values = x.double()
-    if activation is not None:
-        values, uncertain = _quantize_tokens(values)
-        slack = uncertain @ weight.abs().T
-    product = values @ weight.T
-    absolute = values.abs() @ offset.T
-    if bias is not None:
-        product = product + bias.double()
-        absolute = absolute + bias.double().abs()
-
-    u = torch.finfo(torch.float32).eps / 2
-    roundings = k + groups + 8
-    # Instructions such as vdpbf16ps flush subnormal products to zero.
-    flush = k * torch.finfo(torch.float32).tiny * (1.0 + scales.abs().amax().item())
-    error = roundings * u / (1 - roundings * u) * absolute + slack + flush
-    if weight_eps:
-        error = error + weight_eps * (values.abs() @ weight.abs().T)
-    out = torch.finfo(x.dtype)
-    return product, error + out.eps / 2 * (product.abs() + error) + out.smallest_normal * out.eps
-
-
-def _quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
-    """What int8 activations stand for, [m, k], and by how much float32 arithmetic may move each.
-
-    A token's scale is absmax / 127.5; codes are rounded half to even, at most 127. In float32 the
-    quotient is off by up to four roundings, so that a value this close to half a step may go
-    either way. Where absmax / 127.5 is a power of two nothing is rounded: ties must go to even.
-    """
-    absmax = x.abs().amax(dim=1, keepdim=True)
-    scale = torch.where(absmax > 0, absmax / 127.5, torch.ones_like(absmax))
-    steps = x / scale
-    codes = torch.round(steps).clamp(max=127)  # half to even
-    exact = torch.frexp(scale).mantissa == 0.5
-    distance = (steps - torch.floor(steps) - 0.5).abs()
-    close = (distance <= 128 * 4 * torch.finfo(torch.float32).eps / 2) & ~exact
-    return codes * scale, close * scale
-
-
-def random_qweight(
-    n: int,
-    k: int,
-    spec: QSpec,
-    scale_dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-    pattern: tuple[int, int] = (0, 0),
-) -> QWeight:
-    """A random weight with every code, scales around 2**-6 and, in every seventh row, a zero
-    scale; [n, k].
-
-    pattern: (kept, of) of a symmetric weight: at most `kept` of every `of` codes are not zeros.
-    """
-    r = torch.Generator().manual_seed(seed)
-    grid = (n, spec.groups(k))
-    scales = (0.5 + torch.rand(grid, generator=r)) / 64
-    scales[6::7, 0] = 0
-    codes = torch.randint(0, spec.levels, (n, k), generator=r, dtype=torch.uint8)
-    kept, of = pattern
-    if of:
-        order = torch.rand(n, k // of, of, generator=r).argsort(dim=-1)
-        codes.masked_fill_((order >= kept).view(n, k), spec.midpoint)
-    return QWeight(
-        spec,
-        codes,
-        scales.to(scale_dtype),
-        None
-        if spec.symmetric
-        else torch.randint(0, spec.levels, grid, generator=r, dtype=torch.uint8),
-    )
-
-
-def assert_close(y: Tensor, expected: Tensor, tolerance: Tensor, what: str) -> None:
-    """AssertionError that names the worst element, unless |y - expected| <= tolerance."""
-    error = (y.double() - expected).abs()
-    bad = ~(error <= tolerance)  # also true of NaN
-    if bool(bad.any()):
-        i, j = (int(v) for v in bad.nonzero()[0])
-        raise AssertionError(
-            f"{what}: {int(bad.sum())} of {y.numel()} results are off, first [{i}, {j}] = "
-            f"{float(y[i, j])!r}, expected {float(expected[i, j])!r} "
-            f"+- {float(tolerance[i, j]):.3g}"
-        )
-
-
 # --- the cases -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Case:
-    """One request: shape m x n x k with groups of g, and how it is stored and computed."""
+    """One request: shape m x n x k with groups of g, and how it is stored and computed. bits=16:
+    values of scale_dtype and no scales, g = k."""
 
     m: int
     n: int
@@ -162,8 +53,11 @@ class Case:
     bias: bool
     pattern: tuple[int, int] = (0, 0)  # kept, of: zeros that the kernel is told of
 
-    def spec(self) -> QSpec:
-        return QSpec(self.bits, None if self.g == self.k else self.g, self.symmetric)
+    def weight(self, seed: int) -> QWeight | Tensor:
+        if self.bits == 16:
+            return random_values(self.n, self.k, self.scale_dtype, seed, self.pattern)
+        spec = QSpec(self.bits, None if self.g == self.k else self.g, self.symmetric)
+        return random_qweight(self.n, self.k, spec, self.scale_dtype, seed, self.pattern)
 
 
 # Every dimension below, at and above the widths of registers and tiles, and ragged tails.
@@ -202,6 +96,9 @@ def cases(shapes: Iterable[Shape] = SHAPES, sparse: Iterable[Shape] = ()) -> Ite
         scale_dtype, bias = next(turn)
         yield Case(m, n, k, g, bits, True, activation, dtype, scale_dtype, bias, (2, 4))
         next(turn)
+    for (m, n, k, _), values, dtype in itertools.product(sparse, DTYPES[1:], DTYPES):
+        bias = next(turn)[1]
+        yield Case(m, n, k, k, 16, True, None, dtype, values, bias, (2, 4))
 
 
 # --- kernel.h, seen from Python ------------------------------------------------------------------
@@ -355,15 +252,15 @@ class _Run:
             case.n, case.k, case.g, case.bits, int(not case.symmetric),
             DTYPES.index(case.scale_dtype), int(case.activation is not None), *case.pattern,
         )  # fmt: skip
-        self.q = random_qweight(case.n, case.k, case.spec(), case.scale_dtype, seed, case.pattern)
-        zero = self.q.codes == self.q.spec.midpoint
+        self.q = case.weight(seed)
         r = torch.Generator().manual_seed(seed)
         self.x = torch.randn(case.m, case.k, generator=r).to(case.dtype)
         self.bias = torch.randn(case.n, generator=r) if case.bias else None
         if seed % 4 == 3:  # the largest sums there are: integer accumulators must not saturate
-            self.q.codes.fill_(self.q.spec.levels - 1)
-            if case.pattern[1]:
-                self.q.codes.masked_fill_(zero, self.q.spec.midpoint)
+            if isinstance(self.q, QWeight):
+                zero = self.q.codes == self.q.spec.midpoint if case.pattern[1] else torch.tensor(0)
+                self.q.codes.fill_(self.q.spec.levels - 1)
+                self.q.codes.masked_fill_(zero.bool(), self.q.spec.midpoint)
             self.x = torch.where(self.x < 0, -1.0, 1.0).to(case.dtype)
             self.x[0] = 1.0
         elif case.m > 2:
@@ -379,10 +276,15 @@ class _Run:
     def what(self) -> str:
         return f"{self.entry.name.decode()} at {self.case}"
 
+    def parts(self) -> dict[str, Tensor | None]:
+        """What a tersor_view points to."""
+        if isinstance(self.q, Tensor):
+            return {"codes": self.q, "scales": None, "zeros": None}
+        return {"codes": self.q.codes, "scales": self.q.scales, "zeros": self.q.zeros}
+
     def packed(self, fill: int, bounds: list[int]) -> _Buffer:
         packed = _Buffer(self.entry.packed_bytes(self.spec), fill)
-        zeros = None if self.q.zeros is None else self.q.zeros.data_ptr()
-        view = _View(self.q.codes.data_ptr(), self.q.scales.data_ptr(), zeros)
+        view = _View(*(None if part is None else part.data_ptr() for part in self.parts().values()))
         for begin, end in itertools.pairwise(bounds):
             self.entry.pack(self.spec, view, packed.pointer, begin, end)
         packed.check(f"{self.what()}: pack")
@@ -421,24 +323,16 @@ class _Run:
     def check_pack(self) -> None:
         n, step = self.case.n, self.entry.column_step
         packed = self.packed(0xA5, self.bounds(n, step, self.seed))
-        codes = _Buffer(self.q.codes.numel(), 0xEE)
-        scales = _Buffer(self.q.scales.numel() * self.q.scales.itemsize, 0xEE)
-        zeros = _Buffer(self.q.scales.numel(), 0xEE)
-        view = _View(codes.pointer, scales.pointer, None if self.q.zeros is None else zeros.pointer)
+        parts = {name: part for name, part in self.parts().items() if part is not None}
+        buffers = {name: _Buffer(part.nbytes, 0xEE) for name, part in parts.items()}
+        view = _View(**{name: buffer.pointer for name, buffer in buffers.items()})
         for begin, end in itertools.pairwise(self.bounds(n, step, self.seed + 1)):
             self.entry.unpack(self.spec, packed.pointer, view, begin, end)
-        found: list[tuple[str, _Buffer, Tensor | None]] = [
-            ("codes", codes, self.q.codes),
-            ("scales", scales, self.q.scales),
-            ("zeros", zeros, self.q.zeros),
-        ]
-        for name, buffer, expected in found:
-            buffer.check(f"{self.what()}: unpack of {name}")
-            if expected is not None:
-                same = torch.equal(
-                    buffer.view(torch.uint8, -1), expected.view(torch.uint8).flatten()
-                )
-                assert same, f"{self.what()}: unpack does not give back the {name}"
+        for name, expected in parts.items():
+            buffers[name].check(f"{self.what()}: unpack of {name}")
+            found = buffers[name].view(torch.uint8, -1)
+            same = torch.equal(found, expected.view(torch.uint8).flatten())
+            assert same, f"{self.what()}: unpack does not give back the {name}"
 
     def check_results(self, weight_eps: float) -> None:
         whole = self.packed(0xFF, [0, self.case.n])

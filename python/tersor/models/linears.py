@@ -13,16 +13,17 @@ from tersor.models.arch import Arch, Experts, spellings
 Activation = Callable[[Tensor], Tensor]
 
 
-def plain_linears(root: nn.Module, arch: Arch) -> None:
+def plain_linears(root: nn.Module, arch: Arch, conv1d: bool = True) -> None:
     """Replace, in place, every Conv1D and every fused experts module under root by nn.Linear.
 
+    conv1d: False leaves Conv1D as it is, so that what is saved of it stays [in, out].
     root: a model or a block, with real weights or on the meta device. Its outputs stay the same
     (up to the order of summation), the paths of Conv1D modules too. Doing it twice is harmless.
     Tensors of the checkpoint are matched to the new parameters by models.names.stored.
     """
     fused = spellings(arch.experts.module, arch.aliases) if arch.experts else []
     for path, module in list(root.named_modules()):
-        if is_conv1d(module):
+        if is_conv1d(module) and conv1d:
             _replace(root, path, linear_from_conv1d(module))
         elif any(f".{path}".endswith(f".{name}") for name in fused) and is_fused(module):
             assert arch.experts is not None  # or `fused` is empty

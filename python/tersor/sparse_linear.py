@@ -1,0 +1,111 @@
+"""SparseLinear: a linear layer over a 2:4 weight in 16 bits, in place of torch.nn.Linear."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tersor import sparse
+from tersor.errors import TersorError
+from tersor.kernels import keeps_pattern, pack_values, packed_spec, unpack_values
+from tersor.packed_linear import PackedLinear
+
+
+class SparseLinear(PackedLinear):
+    """y = x @ W.T + bias on a native kernel that leaves zeros out: 8.75 bits a weight.
+
+    weight: bfloat16 or float16 [n, k], k divisible by 128, of every four columns at most two not
+        zero. On the meta device only its shape is kept, to be loaded later.
+    bias: floating point [n], or None.
+
+    W and bias are frozen. state_dict() holds the dense `weight` and `bias` of an nn.Linear, exactly
+    as they were but for the sign of zeros, and load_state_dict() takes them.
+    """
+
+    _awaited: Tensor | None  # on meta, until a weight is loaded
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        if weight.dim() != 2:
+            raise TersorError(f"a weight is [n, k], not {list(weight.shape)}")
+        n, k = weight.shape
+        super().__init__(n, k, weight.dtype)
+        self._set_weight(weight)
+        if bias is not None:
+            self._set_bias(bias)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear) -> SparseLinear:
+        """TersorError where the weight has no 2:4 zeros, or is in a dtype without a kernel."""
+        if not isinstance(linear, nn.Linear):
+            raise TersorError(f"from_linear takes an nn.Linear, not {type(linear).__name__}")
+        return cls(linear.weight.detach(), linear.bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, [n, k]; unpacked for every use, and frozen."""
+        if self._awaited is not None:
+            return self._awaited
+        if not self.packed.numel():
+            self._refuse()
+        return unpack_values(self.packed)
+
+    def extra_repr(self) -> str:
+        layout = packed_spec(self.packed)["layout"] if self.packed.numel() else "no weight yet"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, 2:4 {str(self.dtype).removeprefix('torch.')}, {layout}"
+        )
+
+    def _set_weight(self, weight: Tensor) -> None:
+        self._check_place(weight)
+        self._awaited = weight if weight.is_meta else None
+        if weight.is_meta:
+            self.packed = torch.empty(0, dtype=torch.uint8, device="meta")
+        else:
+            self.packed = pack_values(weight, sparse.PATTERN)
+
+    def _names(self) -> tuple[str, ...]:
+        return ("weight",)
+
+    def _portable(self) -> dict[str, Tensor]:
+        return {"weight": self.weight}
+
+    def _take(self, tensors: dict[str, Tensor]) -> None:
+        weight = tensors["weight"]
+        if weight.shape != (self.out_features, self.in_features):
+            raise TersorError(
+                f"the weight is {list(weight.shape)}, the layer {self.out_features} x "
+                f"{self.in_features}; load it into a layer of its own size"
+            )
+        self._set_weight(weight)
+
+
+def swap_sparse_linears(model: nn.Module) -> dict[str, str]:
+    """Puts a SparseLinear in the place of each nn.Linear with a 2:4 weight in bfloat16 or float16
+    for which the kernel is faster here (see tersor.use_sparse). For inference: what is swapped is
+    frozen. Weights that several modules share stay.
+
+    Returns the path of every linear with a 2:4 weight, and what became of it: "swapped", or the
+    reason why not.
+    """
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    found: dict[str, str] = {}
+    for path, module in list(model.named_modules()):
+        if type(module) is not nn.Linear or not is_sparse(module.weight):
+            continue
+        reason = sparse.refusal(module.weight)
+        if owners[id(module.weight)] > 1:
+            reason = "shares its weight with another module"
+        if reason is None:
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, SparseLinear.from_linear(module))
+        found[path] = reason or "swapped"
+    return found
+
+
+def is_sparse(weight: Tensor) -> bool:
+    """Whether a weight has 2:4 zeros and is in a dtype that has a kernel for them."""
+    return weight.dtype in sparse.VALUES and keeps_pattern(weight, *sparse.PATTERN)
