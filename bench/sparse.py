@@ -19,7 +19,7 @@ from rich.table import Table
 import limits
 import machine
 from tersor import sparse
-from tersor.kernels import pack_weight
+from tersor.kernels import PATTERN, pack_weight
 from tersor.qweight import ActSpec, QSpec
 from tersor.testing import random_qweight
 
@@ -36,10 +36,10 @@ MODES = {
 def measure(n: int, k: int, tokens: tuple[int, ...]) -> list[dict[str, Any]]:
     rows = []
     for mode, (spec, activation) in MODES.items():
-        q = random_qweight(n, k, spec, torch.bfloat16, 0, sparse.PATTERN)
+        q = random_qweight(n, k, spec, torch.bfloat16, 0, PATTERN)
         nbytes = {
             name: pack_weight(q, activation, pattern).numel()
-            for name, pattern in (("dense", (0, 0)), ("sparse", sparse.PATTERN))
+            for name, pattern in (("dense", (0, 0)), ("sparse", PATTERN))
         }
         for m in tokens:
             found = sparse.measure(m, n, k, spec, activation)

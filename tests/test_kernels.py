@@ -75,25 +75,29 @@ def test_sums_are_split_where_they_would_overflow(name):
     # One scale for more columns than are summed in an integer, at the largest values there are;
     # 4096 is where a row is cut, 9001 leaves a ragged end.
     shapes = [(1, 17, k, k) for k in (4095, 4096, 4097, 9001)] + [(5, 40, 16384, 8192)]
-    requests = [
-        Case(m, n, k, g, bits, symmetric, activation, dtype, torch.float32, False)
-        for m, n, k, g in shapes
-        for bits in (4, 8)
-        for symmetric in (True, False)
-        for activation in (None, ActSpec())
-        for dtype in DTYPES[:2]
-    ] + [
-        Case(m, 17, k, k, bits, True, activation, dtype, torch.float32, False, (2, 4))
-        for m, k in ((1, 4096), (1, 8192), (9, 8192), (2, 4224))
-        for bits in (4, 8)
-        for activation in (None, ActSpec())
-        for dtype in DTYPES[:2]
-    ] + [  # 1024 is where a row of values is cut
-        Case(m, 17, k, k, 16, True, None, dtype, values, False, (2, 4))
-        for m, k in ((1, 1024), (9, 1152), (2, 4224))
-        for values in DTYPES[1:]
-        for dtype in DTYPES[:2]
-    ]
+    requests = (
+        [
+            Case(m, n, k, g, bits, symmetric, activation, dtype, torch.float32, False)
+            for m, n, k, g in shapes
+            for bits in (4, 8)
+            for symmetric in (True, False)
+            for activation in (None, ActSpec())
+            for dtype in DTYPES[:2]
+        ]
+        + [
+            Case(m, 17, k, k, bits, True, activation, dtype, torch.float32, False, (2, 4))
+            for m, k in ((1, 4096), (1, 8192), (9, 8192), (2, 4224))
+            for bits in (4, 8)
+            for activation in (None, ActSpec())
+            for dtype in DTYPES[:2]
+        ]
+        + [  # 1024 is where a row of values is cut
+            Case(m, 17, k, k, 16, True, None, dtype, values, False, (2, 4))
+            for m, k in ((1, 1024), (9, 1152), (2, 4224))
+            for values in DTYPES[1:]
+            for dtype in DTYPES[:2]
+        ]
+    )
     testing.check_kernel(usable(name), requests=requests)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from tersor import _core, sparse
 from tersor.errors import TersorError
-from tersor.kernels import keeps_pattern, pack_weight, packed_spec, unpack_weight
+from tersor.kernels import PATTERN, keeps_pattern, pack_weight, packed_spec, unpack_weight
 from tersor.linear import QuantLinear
 from tersor.qweight import ActSpec, QSpec, QWeight
 from tersor.sparse import Measured
@@ -64,7 +64,7 @@ def test_zeros_are_left_out_and_come_back(bits: int, activation: ActSpec | None)
 
 
 def test_four_bits_take_less_than_three() -> None:
-    packed = pack_weight(weight(n=1024, k=4096), None, sparse.PATTERN)
+    packed = pack_weight(weight(n=1024, k=4096), None, PATTERN)
     assert 8 * packed.numel() / (1024 * 4096) < 2.9
 
 

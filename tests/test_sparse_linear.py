@@ -14,7 +14,7 @@ import tersor
 import tiny
 from tersor import sparse
 from tersor.errors import TersorError
-from tersor.kernels import pack_values, packed_spec, unpack_values, unpack_weight
+from tersor.kernels import PATTERN, pack_values, packed_spec, unpack_values, unpack_weight
 from tersor.qweight import QSpec, QWeight
 from tersor.sparse import Measured
 from tersor.sparse_linear import SparseLinear, swap_sparse_linears
@@ -53,7 +53,7 @@ def test_against_float64(dtype: torch.dtype, x_dtype: torch.dtype) -> None:
 
 
 def test_takes_half_of_the_bytes() -> None:
-    packed = pack_values(random_values(1024, 4096, BF16), sparse.PATTERN)
+    packed = pack_values(random_values(1024, 4096, BF16), PATTERN)
     assert 8 * packed.numel() / (1024 * 4096) < 8.8
 
 
@@ -62,7 +62,7 @@ def test_values_come_back_but_for_the_sign_of_zeros() -> None:
         w = random_values(37, 384, dtype)
         w[3, 7] = -0.0 if w[3, 7] == 0 else w[3, 7]
         w[5, :8] = torch.tensor([1e-30, 0, 0, -0.0, 0, float("inf"), float("nan"), 0])
-        back = unpack_values(pack_values(w, sparse.PATTERN))
+        back = unpack_values(pack_values(w, PATTERN))
         assert torch.equal(torch.nan_to_num(back), torch.nan_to_num(w))
         zero = back.view(torch.int16)[back == 0]
         assert not zero.any()

@@ -256,7 +256,7 @@ inline __m256i broadcast_unit(const void* bytes) {
   return _mm256_set1_epi64x(word);
 }
 
-constexpr int64_t kFew = 4;  // tokens, up to which picking is cheaper than expanding
+constexpr int64_t kFew = 8;  // tokens, up to which picking is cheaper than expanding
 
 template <int BITS>
 struct SparseA8 : Avx2 {

@@ -13,7 +13,7 @@
 
 namespace {
 
-constexpr int64_t kExpandedTokens = 64;  // that one expansion serves
+constexpr int64_t kExpandedTokens = 256;  // that one expansion serves, at most
 
 // The byte of a dense word, for column j of a four with this pattern: which of its two codes, or
 // 0x80 where it is zero (what pshufb takes for a zero).
@@ -84,8 +84,11 @@ void multiply_expanded(const tersor_args* args, int64_t begin, int64_t end) {
   alignas(64) uint8_t lines[NU / kPerTile][kTileBytes];
   alignas(64) float totals[kExpandedTokens * NU * Op::kLanes];
 
-  for (int64_t from = 0; from < c.a.m; from += kExpandedTokens) {
-    const int64_t tokens = smaller(kExpandedTokens, c.a.m - from);
+  const int64_t fitting = kTokenBlockBytes / c.prepared.stride;
+  const int64_t token_block = smaller(kExpandedTokens, fitting > MR ? fitting : MR);
+
+  for (int64_t from = 0; from < c.a.m; from += token_block) {
+    const int64_t tokens = smaller(token_block, c.a.m - from);
     const int64_t parts = ceil_div(tokens, MR);
     const auto size_of = [&](int64_t part) { return tokens / parts + (part < tokens % parts); };
     for (int64_t unit = first; unit < last; unit += NU) {

@@ -33,6 +33,7 @@ EXAMPLES = {
     "inspect": "tersor inspect ./Llama-3.2-1B-INT4",
     "generate": 'tersor generate ./Llama-3.2-1B-INT4 "Once upon a time"',
     "kernels": "tersor kernels --shape 1 4096 4096 --activations int8",
+    "bench": "tersor bench --shape 4096 4096 --tokens 1 8",
     "demo": "tersor demo",
 }
 
@@ -260,6 +261,35 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     add = command(
+        "bench", commands.bench, "time linear layers here: torch's, quantized, with 2:4 zeros"
+    ).add_argument
+    add("model", metavar="MODEL", nargs="?", help="folder with config.json: its linears are timed")
+    add(
+        "--shape",
+        nargs=2,
+        type=_whole(1),
+        metavar=("N", "K"),
+        help="output and input features of a linear, in place of a model",
+    )
+    add(
+        "--tokens",
+        nargs="+",
+        type=_whole(1),
+        default=[1, 8, 128],
+        metavar="M",
+        help="tokens in a call; default: 1 8 128",
+    )
+    add(
+        "--group",
+        type=_group,
+        default=128,
+        metavar="N",
+        help="columns that share a scale, or 'row'; default: 128",
+    )
+    add("--dtype", default="bfloat16", choices=DTYPES[1:], help="of inputs; default: bfloat16")
+    add("--json", action="store_true", help="print JSON instead of tables")
+
+    add = command(
         "demo", commands.demo, "train a small model, quantize it, and show what it costs and gains"
     ).add_argument
     add("--json", type=Path, metavar="FILE", help="write all figures to a file")
@@ -272,6 +302,11 @@ def _add_files(sub: Parser) -> None:
     add("--out", metavar="DIR", required=True, help="folder to make")
     add("--ignore", nargs="+", default=[], metavar="GLOB", help="modules to leave as they are")
     add("--strict", action="store_true", help="fail if a module cannot be treated as asked")
+    add(
+        "--speed",
+        action="store_true",
+        help="measure tokens per second before and after; both models are loaded whole for it",
+    )
 
 
 def _add_grid(sub: Parser) -> None:

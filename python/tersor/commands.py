@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def quantize(args: argparse.Namespace) -> None:
-    _check_output(args.out)
+    _check_files(args)
 
     from tersor.solvers import SOLVERS
 
@@ -40,7 +40,7 @@ def quantize(args: argparse.Namespace) -> None:
 
 
 def prune(args: argparse.Namespace) -> None:
-    _check_output(args.out)
+    _check_files(args)
     if args.structured is not None:
         _shrink(args)
         return
@@ -135,6 +135,35 @@ def _rest(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _measure_speed(args: argparse.Namespace) -> None:
+    """Of the model that went in and of what came out, in turn; into the timings of the folder."""
+    import json
+    from dataclasses import asdict
+
+    import torch
+
+    from tersor.durable import durable
+    from tersor.evaluate import measure_speed
+    from tersor.report import TIMINGS
+
+    models = {"before": _load_model(args.model), "after": _load_model(args.out)}
+    vocabulary = models["before"].config.get_text_config().vocab_size
+    prompt = torch.randint(vocabulary, (1, 512), generator=torch.Generator().manual_seed(0))
+    speeds = measure_speed(models, prompt)
+    path = Path(args.out) / TIMINGS
+    content = json.loads(path.read_bytes())
+    content["speed"] = {name: asdict(speed) for name, speed in speeds.items()}
+    with durable(path) as file:
+        file.write((json.dumps(content, indent=2) + "\n").encode())
+    before, after = speeds["before"], speeds["after"]
+    _console().print(
+        f"prefill {before.prefill:.0f} -> {after.prefill:.0f} tokens/s ({before.prompt} tokens), "
+        f"decode {before.decode:.1f} -> {after.decode:.1f} tokens/s, "
+        f"{before.weights / 1e6:.1f} -> {after.weights / 1e6:.1f} MB of weights in memory",
+        highlight=False,
+    )
+
+
 def _show(args: argparse.Namespace, report: Report, result: str) -> None:
     from tersor.report import table
 
@@ -148,16 +177,21 @@ def _show(args: argparse.Namespace, report: Report, result: str) -> None:
         f"{result}; details in tersor_report.json",
         highlight=False,
     )
+    if args.speed:
+        _measure_speed(args)
 
 
-def _check_output(out: str) -> None:
+def _check_files(args: argparse.Namespace) -> None:
     """The commonest mistakes, before seconds of imports. Beside a folder that an unfinished run has
     left, only the writer can tell."""
+    out: str = args.out
     path = Path(os.path.abspath(out))
     if not path.name:
         raise TersorError(f"--out {out} is the root of all files; name a new folder")
     if os.path.lexists(out) and not path.with_name(f"{path.name}.partial").exists():
         raise TersorError(f"{out} exists already; remove it or choose another output folder")
+    if args.speed:
+        _check_config(args.model)
 
 
 def _solver(
@@ -281,7 +315,7 @@ def kernels(args: argparse.Namespace) -> None:
         m, n, k = args.shape
         spec = QSpec(args.bits, args.group, symmetric=not args.asymmetric)
         activation = ActSpec() if args.activations else None
-        dtype, pattern = getattr(torch, args.dtype), sparse.PATTERN if args.pattern else (0, 0)
+        dtype, pattern = getattr(torch, args.dtype), native.PATTERN if args.pattern else (0, 0)
         if args.pattern:
             Sparsity.parse(args.pattern).check(k)
         reasons = dict(native.explain(m, n, k, spec, activation, dtype, pattern=pattern))
@@ -311,6 +345,37 @@ def kernels(args: argparse.Namespace) -> None:
     out = _console()
     out.print(sentence, highlight=False)
     out.print(shown)
+
+
+def bench(args: argparse.Namespace) -> None:
+    if (args.model is None) == (args.shape is None):
+        raise TersorError("give a model or --shape N K, one of the two")
+
+    import json
+
+    import torch
+
+    from tersor import timing
+    from tersor.kernels import thread_count
+
+    threads = thread_count()
+    shapes = {tuple(args.shape): 1} if args.shape else timing.shapes_of(args.model)
+    dtype, results = getattr(torch, args.dtype), []
+    for (n, k), count in shapes.items():
+        rows = timing.compare(n, k, args.tokens, args.group, dtype)
+        results.append(timing.to_dict(n, k, rows) | {"linears": count})
+        if not args.json:
+            title = f"{n} x {k}, {count} in the model" if args.model else f"{n} x {k}"
+            _console().print(timing.table(title, rows))
+    if args.json:
+        print(json.dumps({"threads": threads, "dtype": args.dtype, "shapes": results}, indent=2))
+    else:
+        on = f"{threads} thread{'s' * (threads > 1)}"
+        _console().print(
+            f"On {on}; weights come from memory. A weight with 2:4 zeros is loaded into the kernel "
+            "that leaves them out where that is faster for 1 token.",
+            highlight=False,
+        )
 
 
 def demo(args: argparse.Namespace) -> None:

@@ -25,6 +25,7 @@ from tersor.qweight import ActSpec, QSpec, QWeight
 
 ENTRY_POINT = "tersor.kernels"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of enum tersor_dtype
+PATTERN = (2, 4)  # kept, of: the zeros that kernels of this package know how to leave out
 _ROWS = 1024  # of a weight that are dequantized at once in the backward pass
 
 

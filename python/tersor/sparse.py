@@ -4,24 +4,18 @@ on this machine, for the shape at hand. The dense one of 16-bit values is torch'
 from __future__ import annotations
 
 import functools
-import math
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from statistics import median
 
 import torch
 from torch import Tensor
 
+from tersor import timing
 from tersor.errors import TersorError
-from tersor.kernels import explain, explain_values, keeps_pattern, pack_values, pack_weight
+from tersor.kernels import PATTERN, explain, explain_values, keeps_pattern
 from tersor.qweight import ActSpec, QSpec, QWeight
 
-PATTERN = (2, 4)  # kept, of: the one that kernels of this package know
 VALUES = (torch.bfloat16, torch.float16)  # in which a weight may be without being quantized
 CHOICES = ("auto", "always", "never")
-_ROUNDS = 7
 _choice = "auto"
 
 
@@ -93,63 +87,16 @@ def measure(
     activation: ActSpec | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Measured:
-    """Both kernels in turn, on copies of a random weight that together exceed the caches, as the
-    layers of a model do."""
-    draw = torch.Generator().manual_seed(0)
-    codes = torch.randint(spec.levels, (n, k), dtype=torch.uint8, generator=draw)
-    codes.masked_fill_(_zeros(n, k, draw), spec.midpoint)
-    q = QWeight(spec, codes, torch.full((n, spec.groups(k)), 0.01, dtype=torch.bfloat16))
-    x = torch.randn(m, k, generator=draw).to(dtype)
-    packed = [pack_weight(q, activation, pattern) for pattern in ((0, 0), PATTERN)]
-
-    def call(weight: Tensor) -> Tensor:
-        return torch.ops.tersor.linear(x, weight, None, n)
-
-    return _in_turn(*((call, weight) for weight in packed))
+    """Both kernels in turn, on a random weight."""
+    weight = timing.random_qweight(n, k, spec)
+    x = torch.randn(m, k, generator=torch.Generator().manual_seed(0)).to(dtype)
+    calls = [timing.quantized_call(x, weight, activation, each) for each in ((0, 0), PATTERN)]
+    return Measured(*timing.in_turn(*calls))
 
 
 @functools.cache
 def measure_values(m: int, n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> Measured:
     """The same for a weight of bfloat16 or float16 values, against torch's linear."""
-    draw = torch.Generator().manual_seed(0)
-    w = torch.randn(n, k, generator=draw).to(dtype).masked_fill_(_zeros(n, k, draw), 0.0)
-    x = torch.randn(m, k, generator=draw).to(dtype)
-    return _in_turn(
-        (lambda weight: torch.nn.functional.linear(x, weight), w),
-        (lambda weight: torch.ops.tersor.linear(x, weight, None, n), pack_values(w, PATTERN)),
-    )
-
-
-def _zeros(n: int, k: int, draw: torch.Generator) -> Tensor:
-    return torch.rand(n, k // 4, 4, generator=draw).argsort(dim=-1).view(n, k) < 2
-
-
-Call = Callable[[Tensor], Tensor]
-
-
-def _in_turn(*calls: tuple[Call, Tensor]) -> Measured:
-    """The median times of two calls, each on copies of its weight that exceed the caches."""
-    rounds = [(call, _copies(weight)) for call, weight in calls]
-    with torch.inference_mode():
-        taken = [[_seconds(*each) for each in rounds] for _ in range(_ROUNDS + 1)][1:]
-    return Measured(*(median(column) for column in zip(*taken, strict=True)))
-
-
-def _copies(weight: Tensor) -> list[Tensor]:
-    count = math.ceil(1.5 * _last_level_cache() / weight.nbytes)
-    return [weight, *(weight.clone() for _ in range(count - 1))]
-
-
-def _seconds(call: Call, weights: list[Tensor]) -> float:
-    start = time.perf_counter()
-    for weight in weights:
-        call(weight)
-    return (time.perf_counter() - start) / len(weights)
-
-
-def _last_level_cache() -> int:
-    """Bytes; 32 MB where the system does not say."""
-    units = {"K": 1 << 10, "M": 1 << 20}
-    files = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
-    sizes = [path.read_text(encoding="ascii").strip() for path in files]
-    return max((int(s[:-1]) * units[s[-1]] for s in sizes if s[-1:] in units), default=32 << 20)
+    w = timing.random_values(n, k, dtype)
+    x = torch.randn(m, k, generator=torch.Generator().manual_seed(0)).to(dtype)
+    return Measured(*timing.in_turn(timing.torch_call(x, w), timing.sparse_call(x, w)))

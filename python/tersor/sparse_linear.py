@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from tersor import sparse
 from tersor.errors import TersorError
-from tersor.kernels import keeps_pattern, pack_values, packed_spec, unpack_values
+from tersor.kernels import PATTERN, keeps_pattern, pack_values, packed_spec, unpack_values
 from tersor.packed_linear import PackedLinear
 
 
@@ -62,7 +62,7 @@ class SparseLinear(PackedLinear):
         if weight.is_meta:
             self.packed = torch.empty(0, dtype=torch.uint8, device="meta")
         else:
-            self.packed = pack_values(weight, sparse.PATTERN)
+            self.packed = pack_values(weight, PATTERN)
 
     def _names(self) -> tuple[str, ...]:
         return ("weight",)
@@ -108,4 +108,4 @@ def swap_sparse_linears(model: nn.Module) -> dict[str, str]:
 
 def is_sparse(weight: Tensor) -> bool:
     """Whether a weight has 2:4 zeros and is in a dtype that has a kernel for them."""
-    return weight.dtype in sparse.VALUES and keeps_pattern(weight, *sparse.PATTERN)
+    return weight.dtype in sparse.VALUES and keeps_pattern(weight, *PATTERN)
