@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tersor.shrink import shrink_checkpoint
     from tersor.solvers import GPTQ, RTN, Magnitude, SparseGPT, Wanda
     from tersor.sparsity import Sparsity
+    from tersor.tokens import prune_tokens
 
 _HOME = {  # module of each public name
     "TersorError": "errors",
@@ -43,6 +44,7 @@ _HOME = {  # module of each public name
     "quantize_model": "inmemory",
     "prune_model": "inmemory",
     "swap_linears": "inmemory",
+    "prune_tokens": "tokens",
 }
 
 __all__ = [
@@ -64,6 +66,7 @@ __all__ = [
     "load",
     "prune_checkpoint",
     "prune_model",
+    "prune_tokens",
     "quantize_checkpoint",
     "quantize_model",
     "shrink_checkpoint",
