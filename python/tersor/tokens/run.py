@@ -306,7 +306,7 @@ class Run:
             else:
                 hidden = _put(prompt.whole, prompt.slots, hidden)
                 owner = prompt.owner
-                for _ in prompt.cuts:  # what took a token in may itself have been taken in
+                for _ in prompt.cuts[1:]:  # what took a token in may itself have been taken in
                     owner = owner.gather(1, owner)
                 hidden = hidden.gather(1, owner[..., None].expand(-1, -1, hidden.shape[2]))
         counts = [prompt.tokens, *(slots.shape[1] for _, slots in prompt.cuts)]
