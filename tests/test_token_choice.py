@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import tersor
 from tersor.tokens.choice import attention_received, choose, first_of, last_of, merge
+
+if TYPE_CHECKING:
+    from tersor.demo_model import DemoModel
 
 
 def scores_by_hand(
@@ -103,3 +107,27 @@ def test_merging_by_hand(causal: bool) -> None:
             mean = (w[:, None] * hidden[row, inside]).sum(0) / w.sum()
             torch.testing.assert_close(states[row, place], mean)
     assert dropped == (5 if causal else 3)  # 3 of padding
+
+
+def test_attention_beats_chance(demo_model: DemoModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a trained model: without the least attended quarter of a prompt, predictions behind it
+    stay closer to those of the whole prompt than without a quarter drawn at random."""
+    from tersor import demo
+
+    model: Any = demo.original(demo_model)
+    ids = demo.held_out_windows(demo_model)["code"][:32].view(16, -1)[:, :448]
+
+    def predicted(share: float) -> Tensor:
+        with tersor.prune_tokens(model, {1: share}), torch.no_grad():
+            cache = model(ids[:, :384], logits_to_keep=1).past_key_values
+            return model(ids[:, 384:], past_key_values=cache).logits.double().log_softmax(-1)
+
+    def at_random(query: Tensor, key: Tensor, slots: Tensor, *_: Any, **__: Any) -> Tensor:
+        return torch.rand(slots.shape, generator=draw)
+
+    draw = torch.manual_seed(0)
+    whole, by_attention = predicted(1e-9), predicted(0.25)
+    monkeypatch.setattr("tersor.tokens.run.attention_received", at_random)
+    chance = predicted(0.25)
+    near, far = ((whole.exp() * (whole - p)).sum(-1).mean() for p in (by_attention, chance))
+    assert 0 < near < far

@@ -23,15 +23,13 @@ def visible(
     window: a query sees the keys less than so many slots behind it.
     Every token sees itself, padding too, so that no row of a softmax is empty.
     """
-    distance = queries[:, :, None] - keys[:, None, :]
-    mask = torch.ones_like(distance, dtype=torch.bool)
-    if causal:
-        mask &= distance >= 0
+    q, k = queries[:, :, None], keys[:, None, :]
+    mask = k <= q if causal else (k >= 0).expand(-1, queries.shape[1], -1)
     if window is not None:
-        mask &= distance < window
+        mask = mask & (k > q - window)
     if real is not None:
-        mask &= real.gather(1, keys)[:, None, :]
-    return (mask | (distance == 0)).unsqueeze(1)
+        mask = mask & real.gather(1, keys)[:, None, :]
+    return (mask | (k == q)).unsqueeze(1)
 
 
 def first_of(real: Tensor, count: int) -> Tensor:

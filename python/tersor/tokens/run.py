@@ -37,8 +37,8 @@ from tersor.tokens.choice import (
 class TokenReport:
     """What has been pruned so far.
 
-    prompts: how many inputs (batches) lost tokens, of any length. passed: how many did not, being
-        shorter than min_tokens.
+    prompts: inputs (batches) that were pruned. passed: those that were not, being shorter than
+        min_tokens.
     counts: of the last pruned input, layer -> tokens of a row before and after it.
     kept: of the last pruned input, layer -> slots that were left after it, int64 [batch, tokens],
         ascending; slots count every place of the input, padding too, from 0.
@@ -96,11 +96,12 @@ class Run:
         check_attention(model, self.blocks[0])
         self.prompts: WeakKeyDictionary[Any, Prompt] = WeakKeyDictionary()  # by cache
         # The pass: what it prunes or has pruned, whether it is the one that prunes, the slots that
-        # were read before it, and the padding up to its end (None: there is none).
+        # were read before it, the padding up to its end (None: there is none), and masks in use.
         self.prompt: Prompt | None = None
         self.reading = False
         self.past = 0
         self.real: Tensor | None = None
+        self.masks: dict[tuple[int, int, int | None], Tensor] = {}
         self.mask: Any = None
         self.labels = False
 
@@ -147,6 +148,7 @@ class Run:
         mask, self.mask = self.mask, None
         labels, self.labels = self.labels, False
         self.prompt, self.reading = None, False
+        self.masks.clear()
         if self.model.training:
             raise TersorError("token pruning is for a model in evaluation mode; call model.eval()")
         cache = next((c for c in (*args, *kwargs.values()) if hasattr(c, "get_seq_length")), None)
@@ -188,7 +190,7 @@ class Run:
                 raise TersorError(
                     f"of an input of {tokens} tokens {count} would be left after layer {layer}, "
                     f"fewer than keep_first + keep_last = {kept}; lower those or the shares, or "
-                    f"raise min_tokens above {tokens}"
+                    f"leave inputs so short as they are (min_tokens)"
                 )
         slots = torch.arange(tokens, device=hidden.device).repeat(rows, 1)
         real = torch.ones_like(slots, dtype=torch.bool) if self.real is None else self.real
@@ -252,11 +254,14 @@ class Run:
         shape = self.causal and count > 1 and (eager or count != key.shape[2])
         if self.real is None and not narrow and not shape:
             return None
-        seen = visible(here, slots, self.real, self.causal, window)
-        if not eager:
-            return seen
-        lowest = torch.finfo(query.dtype).min
-        return torch.zeros_like(seen, dtype=query.dtype).masked_fill(~seen, lowest)
+        same = here.shape[1], slots.shape[1], window  # for all layers between two cuts
+        if same not in self.masks:
+            mask = visible(here, slots, self.real, self.causal, window)
+            if eager:
+                lowest = torch.finfo(query.dtype).min
+                mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, lowest)
+            self.masks[same] = mask
+        return self.masks[same]
 
     def after_block(self, layer: int, _: nn.Module, args: Any, output: Any) -> Any:
         prompt = self.prompt
@@ -314,6 +319,7 @@ class Run:
         self.report.kept = dict(prompt.cuts)
         self.report.counts = dict(zip(prompt.left, pairwise(counts), strict=True))
         prompt.whole = prompt.scores = None
+        self.masks.clear()
         self.reading = False
         return hidden
 
