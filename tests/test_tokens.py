@@ -431,6 +431,7 @@ def test_bad_models() -> None:
 
     refused(nn.Linear(3, 3), "models of transformers, not Linear")
     refused(decoder("llama").train(), "call model.eval")
+    refused(tiny.model("llama", num_hidden_layers=0), "no layers to prune tokens after")
     t5 = AutoConfig.for_model("t5", d_model=16, d_kv=8, num_layers=2, num_heads=2, vocab_size=50)
     refused(transformers.T5ForConditionalGeneration(t5).eval(), "an encoder and a decoder")
     bloom = AutoConfig.for_model("bloom", hidden_size=16, n_layer=2, n_head=2, vocab_size=50)
@@ -445,6 +446,15 @@ def test_bad_models() -> None:
     with tersor.prune_tokens(model, {0: 0.5}):
         refused(model, "already being pruned; leave that")
         refused(transformers.LlamaForCausalLM(model.config).eval(), "the same configuration object")
+
+
+def test_old_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tersor.tokens.version", lambda _: "4.57.1")
+    with (
+        pytest.raises(TersorError, match=r"needs transformers 5 or newer.*not 4\.57\.1"),
+        tersor.prune_tokens(decoder("llama"), {0: 0.5}),
+    ):
+        pass
 
 
 def test_bad_calls() -> None:

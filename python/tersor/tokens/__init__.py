@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from tersor.tokens.checks import TokenSettings
-from tersor.tokens.run import Run, TokenReport
+from tersor.errors import TersorError
+from tersor.tokens.report import TokenReport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,7 +64,21 @@ def prune_tokens(
     served, for a prompt that is too short for keep_first and keep_last, for any cache but a
     DynamicCache, for labels of a causal model (NaN has no loss), and for nested use.
     """
+    _check_transformers()
+    from tersor.tokens.checks import TokenSettings
+    from tersor.tokens.run import Run
+
     settings = TokenSettings(shares, merge, keep_first, keep_last, min_tokens)
     run = Run(model, settings)
     with run.attached():
         yield run.report
+
+
+def _check_transformers() -> None:
+    """Before an import that would fail."""
+    found = version("transformers")
+    if int(found.partition(".")[0]) < 5:
+        raise TersorError(
+            "token pruning needs transformers 5 or newer, where all attention goes through one "
+            f"interface, not {found}; upgrade it"
+        )

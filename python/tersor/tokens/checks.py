@@ -6,7 +6,6 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -29,10 +28,6 @@ class TokenSettings:
 
 def parts(model: PreTrainedModel) -> tuple[list[nn.Module], list[PreTrainedModel]]:
     """The blocks, and the models around them from the outside in."""
-    if int(transformers.__version__.partition(".")[0]) < 5:
-        raise TersorError(
-            f"token pruning needs transformers 5 or newer, not {transformers.__version__}"
-        )
     if not isinstance(model, PreTrainedModel):
         raise TersorError(
             f"token pruning is for models of transformers, not {type(model).__name__}"
@@ -42,11 +37,13 @@ def parts(model: PreTrainedModel) -> tuple[list[nn.Module], list[PreTrainedModel
             f"{type(model).__name__} has an encoder and a decoder; token pruning needs a model "
             "with one stack of blocks"
         )
-    found = find_arch(model)
-    paths, blocks = zip(*found.blocks(model), strict=True)
-    parts = paths[0].split(".")
-    around = (model.get_submodule(".".join(parts[:end])) for end in range(len(parts)))
-    return list(blocks), [module for module in around if isinstance(module, PreTrainedModel)]
+    blocks = dict(find_arch(model).blocks(model))
+    if not blocks:
+        raise TersorError(f"{type(model).__name__} has no layers to prune tokens after")
+    names = next(iter(blocks)).split(".")
+    around = (model.get_submodule(".".join(names[:end])) for end in range(len(names)))
+    models = [module for module in around if isinstance(module, PreTrainedModel)]
+    return list(blocks.values()), models
 
 
 def is_causal(model: PreTrainedModel, block: nn.Module) -> bool:
