@@ -211,6 +211,15 @@ def test_generate(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_generate_prunes_the_prompt(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = " ".join(tiny.text(45).split())
+    count = len(tiny.tokenizer()(text)["input_ids"])
+    how = ("--max-tokens", "3", "--prune-tokens", "0=0.2")
+    code, out, err = run(capsys, "generate", folder / "int4", text, *how)
+    assert (code, err) == (0, f"prompt: layer 0: {count} -> {count - count // 5} tokens\n")
+    assert out.startswith(text)
+
+
 def test_kernels(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "kernels")
     assert code == 0
@@ -386,6 +395,12 @@ QUANTIZE = "quantize {model} --out {out}"
         ("generate {model} hello --temperature -1", "give 0 or a positive number, not '-1'"),
         ("generate {model} hello --temperature nan", "give 0 or a positive number, not 'nan'"),
         ("generate {model} hello --seed -1", "--seed: give a whole number from 0 to"),
+        ("generate {model} hello --prune-tokens half", "such as 8=0.5,16=0.5, not 'half'"),
+        (
+            "generate {model} hello --prune-tokens 1=0.5",
+            "after layer 1: the model has the layers 0",
+        ),
+        ("generate {model} hello --prune-tokens 0=0.5", "fewer than keep_first + keep_last = 36"),
         (f"{QUANTIZE} --seed 9223372036854775808", "--seed: give a whole number from 0 to"),
         (f"{QUANTIZE} --samples many", "--samples: give a whole number from 1 to"),
         ("quantize {model} --out / --method rtn --group 32", "--out / is the root of all files"),

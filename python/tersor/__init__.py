@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tersor.sparse import use_sparse
     from tersor.sparse_linear import SparseLinear, swap_sparse_linears
     from tersor.sparsity import Sparsity
+    from tersor.tokens import prune_tokens
 
 _HOME = {  # module of each public name
     "TersorError": "errors",
@@ -48,6 +49,7 @@ _HOME = {  # module of each public name
     "quantize_model": "inmemory",
     "prune_model": "inmemory",
     "swap_linears": "inmemory",
+    "prune_tokens": "tokens",
 }
 
 __all__ = [
@@ -70,6 +72,7 @@ __all__ = [
     "load",
     "prune_checkpoint",
     "prune_model",
+    "prune_tokens",
     "quantize_checkpoint",
     "quantize_model",
     "shrink_checkpoint",

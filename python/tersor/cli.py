@@ -230,6 +230,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="draw tokens at this temperature; default: 0, always the likeliest",
     )
     add("--seed", type=_whole(0), default=0, metavar="N", help="of the draw; default: 0")
+    add(
+        "--prune-tokens",
+        type=_shares,
+        default={},
+        metavar="LAYER=SHARE,...",
+        help="this share of the prompt's tokens, the least attended, leaves after the layer",
+    )
 
     add = command(
         "kernels", commands.kernels, "list the kernels, and which one serves a shape"
@@ -431,3 +438,13 @@ def _temperature(text: str) -> float:
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"give 0 or a positive number, not {text!r}")
     return value
+
+
+def _shares(text: str) -> dict[int, float]:
+    try:
+        pairs = (part.split("=") for part in text.split(","))
+        return {int(layer): float(share) for layer, share in pairs}
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"give layers with the share that leaves, such as 8=0.5,16=0.5, not {text!r}"
+        ) from None

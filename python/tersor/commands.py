@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import textwrap
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -259,6 +260,7 @@ def generate(args: argparse.Namespace) -> None:
 
     from tersor.calibrate import load_tokenizer
     from tersor.evaluate import check_vocabulary
+    from tersor.tokens import prune_tokens
 
     _check_config(args.folder)
     tokenizer = load_tokenizer(Path(args.folder))
@@ -274,12 +276,16 @@ def generate(args: argparse.Namespace) -> None:
         if args.temperature
         else {"do_sample": False}
     )
-    model.generate(
-        **prompt,
-        max_new_tokens=args.max_tokens,
-        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
-        **draw,
-    )
+    shares = args.prune_tokens
+    with prune_tokens(model, shares, min_tokens=2) if shares else nullcontext() as pruned:
+        model.generate(
+            **prompt,
+            max_new_tokens=args.max_tokens,
+            streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+            **draw,
+        )
+    if pruned:
+        print(f"prompt: {pruned}", file=sys.stderr)
 
 
 def _check_room(model: Any, prompt: int, more: int) -> None:
