@@ -1,4 +1,5 @@
-"""Kernels that leave the zeros of 2:4 weights out, against the dense ones of the same weights.
+"""Kernels that leave the zeros of 2:4 weights out, against the dense ones of the same weights; for
+16-bit weights that is torch's.
 
     python bench/sparse.py [--quick]
 
@@ -19,9 +20,9 @@ from rich.table import Table
 import limits
 import machine
 from tersor import sparse
-from tersor.kernels import PATTERN, pack_weight
+from tersor.kernels import PATTERN, pack_values, pack_weight
 from tersor.qweight import ActSpec, QSpec
-from tersor.testing import random_qweight
+from tersor.testing import random_qweight, random_values
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))  # n, k
 TOKENS = (1, 2, 4, 8, 32, 128)
@@ -30,19 +31,28 @@ MODES = {
     "W4A16": (QSpec(4, 128), None),
     "W8A8": (QSpec(8, 128), ActSpec()),
     "W8A16": (QSpec(8, 128), None),
+    "bfloat16": (None, None),
 }
+
+
+def packed_bytes(n: int, k: int, spec: QSpec | None, activation: ActSpec | None) -> dict[str, int]:
+    if spec is None:
+        w = random_values(n, k, torch.bfloat16)
+        return {"dense": w.nbytes, "sparse": pack_values(w, PATTERN).numel()}
+    q = random_qweight(n, k, spec, torch.bfloat16, 0, PATTERN)
+    patterns = {"dense": (0, 0), "sparse": PATTERN}
+    return {name: pack_weight(q, activation, each).numel() for name, each in patterns.items()}
 
 
 def measure(n: int, k: int, tokens: tuple[int, ...]) -> list[dict[str, Any]]:
     rows = []
     for mode, (spec, activation) in MODES.items():
-        q = random_qweight(n, k, spec, torch.bfloat16, 0, PATTERN)
-        nbytes = {
-            name: pack_weight(q, activation, pattern).numel()
-            for name, pattern in (("dense", (0, 0)), ("sparse", PATTERN))
-        }
+        nbytes = packed_bytes(n, k, spec, activation)
         for m in tokens:
-            found = sparse.measure(m, n, k, spec, activation)
+            if spec:
+                found = sparse.measure(m, n, k, spec, activation)
+            else:
+                found = sparse.measure_values(m, n, k)
             rows.append(
                 {"n": n, "k": k, "m": m, "mode": mode, "seconds": asdict(found), "gain": found.gain}
                 | {"bytes": nbytes}
