@@ -111,17 +111,23 @@ constexpr uint16_t pair_bytes(int column) {
 }
 constexpr uint16_t first_pair(int p) { return pair_bytes(kKeptColumns[p][0]); }
 constexpr uint16_t second_pair(int p) { return pair_bytes(kKeptColumns[p][1]); }
-constexpr Table512 kPickPairs[2] = {Table512(first_pair), Table512(second_pair)};
 
-// 2:4: each row picks its own two of four activations, one of either four of a unit at a time.
+// A prepared activation of a few tokens takes as much as four: a unit of 8 columns is
+// two tables, for the first and for the second code of a four, of what the code meets by the four's
+// pattern: | four 2i: patterns 0 to 7 | four 2i + 1: patterns 0 to 7 |. A row looks its own up.
+struct Picked {
+  uint16_t values[4];
+};
+
+// 2:4: each row picks its own two of four activations, of both fours of a unit at a time.
 template <int BITS>
 struct SparseBF16 : Avx512 {
-  using Element = uint16_t;
+  using Element = Picked;
   using Sum = float;
   using Acc = __m512;
   static constexpr bool kSumsAlways = false;
   static constexpr int kFewTokens = 4, kFewUnits = 4;
-  static constexpr int64_t kFewest = 8;
+  static constexpr int64_t kFewest = tersor::tile16::kPickedTokens;
 
   static Acc start(const uint8_t*, float) { return _mm512_setzero_ps(); }
   static Float to_float(Acc acc) { return acc; }
@@ -146,34 +152,62 @@ struct SparseBF16 : Avx512 {
   }
 
   template <int MR, int NU>
-  static void dot(Acc (&acc)[MR][NU], const uint8_t* const (&w)[NU], int64_t steps,
-                  const uint16_t* a, int64_t stride) {
-    const __m512i second_four = _mm512_set1_epi32(0x08080000);
-    const __m512i table[2] = {kPickPairs[0].load(), kPickPairs[1].load()};
+  static void dot(Acc (&acc)[MR][NU], const uint8_t* const (&w)[NU], int64_t steps, const Picked* a,
+                  int64_t stride) {
+    const __m512i pattern = _mm512_set1_epi16(7), second_four = _mm512_set1_epi32(0x00080000);
     each_four<BITS, NU>(
         w, steps,
         [&](int64_t unit, int v, const __m512i(&patterns)[NU], const uint8_t* const(&codes)[NU]) {
 #pragma GCC unroll 8
           for (int u = 0; u < NU; ++u) {
             const __m512i line = load_line(codes[u]);
-            const __m512i at = _mm512_srli_epi16(patterns[u], static_cast<unsigned>(3 * v));
+            constexpr int kAndOr = 0xea;  // (a & b) | c
+            const __m512i at = _mm512_ternarylogic_epi32(
+                _mm512_srli_epi32(patterns[u], static_cast<unsigned>(3 * v)), pattern, second_four,
+                kAndOr);
 #pragma GCC unroll 2
             for (int j = 0; j < 2; ++j) {
-              const __m512i pick =
-                  _mm512_or_si512(_mm512_permutexvar_epi16(at, table[j]), second_four);
               const __m512bh value = pair(line, v, j);
 #pragma GCC unroll 4
               for (int t = 0; t < MR; ++t) {
-                const __m512i x = _mm512_broadcast_i32x4(
-                    _mm_loadu_si128(reinterpret_cast<const __m128i*>(a + t * stride + unit * 8)));
+                const __m512i table = _mm512_broadcast_i64x4(_mm256_loadu_si256(
+                    reinterpret_cast<const __m256i*>(a + t * stride + unit * 8 + 4 * j)));
                 acc[t][u] = _mm512_dpbf16_ps(
-                    acc[t][u], value, reinterpret_cast<__m512bh>(_mm512_shuffle_epi8(x, pick)));
+                    acc[t][u], value,
+                    reinterpret_cast<__m512bh>(_mm512_permutexvar_epi16(at, table)));
               }
             }
           }
         });
   }
 };
+
+// By pattern, the bytes of a four's first and second activation.
+alignas(16) constexpr uint16_t kPickPairs[2][8] = {
+    {first_pair(0), first_pair(1), first_pair(2), first_pair(3), first_pair(4), first_pair(5),
+     first_pair(6), first_pair(7)},
+    {second_pair(0), second_pair(1), second_pair(2), second_pair(3), second_pair(4), second_pair(5),
+     second_pair(6), second_pair(7)}};
+
+inline void prepare_picked(const tersor_args* a, int64_t begin, int64_t end) {
+  const int64_t k = a->spec.k;
+  const Prepared p(a->spec, a->m, sizeof(Picked));
+  const __m128i picks[2] = {_mm_load_si128(reinterpret_cast<const __m128i*>(kPickPairs[0])),
+                            _mm_load_si128(reinterpret_cast<const __m128i*>(kPickPairs[1]))};
+  for (int64_t token = begin; token < end; ++token) {
+    const auto* x = static_cast<const uint16_t*>(token_of(*a, token));
+    auto* out = static_cast<uint8_t*>(a->workspace) + token * p.stride;
+    const bool spoilt = is_spoilt(x, k);
+    for (int64_t i = 0; i < k; i += 4) {  // k is a multiple of 128
+      uint8_t* tables = out + i / 8 * 64 + i % 8 * 4;
+      const __m128i four = spoilt ? _mm_set1_epi16(0x7fc0)
+                                  : _mm_loadl_epi64(reinterpret_cast<const __m128i*>(x + i));
+      for (int j = 0; j < 2; ++j)
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(tables + 32 * j),
+                         _mm_shuffle_epi8(four, picks[j]));
+    }
+  }
+}
 
 // 16-bit values are pairs as they are.
 struct Values : Avx512 {
@@ -244,10 +278,8 @@ struct SparseValues : Values {
 // In the order that the inner product of so many tokens reads.
 template <int BITS>
 void prepare_sparse_bf16(const tersor_args* a, int64_t begin, int64_t end) {
-  if (a->m > SparseBF16<BITS>::kFewest)
-    prepare_bf16<BITS>(a, begin, end);
-  else
-    prepare_bf16<8>(a, begin, end);
+  if (a->m <= tersor::tile16::kPickedTokens) return prepare_picked(a, begin, end);
+  prepare_bf16<BITS>(a, begin, end);
   spoil_tokens<uint16_t>(a, begin, end);
 }
 
@@ -268,10 +300,10 @@ const tersor_kernel kAvx512Bf16Kernels[] = {
     kernel("w8a16_avx512bf16", "avx512bf16", 40, avx512bf16_missing, refuses_w8bf16, workspace_bf16,
            prepare_bf16<8>, gemm<BF16<8>>),
     sparse_kernel("s24w4a16_avx512bf16", "avx512bf16", 45, avx512bf16_missing,
-                  sparse_refuses_w4bf16, workspace_bf16, prepare_sparse_bf16<4>,
+                  sparse_refuses_w4bf16, workspace_picked, prepare_sparse_bf16<4>,
                   sparse_gemm<SparseBF16<4>, BF16<4>, expand512<4>>),
     sparse_kernel("s24w8a16_avx512bf16", "avx512bf16", 45, avx512bf16_missing,
-                  sparse_refuses_w8bf16, workspace_bf16, prepare_sparse_bf16<8>,
+                  sparse_refuses_w8bf16, workspace_picked, prepare_sparse_bf16<8>,
                   sparse_gemm<SparseBF16<8>, BF16<8>, expand512<8>>),
     sparse_kernel("s24bf16_avx512bf16", "avx512bf16", 45, avx512bf16_missing,
                   sparse_refuses_bf16bf16, workspace_bf16, prepare_values,

@@ -253,6 +253,10 @@ size_t workspace_bf16(const tersor_spec* s, int64_t m, int32_t) {
   return static_cast<size_t>(Prepared(*s, m, 2).bytes);
 }
 
+size_t workspace_picked(const tersor_spec* s, int64_t m, int32_t) {
+  return static_cast<size_t>(Prepared(*s, m, m <= kPickedTokens ? 8 : 2).bytes);
+}
+
 size_t workspace_f32(const tersor_spec* s, int64_t m, int32_t) {
   return static_cast<size_t>(Prepared(*s, m, 4).bytes);
 }

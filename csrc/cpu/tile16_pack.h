@@ -19,6 +19,9 @@ void sparse_unpack(const tersor_spec*, const void* packed, const tersor_view*, i
 size_t workspace_a8(const tersor_spec*, int64_t m, int32_t dtype);
 size_t workspace_bf16(const tersor_spec*, int64_t m, int32_t dtype);
 size_t workspace_f32(const tersor_spec*, int64_t m, int32_t dtype);
+// For bfloat16 ones, four times over for up to kPickedTokens tokens.
+constexpr int64_t kPickedTokens = 8;
+size_t workspace_picked(const tersor_spec*, int64_t m, int32_t dtype);
 
 using Refuses = const char*(const tersor_spec*, int64_t m, int32_t dtype);
 Refuses refuses_w4a8, refuses_w8a8, refuses_w4a16, refuses_w8a16, refuses_w4bf16, refuses_w8bf16;

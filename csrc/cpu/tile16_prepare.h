@@ -110,9 +110,14 @@ inline void spoil(float* x, int64_t k) {
     for (int64_t i = 0; i < k; ++i) x[i] = bad;
 }
 
-inline void spoil(uint16_t* x, int64_t k) {  // bfloat16
+inline bool is_spoilt(const uint16_t* x, int64_t k) {  // bfloat16
   bool bad = false;
   for (int64_t i = 0; i < k; ++i) bad |= (x[i] & 0x7f80) == 0x7f80;
+  return bad;
+}
+
+inline void spoil(uint16_t* x, int64_t k) {
+  const bool bad = is_spoilt(x, k);
   for (int64_t i = 0; bad && i < k; ++i) x[i] = 0x7fc0;
 }
 
