@@ -127,7 +127,7 @@ def test_what_is_cut_out_costs_less_with_text_and_least_squares(
     with all_cores():
         original = demo.original(demo_model)
         windows = demo.held_out_windows(demo_model)["code"][:20]
-        cut = kl(ffn=0.5, update=False)
-        assert cut < kl(ffn=0.5, importance="magnitude", update=False)
+        cut = kl(ffn=0.5, update="none")
+        assert cut < kl(ffn=0.5, importance="magnitude", update="none")
         assert kl(ffn=0.5) < 0.6 * cut
-        assert kl(heads=0.5) < 0.8 * kl(heads=0.5, update=False)
+        assert kl(heads=0.5) < 0.8 * kl(heads=0.5, update="none")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tersor.calibrate import GramStats
 from tersor.errors import TersorError
-from tersor.pruning import IMPORTANCES, best, importance, output_error, reconstruct, select
+from tersor.pruning import BY_STATISTICS, best, importance, output_error, reconstruct, select
 
 N, K, TOKENS = 24, 48, 200
 
@@ -57,7 +57,7 @@ def slow_importance(kind: str, groups: int, w: Tensor, rows: list[Tensor], x: Te
 
 
 @pytest.mark.parametrize("groups", [1, 3, 4, K])
-@pytest.mark.parametrize("kind", IMPORTANCES)
+@pytest.mark.parametrize("kind", BY_STATISTICS)
 def test_importance(kind: str, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tersor.pruning.structured.COLUMNS", 20)  # some groups at a time
     x, w, rows = inputs(), weight(), [weight(K, 7, seed=2), weight(2 * K, 5, seed=3)]
