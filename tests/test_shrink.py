@@ -307,8 +307,12 @@ def test_a_smaller_model_can_be_quantized(folder: Callable[[str], Path], out: Pa
 
 
 @pytest.mark.slow
-def test_killed_at_every_rename_and_resumed(folder: Callable[[str], Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("importance", ["output", "taylor"])
+def test_killed_at_every_rename_and_resumed(
+    folder: Callable[[str], Path], tmp_path: Path, importance: str
+) -> None:
     settings: dict[str, Any] = {"ffn": 0.3, "layers": 1, "calibration": TEXT}
+    settings["importance"] = importance
     model = folder("gemma2")
     shrink_checkpoint(model, tmp_path / "whole", **settings)
     whole = content(tmp_path / "whole")
@@ -397,6 +401,25 @@ def test_the_command(
     assert len(blocks_of(plain(out))) == 1
 
 
+def test_the_command_with_every_option(
+    folder: Callable[[str], Path], tmp_path: Path, out: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(tiny.text())
+    command = f"prune {folder('llama')} --out {out} --calibration {text} --samples 9 --seq-len 64"
+    command += " --structured query_heads=0.5,ffn=0.3,layers=1 --importance taylor"
+    command += " --head-importance entropy --layer-importance angular --ranking local"
+    command += " --multiple 8 --update none"
+    assert cli.main(command.split()) == 0
+    report = Report.read(out)
+    assert report is not None
+    want = {"query_heads": "1 of 2 in a group", "ffn": "64 of 96", "layers": 1, "update": "none"}
+    want |= {"importance of heads": "entropy", "importance of ffn": "taylor"}
+    want |= {"importance of layers": "angular"}
+    assert {name: report.settings[name] for name in want} == want
+    assert plain(out).config.num_attention_heads == 2
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -412,6 +435,11 @@ def test_the_command(
         ("--structured ffn=0.3 --ignore x", "--ignore changes nothing for --structured"),
         ("--structured ffn=0.3", "needs text to calibrate on; give --calibration FILE"),
         ("--pattern 2:4 --update none", "--update is of --structured; leave it out"),
+        ("--pattern 2:4 --head-importance entropy", "--head-importance is of --structured"),
+        ("--structured ffn=0.3 --update all", "invalid choice: 'all'"),
+        ("--structured ffn=0.3 --importance entropy", "give it as head_importance (--head-imp"),
+        ("--structured ffn=0.3 --ranking global", "has one number of heads and one of channels"),
+        ("--structured query_heads=half", "'query_heads=half' is none of"),
     ],
 )
 def test_bad_options(

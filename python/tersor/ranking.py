@@ -150,7 +150,7 @@ def _taylor(run: Run, cuts: list[Cut], windows: Tensor) -> Scores:
             for cut in cuts
         }
         totals: Scores = {}
-        with _products(linears, totals), torch.enable_grad():
+        with _products(linears, totals, windows.shape[1]), torch.enable_grad():
             for ids in parts:
                 logits = source.model(input_ids=ids).logits[:, :-1].flatten(0, 1)
                 # A sum, since a mean's gradients would be small for float16.
@@ -174,11 +174,15 @@ def _taylor(run: Run, cuts: list[Cut], windows: Tensor) -> Scores:
 
 
 @contextmanager
-def _products(linears: Mapping[str, tuple[nn.Module, Cut]], totals: Scores) -> Iterator[None]:
-    """While it lasts, every backward pass adds to totals |Σ a · ∂L/∂a| of its windows."""
+def _products(
+    linears: Mapping[str, tuple[nn.Module, Cut]], totals: Scores, length: int
+) -> Iterator[None]:
+    """While it lasts, every backward pass adds to totals |Σ a · ∂L/∂a| of its windows, which are of
+    that length: some models give linears all tokens in one dimension."""
 
     def note(name: str, cut: Cut, x: Tensor, gradient: Tensor) -> None:
-        products = (x.detach().double() * gradient.double()).sum(1)  # [windows, k]
+        products = x.detach().double() * gradient.double()
+        products = products.reshape(-1, length, x.shape[-1]).sum(1)  # [windows, k]
         for kind, count in ((GROUPS, cut.count), (QUERIES, cut.pieces)):
             if kind == GROUPS or cut.each > 1:
                 own = products.unflatten(1, (count, -1)).sum(2).abs().sum(0)
