@@ -246,6 +246,32 @@ def test_distances_of_blocks(folder: Callable[[str], Path], kind: str, out: Path
     assert report.structure["dropped"] == [f"model.layers.{want.index(min(want))}"]
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_contiguous_blocks(folder: Callable[[str], Path], count: int, out: Path) -> None:
+    """The last token of every window, from what enters the run to what leaves it."""
+    report = shrink_checkpoint(
+        folder("gemma2"), out, layers=count, layer_importance="contiguous", calibration=TEXT
+    )
+    model = plain(folder("gemma2")).double()
+    states: list[Tensor] = []
+    for block in model.model.layers:
+        block.register_forward_pre_hook(lambda module, args: states.append(args[0][:, -1]))
+    model.model.norm.register_forward_pre_hook(lambda module, args: states.append(args[0][:, -1]))
+    with torch.no_grad():
+        model(input_ids=windows())
+    assert len(states) == 4
+    want = []
+    for x, y in zip(states, states[count:], strict=False):
+        cosine = (x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1))
+        want.append(float(cosine.arccos().mean() / torch.pi))
+    assert report.structure is not None
+    assert list(report.structure["contiguous"].values()) == pytest.approx(want, rel=1e-3)
+    first = want.index(min(want))
+    dropped = [f"model.layers.{number}" for number in range(first, first + count)]
+    assert report.structure["dropped"] == dropped
+    plain(out)
+
+
 # --- bias compensation ----------------------------------------------------------------------------
 
 

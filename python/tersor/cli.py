@@ -179,9 +179,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--head-importance", choices=IMPORTANCES, help="of heads, where it is another one")
     add(
         "--layer-importance",
-        choices=("influence", "angular"),
+        choices=("influence", "angular", "contiguous"),
         help="by what layers are ranked: how far a block moves its input, by 1 - cos (the "
-        "default) or by the angle",
+        "default) or by the angle, or the angle of blocks that follow one another",
     )
     add(
         "--ranking",

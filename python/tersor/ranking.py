@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy
 
-from tersor.blocks import Flow, batches
+from tersor.blocks import batches
 from tersor.cuts import Cut
 from tersor.durable import digest_of, durable
 from tersor.errors import TersorError
@@ -29,6 +29,7 @@ DISTANCES: dict[str, Callable[[Tensor], Tensor]] = {
     "influence": lambda cosine: 1 - cosine,
     "angular": lambda cosine: cosine.clamp(-1, 1).arccos() / math.pi,
 }
+CONTIGUOUS = "contiguous"  # the third way to rank blocks: as runs, by the angle
 TAYLOR = "taylor-scores"  # the file with them, while a run lasts
 
 
@@ -38,52 +39,130 @@ TAYLOR = "taylor-scores"  # the file with them, while a run lasts
 def block_distances(run: Run, windows: Tensor, kind: str) -> dict[str, float]:
     """Of every block of the original model, by path, the mean over all tokens; in one pass.
 
-    kind: "influence", 1 - cos(x, y) (ShortGPT, arXiv:2403.03853), or "angular", arccos(cos) / π
-        (arXiv:2403.17887, which takes the last token of each text alone).
+    kind: "influence", 1 - cos(x, y) (ShortGPT, arXiv:2403.03853), or "angular", arccos(cos) / π.
     """
     paths = [path for path, _ in run.source.found.blocks(run.source.model)]
     keys = [f"{kind} of {path}" for path in paths]
+
+    def distance(number: int) -> tuple[Watch, Callable[[], tuple[Info, State]]]:
+        away: list[Tensor] = []
+
+        def watch(x: Tensor, y: Tensor) -> None:
+            cosine = cosine_similarity(x.double(), y.double(), dim=-1)
+            away.append(DISTANCES[kind](cosine).flatten())
+
+        return watch, lambda: ({"distance": float(torch.cat(away).mean())}, {})
+
+    _through(run, windows, keys, distance)
+    return {p: run.writer.done[key]["distance"] for p, key in zip(paths, keys, strict=True)}
+
+
+def run_distances(run: Run, windows: Tensor, count: int) -> dict[str, float]:
+    """Of every run of `count` blocks of the original model, by the path of its first one: the mean
+    over windows of arccos(cos(x, y)) / π, x what enters the run and y what leaves it, of the last
+    token (Gromov et al., arXiv:2403.17887). One pass."""
+    paths = [path for path, _ in run.source.found.blocks(run.source.model)]
+    whole, keys = f"runs of {count} blocks", [f"last tokens behind {path}" for path in paths]
+    if whole not in run.writer.done:
+
+        def last(number: int) -> tuple[Watch, Callable[[], tuple[Info, State]]]:
+            before: list[Tensor] = []
+            after: list[Tensor] = []
+
+            def watch(x: Tensor, y: Tensor) -> None:
+                before.append(x[:, -1])
+                after.append(y[:, -1])
+
+            def result() -> tuple[Info, State]:
+                name = f"last-{number}"
+                tensors = {"x": torch.cat(before), "y": torch.cat(after)}
+                digest = _save(run, name, tensors)
+                return {"digest": digest}, {name: digest}
+
+            return watch, result
+
+        _through(run, windows, keys, last)
+        ends = [
+            _saved(run, f"last-{number}", run.writer.done[key]["digest"])
+            for number, key in enumerate(keys)
+        ]
+        angles = [
+            DISTANCES["angular"](cosine_similarity(x["x"].double(), y["y"].double(), dim=-1))
+            for x, y in zip(ends, ends[count - 1 :], strict=False)
+        ]
+        means = [float(each.mean()) for each in angles]
+        run.writer.commit(whole, {"distances": means, "bytes": 0}, quick=True)
+    return dict(zip(paths, run.writer.done[whole]["distances"], strict=False))
+
+
+Watch = Callable[[Tensor, Tensor], None]
+Info = dict[str, Any]
+State = dict[str, str]
+
+
+def _through(
+    run: Run,
+    windows: Tensor,
+    keys: list[str],
+    observe: Callable[[int], tuple[Watch, Callable[[], tuple[Info, State]]]],
+) -> None:
+    """The text through the original model, block by block, each committed under its key.
+
+    observe: for a block, by its number, what is shown each batch before and behind it, and then
+        gives what is to be recorded: JSON data, and files by their digests.
+    """
+    blocks = list(run.source.found.blocks(run.source.model))
     todo = [number for number, key in enumerate(keys) if key not in run.writer.done]
     if todo:
         flow = run.begin(windows, "whole model", _whole)
         run.bar.expect(len(todo) * len(flow.batches))
-        for number in todo:
-            run.bar.say(f"{kind} of block {number + 1} of {len(paths)}")
-            _block_distance(run, keys[number], kind, number, flow)
-    done = [run.writer.done[key] for key in keys]
-    for info in done:
-        run.timings.add(info["seconds"])
-    return {path: info["distance"] for path, info in zip(paths, done, strict=True)}
+    for number in todo:
+        run.bar.say(f"ranking block {number + 1} of {len(blocks)}")
+        timings, state = Timings(), {}
+        path, block = blocks[number]
+        watch, result = observe(number)
+        with timings.stage("rank"), run.source.loaded(run.source.names(path)):
+            outputs = _watched(flow.pairs(number, block), watch)
+            if number + 1 < len(blocks):
+                state[_whole(number + 1)] = flow.write(number + 1, outputs)
+            else:
+                deque(outputs, maxlen=0)
+            info, files = result()
+        info |= {"bytes": 0, "seconds": timings.seconds}
+        run.writer.commit(keys[number], info, state | files)
+        flow.forget(number)
+    for key in keys:
+        run.timings.add(run.writer.done[key]["seconds"])
 
 
-def _block_distance(run: Run, key: str, kind: str, number: int, flow: Flow) -> None:
-    timings, state = Timings(), {}
-    blocks = list(run.source.found.blocks(run.source.model))
-    path, block = blocks[number]
-    away: list[Tensor] = []
-    with timings.stage("rank"), run.source.loaded(run.source.names(path)):
-        outputs = _watched(flow.pairs(number, block), DISTANCES[kind], away)
-        if number + 1 < len(blocks):
-            state[_whole(number + 1)] = flow.write(number + 1, outputs)
-        else:
-            deque(outputs, maxlen=0)
-    mean = float(torch.cat(away).mean())
-    run.writer.commit(key, {"distance": mean, "bytes": 0, "seconds": timings.seconds}, state)
-    flow.forget(number)
-
-
-def _watched(
-    pairs: Iterable[tuple[Tensor, Tensor]], distance: Callable[[Tensor], Tensor], away: list[Tensor]
-) -> Iterator[Tensor]:
-    """The second of each pair; how far it is from the first is noted token by token."""
+def _watched(pairs: Iterable[tuple[Tensor, Tensor]], watch: Watch) -> Iterator[Tensor]:
+    """The second of each pair, once both were shown."""
     for x, y in pairs:
-        away.append(distance(cosine_similarity(x.double(), y.double(), dim=-1)).flatten())
+        watch(x, y)
         yield y
 
 
 def _whole(number: int) -> str:
     """The file with what enters a block of the original model."""
     return f"whole-{number}"
+
+
+def _save(run: Run, name: str, tensors: Mapping[str, Tensor]) -> str:
+    """A file of the run's own, for as long as it lasts; its digest."""
+    with durable(run.writer.state_path(name)) as file:
+        write_tensors(file, tensors)
+    return file.digest
+
+
+def _saved(run: Run, name: str, digest: str) -> dict[str, Tensor]:
+    """TersorError where the file is not as it was written."""
+    path = run.writer.state_path(name)
+    if not path.is_file() or digest_of(path) != digest:
+        raise TersorError(
+            f"{path} is missing or changed; remove {run.writer.folder} to start again"
+        )
+    stored = TensorFile.open(path)
+    return {name: stored.read(meta) for name, meta in stored.tensors.items()}
 
 
 # --- gradients ------------------------------------------------------------------------------------
@@ -115,27 +194,17 @@ def taylor_scores(run: Run, cuts: Iterable[Cut], windows: Tensor) -> Scores:
     It needs gradients, and so the whole model in memory with the activations of a few windows.
     Where the run is resumed the scores are those in its file.
     """
-    path = run.writer.state_path(TAYLOR)
     if TAYLOR not in run.writer.done:
         timings = Timings()
         with timings.stage("rank"):
             found = _taylor(run, list(cuts), windows)
-            tensors = {f"{kind}:{linear}": t for (linear, kind), t in found.items()}
-            with durable(path) as file:
-                write_tensors(file, tensors)
-        noted = {"bytes": 0, "digest": file.digest, "seconds": timings.seconds}
-        run.writer.commit(TAYLOR, noted, {TAYLOR: file.digest})
+            digest = _save(run, TAYLOR, {f"{kind}:{path}": t for (path, kind), t in found.items()})
+        noted = {"bytes": 0, "digest": digest, "seconds": timings.seconds}
+        run.writer.commit(TAYLOR, noted, {TAYLOR: digest})
     info = run.writer.done[TAYLOR]
-    if not path.is_file() or digest_of(path) != info["digest"]:
-        raise TersorError(
-            f"{path} is missing or changed; remove {path.parent.parent} to start again"
-        )
     run.timings.add(info["seconds"])
-    stored = TensorFile.open(path)
-    return {
-        (name.partition(":")[2], name.partition(":")[0]): stored.read(meta)
-        for name, meta in stored.tensors.items()
-    }
+    stored = _saved(run, TAYLOR, info["digest"])
+    return {(n.partition(":")[2], n.partition(":")[0]): tensor for n, tensor in stored.items()}
 
 
 def _taylor(run: Run, cuts: list[Cut], windows: Tensor) -> Scores:

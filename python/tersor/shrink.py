@@ -21,11 +21,13 @@ from tersor.models import GROUPS
 from tersor.progress import Progress
 from tersor.pruning import BY_STATISTICS, best, bias_for, importance, output_error, reconstruct
 from tersor.ranking import (
+    CONTIGUOUS,
     DISTANCES,
     AttentionEntropy,
     Scores,
     block_distances,
     check_taylor,
+    run_distances,
     taylor_scores,
     use_eager,
     watch_attention,
@@ -76,7 +78,9 @@ def shrink_checkpoint(
         original model, which has to fit into memory as a whole).
     head_importance: the same for heads, where it is another one; None: `importance`. Also "entropy"
         (see tersor.ranking.AttentionEntropy; a group has the mean of its query heads).
-    layer_importance: "influence" or "angular" (see tersor.ranking.block_distances).
+    layer_importance: "influence" or "angular", of single blocks (see
+        tersor.ranking.block_distances); "contiguous", of blocks that follow one another and go
+        together (see run_distances there).
     ranking: "local": the best groups of every block. An ordinary configuration has one number of
         heads and one of channels for all blocks, so no other choice can be stated in it, and
         "global", the best of the whole model, is refused. Blocks themselves are always ranked over
@@ -97,7 +101,7 @@ def shrink_checkpoint(
     for name, value, known in (
         ("importance", importance, IMPORTANCES),
         ("head_importance", head_importance or importance, IMPORTANCES),
-        ("layer_importance", layer_importance, tuple(DISTANCES)),
+        ("layer_importance", layer_importance, (*DISTANCES, CONTIGUOUS)),
         ("ranking", ranking, RANKINGS),
         ("update", update, UPDATES),
     ):
@@ -150,9 +154,12 @@ def shrink_checkpoint(
         )
         run.write_outside(tables=False)
         distances = {}
-        if ranks and windows is not None:
-            distances = block_distances(run, windows, layer_importance)
-        kept = _kept(cuts, distances)
+        if isinstance(cuts.drop, int) and cuts.drop and windows is not None:
+            if layer_importance == CONTIGUOUS:
+                distances = run_distances(run, windows, cuts.drop)
+            else:
+                distances = block_distances(run, windows, layer_importance)
+        kept = _kept(cuts, list(distances.values()), layer_importance == CONTIGUOUS)
         small = cuts.skeleton(source, kept)
         paths = [path for path, _ in source.found.blocks(source.model)]
         report.structure = {
@@ -197,13 +204,17 @@ def _check(source: Source, cuts: Cuts, how: Mapping[str, str], ranking: str, upd
             )
 
 
-def _kept(cuts: Cuts, distances: Mapping[str, float]) -> list[int]:
-    """The numbers of the blocks that stay."""
+def _kept(cuts: Cuts, distances: Sequence[float], together: bool) -> list[int]:
+    """The numbers of the blocks that stay. distances: of every block; or, where they go together,
+    of every run of as many as go."""
     if isinstance(cuts.drop, tuple):
         return [number for number in range(cuts.depth) if number not in cuts.drop]
     if not cuts.drop:
         return list(range(cuts.depth))
-    scores = torch.tensor(list(distances.values()), dtype=torch.float64)
+    if together:
+        first = min(range(len(distances)), key=distances.__getitem__)
+        return [n for n in range(cuts.depth) if not first <= n < first + cuts.drop]
+    scores = torch.tensor(distances, dtype=torch.float64)
     kept: list[int] = best(scores, cuts.left).tolist()
     return kept
 
