@@ -27,8 +27,7 @@ from tersor import demo
 from tersor.calibrate import Calibration, load_tokenizer
 from tersor.demo_model import DemoModel, Recipe, demo_model, split_documents
 from tersor.demo_training import Training, fine_tune, save_model
-from tersor.evaluate import Quality, evaluate, measure_speed, quality_cells
-from tersor.report import Report
+from tersor.evaluate import evaluate, measure_speed, quality_cells
 from tersor.shrink import shrink_checkpoint
 
 RECIPE = Recipe(
@@ -36,7 +35,7 @@ RECIPE = Recipe(
         hidden=320, intermediate=768, layers=8, heads=10, key_value_heads=5, seconds=3600.0
     )
 )
-TUNING = replace(RECIPE.training, steps=90, warmup=5, muon=0.015, adamw=0.005, seed=1)
+TUNING = replace(RECIPE.training, steps=90, warmup=5, muon=0.004, adamw=0.0015, seed=1)
 CUT: dict[str, Any] = {"heads": 0.2, "ffn": 0.25, "layers": 2, "multiple": 64}
 SHOWN = "output, least-squares"
 WAYS: dict[str, dict[str, Any]] = {  # what is cut is CUT, unless it is said
@@ -51,6 +50,7 @@ WAYS: dict[str, dict[str, Any]] = {  # what is cut is CUT, unless it is said
     "heads by entropy, least-squares": {"head_importance": "entropy"},
     "heads by entropy, none": {"head_importance": "entropy", "update": "none"},
     "layers by angle, least-squares": {"layer_importance": "angular"},
+    "layers together, least-squares": {"layer_importance": "contiguous"},
     "heads alone": {"ffn": 0.0, "layers": 0},
     "half of the query heads alone": {"heads": 0.0, "query_heads": 0.5, "ffn": 0.0, "layers": 0},
     "ffn alone": {"heads": 0.0, "layers": 0},
@@ -72,37 +72,42 @@ class Bench:
         )
         self.windows = demo.held_out_windows(self.source)["code"][:windows]
         self.original = demo.original(self.source)
-        self.rows: dict[str, dict[str, Any]] = {}
+        self.folders = {"original": self.source.folder}
+        self.rows: dict[str, dict[str, Any]] = {"original": {}}
 
-    def shrink(self, name: str, model: Path, settings: dict[str, Any]) -> Path:
-        out = self.folder / name.replace(" ", "-").replace(",", "")
+    def shrink(self, name: str, model: Path, settings: dict[str, Any]) -> None:
+        out = self.new(name)
         report = shrink_checkpoint(model, out, calibration=self.text, **(CUT | settings))
-        self.add(name, out, report)
-        return out
+        assert report.structure is not None
+        self.rows[name] = {"dropped": report.structure["dropped"]}
+        print(f"{name}: {report.structure['parameters_after']} parameters", flush=True)
 
-    def add(self, name: str, out: Path, report: Report | None = None) -> Quality:
-        """Measures the model in that folder, as plain transformers opens it."""
-        model = self.open(out)
-        quality = evaluate(
-            {"original": self.original, name: model}, self.windows, baseline="original", batch=8
-        )[name]
-        self.rows[name] = {
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "bytes": sum(p.stat().st_size for p in out.glob("*.safetensors")),
-            "quality": quality.to_dict(),
-            "cells": quality_cells(quality),
+    def new(self, name: str) -> Path:
+        self.folders[name] = self.folder / name.replace(" ", "-").replace(",", "")
+        return self.folders[name]
+
+    def measure(self) -> None:
+        """All models that were not measured yet, as plain transformers opens them, in one pass."""
+        names = [name for name in self.folders if "quality" not in self.rows.get(name, {})]
+        models = {name: self.open(self.folders[name]) for name in names} | {
+            "original": self.original
         }
-        if report is not None and report.structure is not None:
-            self.rows[name]["dropped"] = report.structure["dropped"]
-        print(name, *self.rows[name]["cells"][:3], flush=True)
-        return quality
+        found = evaluate(models, self.windows, baseline="original", batch=8)
+        for name in names:
+            files = self.folders[name].glob("*.safetensors")
+            self.rows[name] = self.rows.get(name, {}) | {
+                "parameters": models[name].num_parameters(),
+                "bytes": sum(path.stat().st_size for path in files),
+                "quality": found[name].to_dict(),
+                "cells": quality_cells(found[name]),
+            }
 
     def open(self, folder: Path) -> Any:
         return demo.original(DemoModel(**(vars(self.source) | {"folder": folder})))
 
     def with_biases(self) -> Path:
         """The original as a model of the same class that has biases, all zero."""
-        out = self.folder / "biased"
+        out = self.folder / "original-with-biases"
         model = AutoModelForCausalLM.from_pretrained(
             self.source.folder, torch_dtype="auto", attention_bias=True, mlp_bias=True
         )
@@ -114,15 +119,13 @@ class Bench:
         load_tokenizer(self.source.folder).save_pretrained(out)
         return out
 
-    def tune(self, name: str, folder: Path, steps: int) -> dict[str, Any]:
+    def tune(self, name: str, steps: int) -> dict[str, Any]:
         """A short fine-tune on the text that the model was trained on."""
-        tokenizer = load_tokenizer(folder)
-        model = self.open(folder).float()
+        tokenizer = load_tokenizer(self.folders[name])
+        model = self.open(self.folders[name]).float()
         _, texts = split_documents(RECIPE)
         record = fine_tune(model, tokenizer, texts, replace(TUNING, steps=steps))
-        out = self.folder / f"{name}-tuned".replace(" ", "-").replace(",", "")
-        save_model(model, tokenizer, out)
-        self.add(f"{name}, tuned", out)
+        save_model(model, tokenizer, self.new(f"{name}, tuned"))
         return record
 
     def delta(self, name: str) -> float:
@@ -143,22 +146,21 @@ def table(rows: dict[str, dict[str, Any]]) -> Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one way alone, on little text")
+    parser.add_argument("--quick", action="store_true", help="on little text, with fewer steps")
     quick = parser.parse_args().quick
     with tempfile.TemporaryDirectory(prefix="structured-") as folder:
         bench = Bench(Path(folder), 16 if quick else 128, 20 if quick else None)
-        bench.add("original", bench.source.folder)
-        ways = {SHOWN: WAYS[SHOWN]} if quick else WAYS
-        outs = {name: bench.shrink(name, bench.source.folder, how) for name, how in ways.items()}
-        if not quick:
-            biased = bench.with_biases()
-            for name, how in BIASED.items():
-                bench.shrink(name, biased, how)
-        models = {"original": bench.original, SHOWN: bench.open(outs[SHOWN])}
+        biased = bench.with_biases()
+        for name, how in WAYS.items():
+            bench.shrink(name, bench.source.folder, how)
+        for name, how in BIASED.items():
+            bench.shrink(name, biased, how)
+        models = {"original": bench.original, SHOWN: bench.open(bench.folders[SHOWN])}
         speed = measure_speed(models, bench.windows[:1], runs=2 if quick else 9)
         steps = 20 if quick else TUNING.steps
-        record = bench.tune(SHOWN, outs[SHOWN], steps)
-        bench.tune("original", bench.source.folder, steps)  # what the fine-tune does by itself
+        record = bench.tune(SHOWN, steps)
+        bench.tune("original", steps)  # what the fine-tune does by itself
+        bench.measure()
         lost, left = bench.delta(SHOWN), bench.delta(f"{SHOWN}, tuned")
         gain = bench.delta("original, tuned")
         recovery = {
