@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import machine
 from tersor import demo
@@ -108,9 +108,9 @@ class Bench:
     def with_biases(self) -> Path:
         """The original as a model of the same class that has biases, all zero."""
         out = self.folder / "original-with-biases"
-        model = AutoModelForCausalLM.from_pretrained(
-            self.source.folder, torch_dtype="auto", attention_bias=True, mlp_bias=True
-        )
+        config = AutoConfig.from_pretrained(self.source.folder, attention_bias=True, mlp_bias=True)
+        model = AutoModelForCausalLM.from_config(config).to(self.original.dtype)
+        model.load_state_dict(self.original.state_dict(), strict=False)
         with torch.no_grad():
             for key, parameter in model.named_parameters():
                 if key.endswith(".bias"):

@@ -310,7 +310,7 @@ def test_a_smaller_model_can_be_quantized(folder: Callable[[str], Path], out: Pa
 def test_killed_at_every_rename_and_resumed(folder: Callable[[str], Path], tmp_path: Path) -> None:
     """Through the whole model for its blocks and for gradients, and through the smaller one."""
     settings: dict[str, Any] = {"ffn": 0.3, "layers": 1, "calibration": TEXT}
-    settings["importance"] = "taylor"
+    settings |= {"importance": "taylor", "layer_importance": "contiguous"}
     model = folder("gemma2")
     shrink_checkpoint(model, tmp_path / "whole", **settings)
     whole = content(tmp_path / "whole")

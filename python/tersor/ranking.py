@@ -32,6 +32,9 @@ DISTANCES: dict[str, Callable[[Tensor], Tensor]] = {
 CONTIGUOUS = "contiguous"  # the third way to rank blocks: as runs, by the angle
 TAYLOR = "taylor-scores"  # the file with them, while a run lasts
 
+Scores = dict[tuple[str, str], Tensor]  # by path of the linear, and GROUPS or QUERIES
+Watch = Callable[[Tensor, Tensor], None]  # of what enters a block and what leaves it
+Found = tuple[dict[str, Any], dict[str, str]]  # JSON data, and files by their digests
 
 # --- blocks ---------------------------------------------------------------------------------------
 
@@ -44,7 +47,7 @@ def block_distances(run: Run, windows: Tensor, kind: str) -> dict[str, float]:
     paths = [path for path, _ in run.source.found.blocks(run.source.model)]
     keys = [f"{kind} of {path}" for path in paths]
 
-    def distance(number: int) -> tuple[Watch, Callable[[], tuple[Info, State]]]:
+    def distance(number: int) -> tuple[Watch, Callable[[], Found]]:
         away: list[Tensor] = []
 
         def watch(x: Tensor, y: Tensor) -> None:
@@ -65,15 +68,15 @@ def run_distances(run: Run, windows: Tensor, count: int) -> dict[str, float]:
     whole, keys = f"runs of {count} blocks", [f"last tokens behind {path}" for path in paths]
     if whole not in run.writer.done:
 
-        def last(number: int) -> tuple[Watch, Callable[[], tuple[Info, State]]]:
+        def last(number: int) -> tuple[Watch, Callable[[], Found]]:
             before: list[Tensor] = []
             after: list[Tensor] = []
 
             def watch(x: Tensor, y: Tensor) -> None:
-                before.append(x[:, -1])
-                after.append(y[:, -1])
+                before.append(x[:, -1].clone())  # not a view, which would keep all of x
+                after.append(y[:, -1].clone())
 
-            def result() -> tuple[Info, State]:
+            def result() -> Found:
                 name = f"last-{number}"
                 tensors = {"x": torch.cat(before), "y": torch.cat(after)}
                 digest = _save(run, name, tensors)
@@ -95,21 +98,16 @@ def run_distances(run: Run, windows: Tensor, count: int) -> dict[str, float]:
     return dict(zip(paths, run.writer.done[whole]["distances"], strict=False))
 
 
-Watch = Callable[[Tensor, Tensor], None]
-Info = dict[str, Any]
-State = dict[str, str]
-
-
 def _through(
     run: Run,
     windows: Tensor,
     keys: list[str],
-    observe: Callable[[int], tuple[Watch, Callable[[], tuple[Info, State]]]],
+    observe: Callable[[int], tuple[Watch, Callable[[], Found]]],
 ) -> None:
     """The text through the original model, block by block, each committed under its key.
 
-    observe: for a block, by its number, what is shown each batch before and behind it, and then
-        gives what is to be recorded: JSON data, and files by their digests.
+    observe: gives for a block, by its number, what is shown every batch before and behind it, and
+        what then says what is to be recorded of it.
     """
     blocks = list(run.source.found.blocks(run.source.model))
     todo = [number for number, key in enumerate(keys) if key not in run.writer.done]
@@ -166,8 +164,6 @@ def _saved(run: Run, name: str, digest: str) -> dict[str, Tensor]:
 
 
 # --- gradients ------------------------------------------------------------------------------------
-
-Scores = dict[tuple[str, str], Tensor]  # by path of the linear, and GROUPS or QUERIES
 
 
 def check_taylor(source: Source) -> None:

@@ -113,6 +113,8 @@ def shrink_checkpoint(
     cuts = settle_cuts(
         source, heads=heads, query_heads=query_heads, ffn=ffn, layers=layers, multiple=multiple
     )
+    if head_importance and not any(cut.what == "heads" for cut in cuts.groups):
+        raise TersorError("head_importance is of heads, and none are cut; leave it out")
     how = {"heads": head_importance or importance, "ffn": importance}
     how = {cut.what: how[cut.what] for cut in cuts.groups}
     _check(source, cuts, how, ranking, update)
