@@ -58,6 +58,7 @@ WAYS: dict[str, dict[str, Any]] = {  # what is cut is CUT, unless it is said
 }
 BIASED = {  # of the same model with biases of zero, which make room for what bias adds
     "output, bias": {"update": "bias"},
+    "fluctuation, bias": {"importance": "fluctuation", "update": "bias"},
     "output, none, with biases": {"update": "none"},
 }
 

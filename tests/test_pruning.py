@@ -53,6 +53,9 @@ def slow_importance(kind: str, groups: int, w: Tensor, rows: list[Tensor], x: Te
             only = torch.zeros_like(x)
             only[:, own] = x[:, own]
             score = (only @ w.double().T).square().sum()
+        elif kind == "fluctuation":
+            only = (x[:, own] - x[:, own].mean(0)) @ w[:, own].double().T
+            score = only.square().sum()
         elif kind == "activation":
             score = x[:, own].square().sum()
         else:
@@ -77,7 +80,7 @@ def test_importance(kind: str, groups: int, monkeypatch: pytest.MonkeyPatch) -> 
     torch.testing.assert_close(got, want, rtol=2e-7 if kind == "magnitude" else 1e-12, atol=0)
 
 
-@pytest.mark.parametrize("kind", ["output", "activation"])
+@pytest.mark.parametrize("kind", ["output", "fluctuation", "activation"])
 def test_importance_needs_statistics(kind: str) -> None:
     for stats in (None, GramStats(K)):
         with pytest.raises(TersorError, match="needs statistics"):

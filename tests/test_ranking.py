@@ -413,7 +413,7 @@ def test_heads_and_query_heads(tmp_path: Path, out: Path) -> None:
             {"ffn": 0.3, "importance": "entropy"},
             "channels of an MLP have none; give it as",
         ),
-        ("llama", {"heads": 0.5, "head_importance": "luck"}, "head_importance is output, magn"),
+        ("llama", {"heads": 0.5, "head_importance": "luck"}, "head_importance is output, fluc"),
         ("llama", {"ffn": 0.3, "head_importance": "output"}, "none are cut; leave it out"),
         ("llama", {"layers": 1, "layer_importance": "taylor"}, "layer_importance is influence, an"),
         ("llama", {"ffn": 0.3, "update": True}, "update is least-squares, bias, none, not True"),

@@ -346,7 +346,7 @@ def test_killed_at_every_rename_and_resumed(folder: Callable[[str], Path], tmp_p
         ("llama", {"layers": 1}, "needs text to calibrate on"),
         ("llama", {"ffn": 0.3}, "needs text to calibrate on"),
         ("llama", {"ffn": 0.3, "update": "none"}, "needs text to calibrate on"),
-        ("llama", {"ffn": 0.3, "importance": "luck"}, "importance is output, magnitude, activ"),
+        ("llama", {"ffn": 0.3, "importance": "luck"}, "importance is output, fluctuation, magn"),
         ("llama", {"ffn": 0.3, "damp": 0.0}, "damp must be between 0 and 1"),
         ("opt", {"heads": 0.5}, "OPTForCausalLM has the shape .*follows from the hidden size"),
         ("bert", {"heads": 0.25}, "heads cannot be cut to 3 of 4"),

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 BOS = ("auto", "always", "never")  # as in tersor.calibrate, which imports torch
-IMPORTANCES = ("output", "magnitude", "activation", "taylor", "entropy")  # as in tersor.shrink
+IMPORTANCES = (  # as in tersor.shrink
+    *("output", "fluctuation", "magnitude", "activation"),
+    *("taylor", "entropy"),
+)
 DTYPES = ("float32", "bfloat16", "float16")
 
 EXAMPLES = {

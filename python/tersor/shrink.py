@@ -73,9 +73,9 @@ def shrink_checkpoint(
         as in ShortGPT any may go, the first and the last as well. Or which, by their numbers.
     multiple: what the number of channels that stay is rounded to, up or down; None: what the
         model's is a multiple of, up to 128, so that a group of a quantized weight still divides it.
-    importance: by which groups are ranked within a block: "output", "magnitude" or "activation"
-        (see tersor.pruning.importance), or "taylor" (see tersor.ranking.taylor_scores: of the
-        original model, which has to fit into memory as a whole).
+    importance: by which groups are ranked within a block: "output", "fluctuation", "magnitude" or
+        "activation" (see tersor.pruning.importance), or "taylor" (see tersor.ranking.taylor_scores:
+        of the original model, which has to fit into memory as a whole).
     head_importance: the same for heads, where it is another one; None: `importance`. Also "entropy"
         (see tersor.ranking.AttentionEntropy; a group has the mean of its query heads).
     layer_importance: "influence" or "angular", of single blocks (see

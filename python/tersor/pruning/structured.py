@@ -14,7 +14,12 @@ from torch import Tensor
 from tersor.calibrate import GramStats
 from tersor.errors import TersorError
 
-BY_STATISTICS = ("output", "magnitude", "activation")  # of one linear; see importance
+BY_STATISTICS = (
+    "output",
+    "fluctuation",
+    "magnitude",
+    "activation",
+)  # of one linear; see importance
 COLUMNS = 512  # of a weight that are in float64 at a time
 ROWS = 1024  # of a weight that are in float32 at a time
 
@@ -25,8 +30,9 @@ def importance(
     """How much each group matters, float64 [groups]; more is more.
 
     kind: "output", tr(W_g H_gg W_gᵀ): the squared error of the linear's output where the group is
-            left out, as Wanda has it for one weight (arXiv:2306.11695) and FLAP, of the part that
-            varies, for a channel (arXiv:2312.11983);
+            left out, as Wanda has it for one weight (arXiv:2306.11695);
+        "fluctuation", the same of the inputs less their mean, which is what is lost where a bias
+            makes up for the mean: FLAP's, which is of single channels (arXiv:2312.11983);
         "activation", tr(H_gg): the energy of what is read;
         "magnitude", the squared norm of all weights that make and read the group (as LLM-Pruner's
             vector-wise magnitude, arXiv:2305.11627). Needs no statistics.
@@ -50,7 +56,11 @@ def importance(
         part = w[:, at].double().unflatten(1, (-1, size))  # [n, groups here, size]
         grams = stats.gram[at, at].double().view(part.shape[1], size, part.shape[1], size)
         own = grams.diagonal(dim1=0, dim2=2)  # [size, size, groups here]
-        parts.append(torch.einsum("ngs,stg,ngt->g", part, own, part))
+        energy = torch.einsum("ngs,stg,ngt->g", part, own, part)
+        if kind == "fluctuation":
+            means = torch.einsum("ngs,gs->ng", part, stats.mean[at].view(-1, size))
+            energy = (energy - stats.tokens * means.square().sum(0)).clamp(min=0)
+        parts.append(energy)
     return torch.cat(parts)
 
 
