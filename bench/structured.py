@@ -121,7 +121,7 @@ class Bench:
         return out
 
     def tune(self, name: str, steps: int) -> dict[str, Any]:
-        """A short fine-tune on the text that the model was trained on."""
+        """A short fine-tune on the training text, of which the model may have seen a part alone."""
         tokenizer = load_tokenizer(self.folders[name])
         model = self.open(self.folders[name]).float()
         _, texts = split_documents(RECIPE)
