@@ -212,6 +212,9 @@ def test_gram_is_the_sum_over_tokens(dtype: torch.dtype, k: int) -> None:
     # Products and sums of 300 terms in float32: relative to |x|ᵀ|x| no more than (300 + 1) eps.
     bound = 301 * 2.0**-24 * gram_of(torch.cat(batches).abs())
     assert ((stats.gram.double() - want).abs() <= bound).all()
+    x = torch.cat(batches).double().flatten(0, 1)
+    bound = 101 * 2.0**-24 * x.abs().mean(0)  # sums of 100 terms at a time
+    assert ((stats.mean - x.mean(0)).abs() <= bound).all()
 
 
 def test_merge_is_the_sum() -> None:
@@ -223,6 +226,7 @@ def test_merge_is_the_sum() -> None:
     whole.update(x)
     one.merge(two)
     assert torch.equal(one.gram, whole.gram)
+    assert torch.equal(one.mean, whole.mean)
     assert one.tokens == whole.tokens == 40
 
 

@@ -9,7 +9,15 @@ from torch import Tensor
 
 from tersor.calibrate import GramStats
 from tersor.errors import TersorError
-from tersor.pruning import IMPORTANCES, best, importance, output_error, reconstruct, select
+from tersor.pruning import (
+    BY_STATISTICS,
+    best,
+    bias_for,
+    importance,
+    output_error,
+    reconstruct,
+    select,
+)
 
 N, K, TOKENS = 24, 48, 200
 
@@ -45,6 +53,9 @@ def slow_importance(kind: str, groups: int, w: Tensor, rows: list[Tensor], x: Te
             only = torch.zeros_like(x)
             only[:, own] = x[:, own]
             score = (only @ w.double().T).square().sum()
+        elif kind == "fluctuation":
+            only = (x[:, own] - x[:, own].mean(0)) @ w[:, own].double().T
+            score = only.square().sum()
         elif kind == "activation":
             score = x[:, own].square().sum()
         else:
@@ -57,7 +68,7 @@ def slow_importance(kind: str, groups: int, w: Tensor, rows: list[Tensor], x: Te
 
 
 @pytest.mark.parametrize("groups", [1, 3, 4, K])
-@pytest.mark.parametrize("kind", IMPORTANCES)
+@pytest.mark.parametrize("kind", BY_STATISTICS)
 def test_importance(kind: str, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tersor.pruning.structured.COLUMNS", 20)  # some groups at a time
     x, w, rows = inputs(), weight(), [weight(K, 7, seed=2), weight(2 * K, 5, seed=3)]
@@ -69,7 +80,7 @@ def test_importance(kind: str, groups: int, monkeypatch: pytest.MonkeyPatch) -> 
     torch.testing.assert_close(got, want, rtol=2e-7 if kind == "magnitude" else 1e-12, atol=0)
 
 
-@pytest.mark.parametrize("kind", ["output", "activation"])
+@pytest.mark.parametrize("kind", ["output", "fluctuation", "activation"])
 def test_importance_needs_statistics(kind: str) -> None:
     for stats in (None, GramStats(K)):
         with pytest.raises(TersorError, match="needs statistics"):
@@ -79,6 +90,8 @@ def test_importance_needs_statistics(kind: str) -> None:
 def test_best_keeps_order_and_the_first_of_equals() -> None:
     assert best(torch.tensor([1.0, 3.0, 2.0, 3.0, 1.0]), 3).tolist() == [1, 2, 3]
     assert best(torch.tensor([1.0, 1.0, 2.0, 1.0]), 3).tolist() == [0, 1, 2]
+    rows = torch.tensor([[1.0, 3.0, 2.0], [5.0, 5.0, 5.0]])
+    assert best(rows, 2).tolist() == [[1, 2], [0, 1]]
 
 
 @pytest.mark.parametrize("dim", [0, 1])
@@ -125,6 +138,21 @@ def test_reconstruction_gains_and_the_error_is_measured() -> None:
     assert errors[1] < 0.5 * errors[0]
     plain = output_error(w, groups, kept, w[:, kept], None)
     assert plain == pytest.approx(float(w[:, 1::2].square().sum() / w.square().sum()), rel=1e-5)
+
+
+def test_the_bias_makes_up_for_what_was_lost_on_average() -> None:
+    x, w, kept, groups = inputs() + 1, weight(), torch.arange(0, K // 2, 2), K // 2
+    stay = [c for g in kept.tolist() for c in columns(g, groups)]
+    stats = stats_of(x)
+    full = torch.zeros(N, K, dtype=torch.float64)
+    full[:, stay] = w[:, stay].double()
+    lost = x @ (w.double() - full).T
+    shift = bias_for(w, groups, kept, stats)
+    torch.testing.assert_close(shift, lost.mean(0), rtol=1e-12, atol=1e-12)
+    got = output_error(w, groups, kept, w[:, stay], stats, shift)
+    want = (lost - lost.mean(0)).square().sum() / (x @ w.double().T).square().sum()
+    assert got == pytest.approx(float(want), rel=1e-5)
+    assert got < output_error(w, groups, kept, w[:, stay], stats)
 
 
 def test_groups_that_did_nothing_change_nothing() -> None:

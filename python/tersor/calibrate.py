@@ -1,6 +1,6 @@
 """Calibration: text to windows of tokens, and statistics of what the linears of a block read.
 
-`capture` is the only place in the package that hooks a model.
+`capture` and the watchers in tersor.ranking are the only places in the package that hook a model.
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ def _check_finite(diagonal: Tensor, layer: str) -> None:
 
 
 class GramStats:
-    """The Gram matrix of a linear's input, H = Σ x xᵀ over the tokens seen.
+    """The Gram matrix of a linear's input, H = Σ x xᵀ over the tokens seen, and its mean.
 
     Inputs in bfloat16 and float16 are exact in float32, and every update adds the sum over its
     tokens, so that the rounding error grows with the number of updates and not of tokens. Once
@@ -224,6 +224,7 @@ class GramStats:
         self.tokens = 0
         self.notes: list[str] = []
         self.departure: str | None = None
+        self._total = torch.zeros(k, dtype=torch.float64)
         self._gram = torch.zeros(k, k)
         self._half = False  # whether only blocks on and above the diagonal are up to date
         self._factor: Factor | None = None
@@ -238,6 +239,11 @@ class GramStats:
                 self._gram[j:, i:j] = self._gram[i:j, j:].T
             self._half = False
         return self._gram
+
+    @property
+    def mean(self) -> Tensor:
+        """Σ x / tokens, float64 [k], whatever was done to H; zeros where there was no token."""
+        return self._total / max(1, self.tokens)
 
     @property
     def diagonal(self) -> Tensor:
@@ -269,11 +275,13 @@ class GramStats:
             j = i + BLOCK
             self._gram[i:j, i:].addmm_(rows[:, i:j].T, rows[:, i:])
         self._half = True
+        self._total += rows.sum(0)
         self.tokens += rows.shape[0]
 
     def merge(self, other: GramStats) -> None:
         """Adds what another has seen, before either is factored."""
         self._gram += other._gram
+        self._total += other._total
         self._half = self._half or other._half
         self.tokens += other.tokens
 

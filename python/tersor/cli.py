@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 BOS = ("auto", "always", "never")  # as in tersor.calibrate, which imports torch
-IMPORTANCES = ("output", "magnitude", "activation")  # as in tersor.pruning
+IMPORTANCES = (  # as in tersor.shrink
+    *("output", "fluctuation", "magnitude", "activation"),
+    *("taylor", "entropy"),
+)
 DTYPES = ("float32", "bfloat16", "float16")
 
 EXAMPLES = {
@@ -150,8 +153,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--structured",
         type=_structured,
         metavar="WHAT=N,...",
-        help="make the model smaller: heads and ffn (channels of the MLPs) by a share, layers by a "
-        "number, such as heads=0.2,ffn=0.25,layers=2",
+        help="make the model smaller: heads, query_heads (of each head of keys and values) and ffn "
+        "(channels of the MLPs) by a share, layers by a number: heads=0.2,ffn=0.25,layers=2",
     )
     add(
         "--allocation",
@@ -174,7 +177,21 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--importance",
         choices=IMPORTANCES,
-        help="by what heads and channels are ranked; default: output, the error of leaving one out",
+        help="by what heads and channels are ranked; default: output, the error of leaving one "
+        "out; taylor needs the whole model in memory, entropy is of heads alone",
+    )
+    add("--head-importance", choices=IMPORTANCES, help="of heads, where it is another one")
+    add(
+        "--layer-importance",
+        choices=("influence", "angular", "contiguous"),
+        help="by what layers are ranked: how far a block moves its input, by 1 - cos (the "
+        "default) or by the angle, or the angle of blocks that follow one another",
+    )
+    add(
+        "--ranking",
+        choices=("local", "global"),
+        help="heads and channels within each block (the default), or over the whole model, which "
+        "the configuration of no model yet can state",
     )
     add(
         "--multiple",
@@ -184,8 +201,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--update",
-        action=argparse.BooleanOptionalAction,
-        help="new values for what reads heads and channels, by least squares; default: yes",
+        choices=("least-squares", "bias", "none"),
+        help="new values for what reads heads and channels, or a new bias where it has one; "
+        "default: least-squares",
     )
 
     add = command(
@@ -392,7 +410,7 @@ def _add_settings(sub: Parser, *names: str) -> None:
 
 
 def _structured(text: str) -> dict[str, Any]:
-    types: dict[str, Any] = {"heads": float, "ffn": float, "layers": int}
+    types: dict[str, Any] = {"heads": float, "query_heads": float, "ffn": float, "layers": int}
     found: dict[str, Any] = {}
     for part in text.split(","):
         name, _, value = part.partition("=")
@@ -400,7 +418,7 @@ def _structured(text: str) -> dict[str, Any]:
             found[name] = types[name](value)
         except (KeyError, ValueError):
             raise argparse.ArgumentTypeError(
-                f"{part!r} is none of heads=SHARE, ffn=SHARE, layers=NUMBER"
+                f"{part!r} is none of heads=SHARE, query_heads=SHARE, ffn=SHARE, layers=NUMBER"
             ) from None
     return found
 

@@ -47,7 +47,7 @@ def prune(args: argparse.Namespace) -> None:
         return
     for option in STRUCTURED:
         if getattr(args, option) is not None:
-            raise TersorError(f"--{option} is of --structured; leave it out")
+            raise TersorError(f"--{option.replace('_', '-')} is of --structured; leave it out")
     args.method = args.method or "sparsegpt"
     if args.quantize is None:
         for option in ("group", "asymmetric", "activations"):
@@ -80,7 +80,10 @@ def prune(args: argparse.Namespace) -> None:
     _show(args, report, result)
 
 
-STRUCTURED = ("importance", "multiple", "update")  # options of `prune --structured` alone
+STRUCTURED = (  # options of `prune --structured` alone
+    *("importance", "head_importance", "layer_importance"),
+    *("ranking", "multiple", "update"),
+)
 UNSTRUCTURED = ("method", "quantize", "group", "asymmetric", "activations", "ignore", "sequential")
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from tersor.errors import TersorError
 from tersor.models import (
+    GROUPS,
+    QUERIES,
     FoundArch,
     Groups,
     Structure,
@@ -22,7 +24,7 @@ from tersor.models import (
     plain_linears,
 )
 from tersor.models.arch import respell
-from tersor.pruning import select
+from tersor.pruning import best, select
 from tersor.source import Source
 
 MULTIPLE = 128  # channels: the usual group of a quantized weight, and what matrix units take whole
@@ -30,24 +32,82 @@ MULTIPLE = 128  # channels: the usual group of a quantized weight, and what matr
 
 @dataclass(frozen=True)
 class Cut:
-    """One kind of groups in every block: `kept` of `count` stay. what: "heads" or "ffn"."""
+    """One kind of groups in every block. what: "heads" or "ffn".
+
+    count, kept: groups, and those that stay. each, kept_each: query heads in each group, and those
+    that stay of every group that does; 1 where a group is one piece.
+    """
 
     what: str
     groups: Groups
     count: int
     kept: int
+    each: int = 1
+    kept_each: int = 1
+
+    @property
+    def pieces(self) -> int:
+        """Query heads, or groups that are one piece: equal parts of what the columns' linear
+        reads."""
+        return self.count * self.each
+
+    @property
+    def first(self) -> Tensor:
+        """The pieces that would stay if all were equal."""
+        everything = torch.arange(self.pieces).view(self.count, self.each)
+        return everything[: self.kept, : self.kept_each].flatten()
+
+    def settings(self) -> dict[str, str]:
+        """For people."""
+        result = {self.what: f"{self.kept} of {self.count}"}
+        if self.kept_each < self.each:
+            result["query_heads"] = f"{self.kept_each} of {self.each} in a group"
+        return result
+
+    def choose(self, scores: Callable[[str], Tensor]) -> Tensor:
+        """The numbers of the pieces that stay, int64, ascending: of the best groups the best query
+        heads. scores: of all groups (GROUPS) or of all pieces (QUERIES), more is more."""
+        everything = torch.arange(self.pieces).view(self.count, self.each)
+        kept = torch.arange(self.count)
+        if self.kept < self.count:
+            kept = best(scores(GROUPS), self.kept)
+        if self.kept_each == self.each:
+            return everything[kept].flatten()
+        own = scores(QUERIES).view(self.count, self.each)[kept]
+        return everything[kept].gather(1, best(own, self.kept_each)).flatten()
+
+    def rows(self, tensors: Mapping[str, Tensor], kind: str) -> list[Tensor]:
+        """The weights whose outputs are the pieces (QUERIES), or the groups with all that is of
+        them (GROUPS). tensors: of a block, by their names in it."""
+        return [
+            part
+            for linear in self.groups.rows
+            for holds, part in self._parts(linear, tensors[f"{linear}.weight"])
+            if kind == GROUPS or self.each == 1 or holds == QUERIES
+        ]
 
     def apply(self, tensors: Mapping[str, Tensor], kept: Tensor) -> dict[str, Tensor]:
         """The tensors of a block, by their names in it, that the cut changes. kept: numbers of the
-        groups that stay, int64. On the meta device: the shapes."""
-        result = {}
+        pieces that stay, int64. On the meta device: the shapes."""
+        result, groups = {}, (kept // self.each).unique()
         for linear in self.groups.rows:
             for name in (f"{linear}.weight", f"{linear}.bias"):
                 if name in tensors:
-                    parts = tensors[name].chunk(self.groups.parts)
-                    result[name] = torch.cat([select(p, 0, self.count, kept) for p in parts])
+                    parts = [
+                        select(part, 0, self.pieces, kept)
+                        if holds == QUERIES
+                        else select(part, 0, self.count, groups)
+                        for holds, part in self._parts(linear, tensors[name])
+                    ]
+                    result[name] = torch.cat(parts) if len(parts) > 1 else parts[0]
         name = f"{self.groups.columns}.weight"
-        return result | {name: select(tensors[name], 1, self.count, kept)}
+        return result | {name: select(tensors[name], 1, self.pieces, kept)}
+
+    def _parts(self, linear: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        holds = self.groups.rows[linear]
+        counts = [self.pieces if kind == QUERIES else self.count for kind in holds]
+        width = tensor.shape[0] // sum(counts)
+        return zip(holds, tensor.split([width * count for count in counts]), strict=True)
 
 
 @dataclass(frozen=True)
@@ -72,12 +132,13 @@ class Cuts:
         config, before = copy.deepcopy(source.checkpoint.config), source.model.config
         structure = structure_of(source.found)
         for cut in self.groups:
-            for name in filter(lambda name: hasattr(before, name), cut.groups.counts):
-                whole = getattr(before, name) or cut.count
-                config[name] = whole * cut.kept // cut.count
-            if cut.groups.width is not None:
-                columns = source.blocks[0].get_submodule(cut.groups.columns).in_features
-                config[cut.groups.width] = columns // getattr(before, cut.groups.counts[-1])
+            groups, pieces = cut.groups, cut.kept * cut.kept_each
+            for name, number in ((groups.count, cut.kept), (groups.queries, pieces)):
+                if name is not None and hasattr(before, name):
+                    config[name] = number
+            if groups.width is not None:
+                columns = source.blocks[0].get_submodule(groups.columns).in_features
+                config[groups.width] = columns // cut.pieces
         if len(kept) < self.depth:
             config[structure.depth] = len(kept)
             for name in structure.per_block:
@@ -118,7 +179,7 @@ class Cuts:
             names = source.names(paths[number])
             tensors = {name.removeprefix(prefix): state[name] for name in names}
             for cut in self.groups:
-                tensors |= cut.apply(tensors, torch.arange(cut.kept))
+                tensors |= cut.apply(tensors, cut.first)
             for local, tensor in tensors.items():
                 yield (
                     f"{renumbered(source.found, paths[number], place)}.{local}",
@@ -144,10 +205,16 @@ def renumbered(found: FoundArch, path: str, number: int) -> str:
 
 
 def settle_cuts(
-    source: Source, heads: float, ffn: float, layers: int | Sequence[int], multiple: int | None
+    source: Source,
+    *,
+    heads: float = 0.0,
+    query_heads: float = 0.0,
+    ffn: float = 0.0,
+    layers: int | Sequence[int] = 0,
+    multiple: int | None = None,
 ) -> Cuts:
-    """heads, ffn: shares to cut. layers: how many blocks, or which. multiple: of which the number
-    of channels that is left shall be one; None: as the model's, up to 128.
+    """heads, query_heads, ffn: shares to cut. layers: how many blocks, or which. multiple: of which
+    the number of channels that is left shall be one; None: as the model's, up to 128.
 
     Raises TersorError where nothing or everything would go, where groups are not equal, and where
     transformers cannot make the smaller model.
@@ -162,20 +229,16 @@ def settle_cuts(
                 f"no layer can be taken out of this model: {' or '.join(structure.by_number)} in "
                 "its config.json makes what a block does depend on its number"
             )
-    cuts = []
-    for what, share, groups in (("heads", heads, structure.heads), ("ffn", ffn, structure.ffn)):
+    for what, share in (("heads", heads), ("query_heads", query_heads), ("ffn", ffn)):
         if not 0 <= share < 1:
             raise TersorError(f"{what} is a share from 0 to less than 1, such as 0.25, not {share}")
-        if not share:
-            continue
-        if groups is None:
-            raise TersorError(
-                f"{what} of {source.found.arch.name} cannot be cut: a linear of it holds more than "
-                "one thing, in pieces of which none can be cut out whole"
-            )
-        cuts.append(_cut(source, what, share, groups, multiple if what == "ffn" else 1))
+    cuts = []
+    if heads or query_heads:
+        cuts.append(_cut_heads(source, structure.heads, heads, query_heads))
+    if ffn:
+        cuts.append(_cut_ffn(source, structure.ffn, ffn, multiple))
     if not cuts and not drop:
-        raise TersorError("nothing is to be cut; give heads, ffn or layers")
+        raise TersorError("nothing is to be cut; give heads, query_heads, ffn or layers")
     whole = Cuts(tuple(cuts), drop, depth)
     for cut in cuts:
         _check_class(source, cut, depth)
@@ -198,47 +261,96 @@ def _drop(layers: int | Sequence[int], depth: int) -> int | tuple[int, ...]:
     return numbers
 
 
-def _cut(source: Source, what: str, share: float, groups: Groups, multiple: int | None) -> Cut:
-    shapes = set()
-    for block in source.blocks:
-        linears = [block.get_submodule(path) for path in groups.rows]
-        columns = block.get_submodule(groups.columns).in_features
-        shapes.add((columns, *(linear.out_features // groups.parts for linear in linears)))
-    if len(shapes) > 1:
-        raise TersorError(f"{what} cannot be cut where blocks have different sizes: {shapes}")
-    (sizes,) = shapes
-    stated = (config_value(source.model.config, name) for name in groups.counts)
-    count = next(filter(None, stated), sizes[0])
-    if any(size % count for size in sizes):
-        raise TersorError(f"{what}: {count} groups do not divide the features {sizes}")
+def _cut_heads(source: Source, groups: Groups, heads: float, query_heads: float) -> Cut:
+    whole = _whole(source, "heads", groups)
+    kept, kept_each = whole.count, whole.each
+    if heads:
+        kept = max(1, round(whole.count * (1 - heads)))
+        if kept == whole.count:
+            raise TersorError(
+                f"heads={heads:g} of {whole.count} heads of keys and values rounds to none; use "
+                f"heads={1 / whole.count:.2g}"
+            )
+    if query_heads:
+        if whole.each == 1:
+            raise TersorError(
+                "query_heads is for models in which several query heads read one head of keys and "
+                f"values; this one has {whole.count} of each: use heads"
+            )
+        kept_each = max(1, round(whole.each * (1 - query_heads)))
+        if kept_each == whole.each:
+            raise TersorError(
+                f"query_heads={query_heads:g} of the {whole.each} query heads of each head of keys "
+                f"and values rounds to none; use query_heads={1 / whole.each:.2g}"
+            )
+    return replace(whole, kept=kept, kept_each=kept_each)
+
+
+def _cut_ffn(source: Source, groups: Groups, share: float, multiple: int | None) -> Cut:
+    whole = _whole(source, "ffn", groups)
+    count = whole.count
     multiple = math.gcd(count, MULTIPLE) if multiple is None else multiple
     if not 1 <= multiple <= count:
         raise TersorError(f"multiple is from 1 to the {count} channels there are, not {multiple}")
     kept = max(1, round(count * (1 - share) / multiple)) * multiple
     if kept >= count:
-        unit = "heads of keys and values" if what == "heads" else f"channels by {multiple}"
-        fix = f"use {what}={multiple / count:.2g}" if multiple < count else "use"
-        if what == "ffn":
-            fix += " or a smaller multiple" if multiple < count else " a smaller multiple"
-        raise TersorError(f"{what}={share:g} of {count} {unit} rounds to none; {fix}")
-    return Cut(what, groups, count, kept)
+        fix = f"use ffn={multiple / count:.2g} or" if multiple < count else "use"
+        raise TersorError(
+            f"ffn={share:g} of {count} channels by {multiple} rounds to none; {fix} a smaller "
+            "multiple"
+        )
+    return replace(whole, kept=kept)
+
+
+def _whole(source: Source, what: str, groups: Groups) -> Cut:
+    """The cut that takes nothing. TersorError where groups are not equal."""
+    sizes = {
+        tuple(
+            block.get_submodule(path).weight.shape[dim]
+            for dim, paths in ((1, (groups.columns,)), (0, groups.rows))
+            for path in paths
+        )
+        for block in source.blocks
+    }
+    if len(sizes) > 1:
+        raise TersorError(f"{what} cannot be cut where blocks have different sizes: {sizes}")
+    (columns, *rows) = sizes.pop()
+    config = source.model.config
+    count = config_value(config, groups.count) or columns
+    each = (config_value(config, groups.queries) if groups.queries else count) // count
+    pieces = count * each
+    counts = [sum(pieces if p == QUERIES else count for p in h) for h in groups.rows.values()]
+    if columns % pieces or any(n % m for n, m in zip(rows, counts, strict=True)):
+        raise TersorError(
+            f"{what}: {count} groups of {each} do not divide the features {columns}, {rows}"
+        )
+    return Cut(what, groups, count, count, each, each)
 
 
 def _check_class(source: Source, cut: Cut, depth: int) -> None:
     """TersorError where transformers makes no model with the cut; it says with which it does."""
 
-    def error(kept: int) -> TersorError | None:
-        other = Cuts((Cut(cut.what, cut.groups, cut.count, kept),), depth - 1, depth)
+    def error(kept: int, kept_each: int) -> TersorError | None:
+        other = Cuts((replace(cut, kept=kept, kept_each=kept_each),), depth - 1, depth)
         try:
             other.skeleton(source, [0])
         except TersorError as why:
             return why
         return None
 
-    reason = error(cut.kept)
+    reason = error(cut.kept, cut.kept_each)
     if reason is None:
         return
-    others = [n for n in range(1, cut.count) if error(n) is None] if cut.what == "heads" else []
-    shares = ", ".join(f"{cut.what}={1 - n / cut.count:.2g}" for n in reversed(others))
-    fix = f"what works is {shares}" if others else "use ffn and layers"
-    raise TersorError(f"{cut.what} cannot be cut to {cut.kept} of {cut.count} ({reason}); {fix}")
+    others = []
+    if cut.what == "heads":
+        groups = range(cut.count, 0, -1) if cut.kept < cut.count else [cut.count]
+        queries = range(cut.each, 0, -1) if cut.kept_each < cut.each else [cut.each]
+        found = [(n, m) for n in groups for m in queries if n * m < cut.pieces]
+        for n, m in (pair for pair in found if error(*pair) is None):
+            shares = {"heads": 1 - n / cut.count, "query_heads": 1 - m / cut.each}
+            others.append(" with ".join(f"{k}={v:.2g}" for k, v in shares.items() if v))
+    fix = f"what works is {', '.join(others)}" if others else "use ffn and layers"
+    left = f"{cut.kept} of {cut.count}"
+    if cut.kept_each < cut.each:
+        left += f" with {cut.kept_each} of {cut.each} query heads"
+    raise TersorError(f"{cut.what} cannot be cut to {left} ({reason}); {fix}")

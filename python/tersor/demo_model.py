@@ -124,15 +124,11 @@ def _sums(folder: Path) -> dict[str, str]:
 
 
 def _make(work: Path, recipe: Recipe, say: Callable[[str], None]) -> dict[str, dict[str, object]]:
-    documents = library_documents()
-    count = _covering(documents, recipe.held_out)
-    training = documents[count:]
-    if not training:
-        raise TersorError("the standard library of this Python is too small to train on")
+    held_out, training = split_documents(recipe)
     (work / "text").mkdir(parents=True)
     for name, texts, characters in (
         ("calibration", training, recipe.calibration),
-        ("code", documents[:count], recipe.held_out),
+        ("code", held_out, recipe.held_out),
         ("prose", help_topics(), recipe.held_out),
     ):
         text = "\n\n".join(texts)[:characters]
@@ -147,6 +143,15 @@ def _make(work: Path, recipe: Recipe, say: Callable[[str], None]) -> dict[str, d
     manifest = {"recipe": asdict(recipe), "record": record, "files": _sums(work)}
     (work / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     return manifest
+
+
+def split_documents(recipe: Recipe) -> tuple[list[str], list[str]]:
+    """The library's modules that are held out, and those that the model is trained on."""
+    documents = library_documents()
+    count = _covering(documents, recipe.held_out)
+    if count == len(documents):
+        raise TersorError("the standard library of this Python is too small to train on")
+    return documents[:count], documents[count:]
 
 
 def _covering(documents: list[str], characters: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,6 +77,30 @@ def train(
         torch.manual_seed(recipe.seed)
         model = _model(tokenizer, recipe)
         batches = windows[torch.randperm(len(windows))].split(recipe.batch)
+    return model, _optimize(model, batches, recipe)
+
+
+def fine_tune(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    texts: list[str],
+    recipe: Training,
+) -> dict[str, object]:
+    """Goes on training a model, such as one that was made smaller, in place; a record of it.
+
+    model: in float32. recipe: its rates, steps, batches and seed; the model has its own shape.
+        Rates are best a part of those that the model was first trained with.
+    """
+    windows = _windows(tokenizer, texts, recipe.length)
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(recipe.seed))
+    return _optimize(model, windows[order].split(recipe.batch), recipe)
+
+
+def _optimize(
+    model: LlamaForCausalLM, batches: Sequence[Tensor], recipe: Training
+) -> dict[str, object]:
+    """Muon for the matrices of the blocks and AdamW for the rest, in place; the model is in
+    evaluation mode afterwards."""
     matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
     ids_of_matrices = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in ids_of_matrices]
@@ -111,7 +135,8 @@ def train(
         "loss": round(sum(losses[-20:]) / len(losses[-20:]), 4),
         "autocast": str(dtype).removeprefix("torch."),
     }
-    return model.eval(), record
+    model.eval()
+    return record
 
 
 def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

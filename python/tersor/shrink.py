@@ -3,15 +3,13 @@ knows the class loads. It is read as quantize_checkpoint reads, one block at a t
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity
 
 from tersor import _core
 from tersor.blocks import Flow
@@ -19,12 +17,29 @@ from tersor.calibrate import Calibration, GramStats, capture
 from tersor.cuts import Cut, Cuts, renumbered, settle_cuts
 from tersor.errors import TersorError
 from tersor.layerwise import machine
+from tersor.models import GROUPS
 from tersor.progress import Progress
-from tersor.pruning import IMPORTANCES, best, importance, output_error, reconstruct
+from tersor.pruning import BY_STATISTICS, best, bias_for, importance, output_error, reconstruct
+from tersor.ranking import (
+    CONTIGUOUS,
+    DISTANCES,
+    AttentionEntropy,
+    Scores,
+    block_distances,
+    check_taylor,
+    run_distances,
+    taylor_scores,
+    use_eager,
+    watch_attention,
+)
 from tersor.report import REPORT, TIMINGS, LayerReport, Report, Timings, versions
 from tersor.runs import Run, describe, identity, text_windows
 from tersor.shards import ShardWriter, refuse_existing
 from tersor.source import Source
+
+IMPORTANCES = (*BY_STATISTICS, "taylor", "entropy")  # of heads and channels
+UPDATES = ("least-squares", "bias", "none")
+RANKINGS = ("local", "global")
 
 
 def shrink_checkpoint(
@@ -32,11 +47,15 @@ def shrink_checkpoint(
     out: str | Path,
     *,
     heads: float = 0.0,
+    query_heads: float = 0.0,
     ffn: float = 0.0,
     layers: int | Sequence[int] = 0,
     multiple: int | None = None,
     importance: str = "output",
-    update: bool = True,
+    head_importance: str | None = None,
+    layer_importance: str = "influence",
+    ranking: str = "local",
+    update: str = "least-squares",
     damp: float = 0.01,
     calibration: Calibration | None = None,
     strict: bool = False,
@@ -45,20 +64,31 @@ def shrink_checkpoint(
     """Cuts heads, channels and blocks out of a Hugging Face checkpoint, and writes an ordinary one
     that is smaller.
 
-    heads: share of the attention heads, the same number in every block, since config.json has one
-        for all; under grouped-query attention a head of keys and values with its query heads.
-    ffn: share of the channels of the MLPs, the same number in every block too.
-    layers: how many blocks to leave out: those of the least influence, 1 - cos(x, y) between what
-        enters a block and what leaves it, averaged over tokens, in the original model (ShortGPT,
-        arXiv:2403.03853; as there, any block may go, the first and the last as well). Or which, by
-        their numbers.
+    heads: share of the attention heads; under grouped-query attention a head of keys and values
+        with its query heads.
+    query_heads: share of the query heads of every head of keys and values that stays, under
+        grouped-query attention; the heads of keys and values stay as they are.
+    ffn: share of the channels of the MLPs.
+    layers: how many blocks to leave out, those of the least layer_importance in the original model;
+        as in ShortGPT any may go, the first and the last as well. Or which, by their numbers.
     multiple: what the number of channels that stay is rounded to, up or down; None: what the
         model's is a multiple of, up to 128, so that a group of a quantized weight still divides it.
-    importance: by which groups are ranked within a block: "output", "magnitude" or "activation"
-        (see tersor.pruning.importance).
-    update: give what stays of the linear behind the groups the values that come closest to what it
-        put out, by least squares.
-    damp: of that, as a share of the inputs' mean square.
+    importance: by which groups are ranked within a block: "output", "fluctuation", "magnitude" or
+        "activation" (see tersor.pruning.importance), or "taylor" (see tersor.ranking.taylor_scores:
+        of the original model, which has to fit into memory as a whole).
+    head_importance: the same for heads, where it is another one; None: `importance`. Also "entropy"
+        (see tersor.ranking.AttentionEntropy; a group has the mean of its query heads).
+    layer_importance: "influence" or "angular", of single blocks (see
+        tersor.ranking.block_distances); "contiguous", of blocks that follow one another and go
+        together (see run_distances there).
+    ranking: "local": the best groups of every block. An ordinary configuration has one number of
+        heads and one of channels for all blocks, so no other choice can be stated in it, and
+        "global", the best of the whole model, is refused. Blocks themselves are always ranked over
+        the whole model.
+    update: "least-squares" gives what stays of the linear behind the groups the values that come
+        closest to what it put out; "bias" adds to its bias what the groups gave on average (FLAP,
+        arXiv:2312.11983), for models where it has one; "none" leaves it.
+    damp: of least squares, as a share of the inputs' mean square.
     calibration: the text; None where nothing asked for needs any. Each block is calibrated on what
         the smaller blocks before it give.
     The rest, and what happens when a run is interrupted, is as in quantize_checkpoint.
@@ -68,20 +98,35 @@ def shrink_checkpoint(
     which transformers makes no smaller one of that kind.
     """
     refuse_existing(out)
-    if importance not in IMPORTANCES:
-        raise TersorError(f"importance is {', '.join(IMPORTANCES)}, not {importance!r}")
+    for name, value, known in (
+        ("importance", importance, IMPORTANCES),
+        ("head_importance", head_importance or importance, IMPORTANCES),
+        ("layer_importance", layer_importance, (*DISTANCES, CONTIGUOUS)),
+        ("ranking", ranking, RANKINGS),
+        ("update", update, UPDATES),
+    ):
+        if value not in known:
+            raise TersorError(f"{name} is {', '.join(known)}, not {value!r}")
     if not 0 < damp < 1:
         raise TersorError(f"damp must be between 0 and 1, not {damp}; 0.01 is usual")
     source = Source.open(model)
-    cuts = settle_cuts(source, heads, ffn, layers, multiple)
+    cuts = settle_cuts(
+        source, heads=heads, query_heads=query_heads, ffn=ffn, layers=layers, multiple=multiple
+    )
+    if head_importance and not any(cut.what == "heads" for cut in cuts.groups):
+        raise TersorError("head_importance is of heads, and none are cut; leave it out")
+    how = {"heads": head_importance or importance, "ffn": importance}
+    how = {cut.what: how[cut.what] for cut in cuts.groups}
+    _check(source, cuts, how, ranking, update)
     ranks = isinstance(cuts.drop, int) and cuts.drop > 0
-    observes = bool(cuts.groups) and (update or importance != "magnitude")
+    observes = update != "none" or any(kind not in ("magnitude", "taylor") for kind in how.values())
+    observes = observes and bool(cuts.groups)
     windows = None
-    if ranks or observes:
+    if ranks or observes or "taylor" in how.values():
         if calibration is None:
             raise TersorError(
                 "structured pruning needs text to calibrate on; give --calibration FILE (only "
-                "heads and ffn by --importance magnitude --no-update need none)"
+                "heads and ffn by --importance magnitude --update none need none)"
             )
         windows = text_windows(source, calibration)
     report = Report(
@@ -90,9 +135,10 @@ def shrink_checkpoint(
         architecture=source.found.how,
         settings={
             "method": "structured",
-            **{cut.what: f"{cut.kept} of {cut.count}" for cut in cuts.groups},
+            **{name: value for cut in cuts.groups for name, value in cut.settings().items()},
             "layers": cuts.drop if isinstance(cuts.drop, int) else list(cuts.drop),
-            "importance": importance,
+            **{f"importance of {what}": kind for what, kind in how.items()},
+            **({"importance of layers": layer_importance} if ranks else {}),
             "update": update,
             "damp": damp,
             **machine(),
@@ -102,29 +148,30 @@ def shrink_checkpoint(
         bytes_before=source.nbytes,
     )
     before = _parameters(source.model)  # now, since weights that come and go do not stay tied
+    if "entropy" in how.values():
+        use_eager(source)
     with ShardWriter(out, identity(report)) as writer, Progress(progress) as bar:
         run = _Run(
-            source=source,
-            writer=writer,
-            bar=bar,
-            cuts=cuts,
-            importance=importance,
-            update=update,
-            damp=damp,
+            source=source, writer=writer, bar=bar, cuts=cuts, how=how, update=update, damp=damp
         )
         run.write_outside(tables=False)
-        influence = run.influence(windows) if ranks and windows is not None else {}
-        kept = _kept(cuts, influence)
+        distances = {}
+        if isinstance(cuts.drop, int) and cuts.drop and windows is not None:
+            if layer_importance == CONTIGUOUS:
+                distances = run_distances(run, windows, cuts.drop)
+            else:
+                distances = block_distances(run, windows, layer_importance)
+        kept = _kept(cuts, list(distances.values()), layer_importance == CONTIGUOUS)
         small = cuts.skeleton(source, kept)
         paths = [path for path, _ in source.found.blocks(source.model)]
         report.structure = {
             "parameters_before": before,
             "parameters_after": _parameters(small),
             "dropped": [path for number, path in enumerate(paths) if number not in kept],
-            "influence": influence,
+            layer_importance: distances,
             "blocks": [],
         }
-        for path in run.blocks(kept, small, windows if observes else None):
+        for path in run.blocks(kept, small, windows, observes):
             report.add(writer.done[path])
             if strict:
                 report.require_strict()
@@ -134,13 +181,42 @@ def shrink_checkpoint(
     return report
 
 
-def _kept(cuts: Cuts, influence: dict[str, float]) -> list[int]:
-    """The numbers of the blocks that stay."""
+def _check(source: Source, cuts: Cuts, how: Mapping[str, str], ranking: str, update: str) -> None:
+    """TersorError for what this model has not, or what does not go together."""
+    name = type(source.model).__name__
+    if ranking == "global" and cuts.groups:
+        raise TersorError(
+            "a global ranking would leave blocks of different sizes, and config.json of "
+            f"{name} has one number of heads and one of channels for all blocks; use ranking "
+            "local (layers are ranked over the whole model in any case)"
+        )
+    if how.get("ffn") == "entropy":
+        raise TersorError(
+            'importance "entropy" is of attention heads, and channels of an MLP have none; give it '
+            "as head_importance (--head-importance), and another importance for ffn"
+        )
+    if "taylor" in how.values():
+        check_taylor(source)
+    for cut in cuts.groups:
+        path = cut.groups.columns
+        if update == "bias" and source.blocks[0].get_submodule(path).bias is None:
+            raise TersorError(
+                f'update "bias" adds to the bias of what reads {cut.what}, and {path} of this '
+                f"{name} has none; use least-squares"
+            )
+
+
+def _kept(cuts: Cuts, distances: Sequence[float], together: bool) -> list[int]:
+    """The numbers of the blocks that stay. distances: of every block; or, where they go together,
+    of every run of as many as go."""
     if isinstance(cuts.drop, tuple):
         return [number for number in range(cuts.depth) if number not in cuts.drop]
     if not cuts.drop:
         return list(range(cuts.depth))
-    scores = torch.tensor(list(influence.values()), dtype=torch.float64)
+    if together:
+        first = min(range(len(distances)), key=distances.__getitem__)
+        return [n for n in range(cuts.depth) if not first <= n < first + cuts.drop]
+    scores = torch.tensor(distances, dtype=torch.float64)
     kept: list[int] = best(scores, cuts.left).tolist()
     return kept
 
@@ -148,11 +224,6 @@ def _kept(cuts: Cuts, influence: dict[str, float]) -> list[int]:
 def _parameters(model: nn.Module) -> int:
     """As transformers counts them, what is tied once."""
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _whole(number: int) -> str:
-    """The file with what enters a block of the original model."""
-    return f"whole-{number}"
 
 
 @dataclass(frozen=True)
@@ -167,54 +238,38 @@ class _Block:
 
 @dataclass(frozen=True)
 class _Done:
-    """A cut that was made. changed: tensors by their names in the block."""
+    """A cut that was made. changed: tensors by their names in the block. kept: by what they are,
+    the numbers of what stays."""
 
     changed: dict[str, Tensor]
-    kept: list[int]
+    kept: dict[str, str]
     report: LayerReport
     departure: str | None
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What was observed of a block. stats: of what linears read, by path; entropy: of its heads."""
+
+    stats: dict[str, GramStats] = field(default_factory=dict)
+    entropy: AttentionEntropy | None = None
+
+
 @dataclass(kw_only=True)
 class _Run(Run):
+    """how: the importance by what is cut. taylor: the scores, where they are asked for."""
+
     cuts: Cuts
-    importance: str
-    update: bool
+    how: dict[str, str]
+    update: str
     damp: float
+    taylor: Scores = field(default_factory=dict)
 
-    def influence(self, windows: Tensor) -> dict[str, float]:
-        """Of every block of the original model, by path; in one pass through it."""
-        paths = [path for path, _ in self.source.found.blocks(self.source.model)]
-        keys = [f"influence of {path}" for path in paths]
-        todo = [number for number, key in enumerate(keys) if key not in self.writer.done]
-        if todo:
-            flow = self.begin(windows, "whole model", _whole)
-            self.bar.expect(len(todo) * len(flow.batches))
-            for number in todo:
-                self.bar.say(f"influence of block {number + 1} of {len(paths)}")
-                self._influence(keys[number], number, paths[number], flow)
-        done = [self.writer.done[key] for key in keys]
-        for info in done:
-            self.timings.add(info["seconds"])
-        return {path: info["influence"] for path, info in zip(paths, done, strict=True)}
-
-    def _influence(self, key: str, number: int, path: str, flow: Flow) -> None:
-        timings, state = Timings(), {}
-        block = self.source.model.get_submodule(path)
-        away: list[Tensor] = []
-        with timings.stage("rank"), self.source.loaded(self.source.names(path)):
-            outputs = _watched(flow.pairs(number, block), away)
-            if number + 1 < self.cuts.depth:
-                state[_whole(number + 1)] = flow.write(number + 1, outputs)
-            else:
-                deque(outputs, maxlen=0)
-        mean = float(torch.cat(away).mean())
-        info = {"influence": mean, "bytes": 0, "seconds": timings.seconds}
-        self.writer.commit(key, info, state)
-        flow.forget(number)
-
-    def blocks(self, kept: list[int], small: nn.Module, windows: Tensor | None) -> Iterator[str]:
-        """Yields the path of each block that stays once it is done, now or in an earlier run."""
+    def blocks(
+        self, kept: list[int], small: nn.Module, windows: Tensor | None, observes: bool
+    ) -> Iterator[str]:
+        """Yields the path of each block that stays once it is done, now or in an earlier run.
+        observes: whether the text goes through the blocks."""
         before = [path for path, _ in self.source.found.blocks(self.source.model)]
         after = [module for _, module in self.source.found.blocks(small)]
         todo = [number for number in kept if before[number] not in self.writer.done]
@@ -223,8 +278,11 @@ class _Run(Run):
             """What leaves a block goes past those that are left out to the next that stays."""
             return f"hidden-{next(n for n in kept if n >= number)}"
 
+        if todo and windows is not None and "taylor" in self.how.values():
+            ranked = [cut for cut in self.cuts.groups if self.how[cut.what] == "taylor"]
+            self.taylor = taylor_scores(self, ranked, windows)
         flow = None
-        if todo and windows is not None:
+        if todo and windows is not None and observes:
             flow = self.begin(windows, "smaller model", hidden)
             self.bar.expect((2 * len(todo) - 1) * len(flow.batches))  # the last one is not run on
         for place, number in enumerate(kept):
@@ -242,20 +300,18 @@ class _Run(Run):
         whole = source.model.get_submodule(block.path)
         names = {n.removeprefix(f"{block.path}."): n for n in source.names(block.path)}
         state: dict[str, str] = {}
-        stats: dict[str, GramStats] = {}
+        seen = _Seen()
         with ExitStack() as memory:
             with timings.stage("read"):
                 memory.enter_context(source.loaded(names.values()))
             if flow:
                 with timings.stage("observe"):
-                    paths = [f"{block.path}.{cut.groups.columns}" for cut in self.cuts.groups]
-                    linears = {path: source.model.get_submodule(path) for path in paths}
-                    stats = capture(linears, flow.through(block.number, whole))
+                    seen = self._observe(block.path, flow.through(block.number, whole))
             done: dict[str, _Done] = {}
             for cut in self.cuts.groups:
                 with timings.stage("solve"):
-                    seen = stats.pop(f"{block.path}.{cut.groups.columns}", None)
                     done[cut.what] = self._cut(cut, block, names, seen)
+                    seen.stats.pop(f"{block.path}.{cut.groups.columns}", None)
             changed = {name: t for each in done.values() for name, t in each.changed.items()}
             if flow and following:
                 with timings.stage("run"):
@@ -270,46 +326,74 @@ class _Run(Run):
             flow.forget(block.number)
         _core.trim_memory()
 
+    def _observe(self, path: str, passes: Iterator[Tensor]) -> _Seen:
+        model, entropy = self.source.model, None
+        with ExitStack() as watching:
+            for cut in self.cuts.groups:
+                if self.how[cut.what] == "entropy":
+                    attention = model.get_submodule(
+                        f"{path}.{cut.groups.columns}".rpartition(".")[0]
+                    )
+                    entropy = watching.enter_context(watch_attention(attention, cut.pieces))
+            columns = [f"{path}.{cut.groups.columns}" for cut in self.cuts.groups]
+            stats = capture({each: model.get_submodule(each) for each in columns}, passes)
+        return _Seen(stats, entropy)
+
+    def _scores(
+        self, cut: Cut, block: _Block, tensors: Mapping[str, Tensor], seen: _Seen, kind: str
+    ) -> Tensor:
+        """How much each group (GROUPS) or each query head (QUERIES) matters, float64."""
+        how, columns = self.how[cut.what], f"{block.path}.{cut.groups.columns}"
+        if how == "taylor":
+            return self.taylor[columns, kind]
+        if how == "entropy":
+            assert seen.entropy is not None  # since it is observed wherever it is asked for
+            own = seen.entropy.importance
+            return own.view(cut.count, cut.each).mean(1) if kind == GROUPS else own
+        count = cut.count if kind == GROUPS else cut.pieces
+        w, rows = tensors[f"{cut.groups.columns}.weight"], cut.rows(tensors, kind)
+        return importance(how, count, w, rows, seen.stats.get(columns))
+
     @torch.no_grad()
-    def _cut(
-        self, cut: Cut, block: _Block, names: Mapping[str, str], stats: GramStats | None
-    ) -> _Done:
+    def _cut(self, cut: Cut, block: _Block, names: Mapping[str, str], seen: _Seen) -> _Done:
         """names: of the block's tensors, in the block and in the model."""
-        source, name = self.source, f"{cut.groups.columns}.weight"
-        linears = (*cut.groups.rows, cut.groups.columns)
+        source, columns = self.source, cut.groups.columns
+        stats, name = seen.stats.get(f"{block.path}.{columns}"), f"{columns}.weight"
+        linears = (*cut.groups.rows, columns)
         tensors = {  # as the files have them, which may be finer than what the model computes in
             local: source.where[names[local]].read(source.checkpoint)
             for local in names
             if local.rpartition(".")[0] in linears
         }
         w = tensors[name]
-        rows = [
-            part
-            for linear in cut.groups.rows
-            for part in tensors[f"{linear}.weight"].chunk(cut.groups.parts)
-        ]
-        kept = best(importance(self.importance, cut.count, w, rows, stats), cut.kept)
+        kept = cut.choose(lambda kind: self._scores(cut, block, tensors, seen, kind))
         changed = cut.apply(tensors, kept)
-        notes, departure = [], None
-        if self.update and stats is not None:
-            new, used = reconstruct(w, cut.count, kept, stats, self.damp)
+        notes, departure, shift = [], None, None
+        if self.update == "least-squares" and stats is not None:
+            new, used = reconstruct(w, cut.pieces, kept, stats, self.damp)
             changed[name] = new.to(w.dtype)
             if stats.tokens < w.shape[1]:
                 notes.append(f"only {stats.tokens} tokens for {w.shape[1]} inputs")
             if used > self.damp:
                 departure = f"damping raised from {self.damp:g} to {used:g} to factor its inputs"
+        elif self.update == "bias" and stats is not None:
+            shift, bias = bias_for(w, cut.pieces, kept, stats), f"{columns}.bias"
+            changed[bias] = (tensors[bias].double() + shift).to(tensors[bias].dtype)
         report = LayerReport(
-            name=f"{renumbered(source.found, block.path, block.place)}.{cut.groups.columns}",
+            name=f"{renumbered(source.found, block.path, block.place)}.{columns}",
             shape=(changed[name].shape[0], changed[name].shape[1]),
             scheme="W16A16",
-            method="least squares" if self.update else "cut",
-            error=output_error(w, cut.count, kept, changed[name], stats),
+            method={"least-squares": "least squares", "none": "cut"}.get(self.update, self.update),
+            error=output_error(w, cut.pieces, kept, changed[name], stats, shift),
             sparsity=1 - int(changed[name].count_nonzero()) / changed[name].numel(),
             tokens=stats.tokens if stats is not None else 0,
             bytes=changed[name].nbytes,
             notes=notes,
         )
-        return _Done(changed, kept.tolist(), report, departure)
+        ranges = {cut.what: _ranges((kept // cut.each).unique().tolist())}
+        if cut.kept_each < cut.each:
+            ranges["query_heads"] = _ranges(kept.tolist())
+        return _Done(changed, ranges, report, departure)
 
     def _write(
         self,
@@ -335,19 +419,12 @@ class _Run(Run):
             "structure": {
                 "was": block.path,
                 "is": renumbered(source.found, block.path, block.place),
-                **{what: _ranges(each.kept) for what, each in done.items()},
+                **{what: numbers for each in done.values() for what, numbers in each.kept.items()},
             },
             "bytes": nbytes,
             "seconds": timings.seconds,
         }
         self.writer.commit(block.path, info, state)
-
-
-def _watched(pairs: Iterable[tuple[Tensor, Tensor]], away: list[Tensor]) -> Iterator[Tensor]:
-    """The second of each pair; how far it is from the first, 1 - cos, is noted token by token."""
-    for x, y in pairs:
-        away.append(1 - cosine_similarity(x.double(), y.double(), dim=-1).flatten())
-        yield y
 
 
 def _ranges(numbers: Sequence[int]) -> str:

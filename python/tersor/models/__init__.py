@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import nn
 
-from tersor.models.arch import Arch, Experts, Groups, Structure, Tap
+from tersor.models.arch import GROUPS, QUERIES, Arch, Experts, Groups, Structure, Tap
 from tersor.models.bert import BERT, DISTILBERT
 from tersor.models.find import (
     FoundArch,
@@ -47,6 +47,8 @@ from tersor.models.skeleton import build_skeleton, empty, fill
 
 __all__ = [
     "ARCHS",
+    "GROUPS",
+    "QUERIES",
     "Arch",
     "Experts",
     "FoundArch",

@@ -49,43 +49,47 @@ class Experts:
     down: str
 
 
+GROUPS, QUERIES = "groups", "queries"  # what a part of a linear's output holds
+
+
 @dataclass(frozen=True)
 class Groups:
     """Channels inside half of a block, in equal groups that can be cut out whole: attention heads,
     or one by one the channels of an MLP.
 
-    rows: linears, paths in the block, whose output features are the groups, one after the other.
-    columns: the linear whose input features are, in the same order. A group of attention is one
-        head of keys and values with all the query heads that read it.
-    counts: entries of config.json in proportion to the number of groups. The first one that a
-        configuration has is that number; without one, every column is a group.
-    width: entry with the columns of one of what the last of `counts` counts, which has to be
-        written once it no longer follows from the others: "head_dim".
-    parts: equal parts of each of `rows`, one after the other, that each have all the groups: 2
-        where gate and up are one linear.
+    rows: linears, paths in the block, whose output features are the groups, each with its parts,
+        one after the other: GROUPS has one piece for each group, QUERIES one for each query head,
+        of which a group may have several. All pieces of a linear are equally wide. So a linear that
+        is q above k above v has (QUERIES, GROUPS, GROUPS), and one with gate above up twice GROUPS.
+    columns: the linear whose input features are, in the same order, those of the query heads where
+        there are any. A group of attention is one head of keys and values with all the query heads
+        that read it, which lie together.
+    count: entry of config.json with the number of groups; where it has none, every column is one.
+    queries: entry with the number of query heads in all groups, or None: as many as groups.
+    width: entry with the columns of one query head, which has to be written once it no longer
+        follows from the others: "head_dim".
     """
 
-    rows: tuple[str, ...]
+    rows: dict[str, tuple[str, ...]]
     columns: str
-    counts: tuple[str, ...]
+    count: str
+    queries: str | None = None
     width: str | None = None
-    parts: int = 1
 
 
 @dataclass(frozen=True)
 class Structure:
     """What can be cut out of a model so that a smaller one of the same class is left.
 
-    heads, ffn: None where a linear holds more than one thing (q, k and v), so that nothing of it
-        can be cut in one piece.
+    heads, ffn: whether transformers makes the smaller model is seen when it is built.
     depth: entry of config.json that counts the blocks. per_block: those with a list, an item for
         each block.
     by_number: entries that, where they are true and there is no list in per_block, make what a
         block does depend on its number, so that no block can be taken out.
     """
 
-    heads: Groups | None
-    ffn: Groups | None
+    heads: Groups
+    ffn: Groups
     depth: str = "num_hidden_layers"
     per_block: tuple[str, ...] = ("layer_types",)
     by_number: tuple[str, ...] = ()

@@ -3,7 +3,7 @@
 What a norm puts out is read by the next linears and by the next sum: no norm is a source.
 """
 
-from tersor.models.arch import Arch, Groups, Structure, Tap
+from tersor.models.arch import GROUPS, Arch, Groups, Structure, Tap
 
 BERT = Arch(
     name="bert",
@@ -18,12 +18,12 @@ BERT = Arch(
     causal=False,
     structure=Structure(
         heads=Groups(
-            rows=("attention.self.query", "attention.self.key", "attention.self.value"),
+            rows={f"attention.self.{name}": (GROUPS,) for name in ("query", "key", "value")},
             columns="attention.output.dense",
-            counts=("num_attention_heads",),
+            count="num_attention_heads",
             width="head_dim",
         ),
-        ffn=Groups(("intermediate.dense",), "output.dense", ("intermediate_size",)),
+        ffn=Groups({"intermediate.dense": (GROUPS,)}, "output.dense", "intermediate_size"),
     ),
 )
 
@@ -39,12 +39,12 @@ DISTILBERT = Arch(
     causal=False,
     structure=Structure(
         heads=Groups(
-            rows=("attention.q_lin", "attention.k_lin", "attention.v_lin"),
+            rows={f"attention.{name}_lin": (GROUPS,) for name in "qkv"},
             columns="attention.out_lin",
-            counts=("n_heads",),
+            count="n_heads",
             width="head_dim",
         ),
-        ffn=Groups(("ffn.lin1",), "ffn.lin2", ("hidden_dim",)),
+        ffn=Groups({"ffn.lin1": (GROUPS,)}, "ffn.lin2", "hidden_dim"),
         depth="n_layers",
     ),
 )

@@ -4,7 +4,7 @@ compressed-tensors knows no Conv1D: transformers opens a quantized GPT-2 with ra
 their place and no more than a warning. tersor.load and tersor.TersorConfig read it.
 """
 
-from tersor.models.arch import Arch, Groups, Structure, Tap
+from tersor.models.arch import GROUPS, Arch, Groups, Structure, Tap
 
 GPT2 = Arch(
     name="gpt2",
@@ -18,8 +18,13 @@ GPT2 = Arch(
     after=("ln_f",),
     head="lm_head",
     structure=Structure(
-        heads=None,
-        ffn=Groups(("mlp.c_fc",), "mlp.c_proj", ("n_inner",)),
+        heads=Groups(
+            rows={"attn.c_attn": (GROUPS, GROUPS, GROUPS)},  # q, k and v
+            columns="attn.c_proj",
+            count="n_head",
+            width="head_dim",
+        ),
+        ffn=Groups({"mlp.c_fc": (GROUPS,)}, "mlp.c_proj", "n_inner"),
         depth="n_layer",
         by_number=("scale_attn_by_inverse_layer_idx",),
     ),

@@ -1,6 +1,6 @@
 """Llama and Mistral; the halves of their block serve most of the younger families."""
 
-from tersor.models.arch import Arch, Groups, Structure, Tap
+from tersor.models.arch import GROUPS, QUERIES, Arch, Groups, Structure, Tap
 
 ATTENTION = (
     Tap(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm"),
@@ -9,12 +9,21 @@ ATTENTION = (
 
 STRUCTURE = Structure(
     heads=Groups(
-        rows=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        rows={
+            "self_attn.q_proj": (QUERIES,),
+            "self_attn.k_proj": (GROUPS,),
+            "self_attn.v_proj": (GROUPS,),
+        },
         columns="self_attn.o_proj",
-        counts=("num_key_value_heads", "num_attention_heads"),
+        count="num_key_value_heads",
+        queries="num_attention_heads",
         width="head_dim",
     ),
-    ffn=Groups(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj", ("intermediate_size",)),
+    ffn=Groups(
+        rows={"mlp.gate_proj": (GROUPS,), "mlp.up_proj": (GROUPS,)},
+        columns="mlp.down_proj",
+        count="intermediate_size",
+    ),
 )
 
 LLAMA = Arch(

@@ -1,6 +1,6 @@
 """GPT-NeoX and Pythia: fused q, k and v, and both halves may read the same residual."""
 
-from tersor.models.arch import Arch, Groups, Structure, Tap
+from tersor.models.arch import GROUPS, Arch, Groups, Structure, Tap
 
 NEOX = Arch(
     name="gpt_neox",
@@ -16,11 +16,11 @@ NEOX = Arch(
     aliases=(("lm_head", "embed_out"),),
     structure=Structure(
         heads=Groups(
-            rows=("attention.query_key_value",),  # head by head, each with its q, k and v
+            rows={"attention.query_key_value": (GROUPS,)},  # head by head, each with its q, k and v
             columns="attention.dense",
-            counts=("num_attention_heads",),
+            count="num_attention_heads",
             width="head_dim",
         ),
-        ffn=Groups(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h", ("intermediate_size",)),
+        ffn=Groups({"mlp.dense_h_to_4h": (GROUPS,)}, "mlp.dense_4h_to_h", "intermediate_size"),
     ),
 )

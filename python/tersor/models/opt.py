@@ -1,6 +1,6 @@
 """OPT. opt-350m normalizes after each half, so there the norms are not what the linears read."""
 
-from tersor.models.arch import Arch, Groups, Structure, Tap
+from tersor.models.arch import GROUPS, Arch, Groups, Structure, Tap
 
 OPT = Arch(
     name="opt",
@@ -19,11 +19,11 @@ OPT = Arch(
     head="lm_head",
     structure=Structure(
         heads=Groups(
-            rows=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            rows={f"self_attn.{name}_proj": (GROUPS,) for name in "qkv"},
             columns="self_attn.out_proj",
-            counts=("num_attention_heads",),
+            count="num_attention_heads",
             width="head_dim",
         ),
-        ffn=Groups(("fc1",), "fc2", ("ffn_dim",)),
+        ffn=Groups({"fc1": (GROUPS,)}, "fc2", "ffn_dim"),
     ),
 )

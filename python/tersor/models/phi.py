@@ -3,7 +3,7 @@
 The producers of o_proj's and down_proj's inputs are parts of a linear, so neither has a source.
 """
 
-from tersor.models.arch import Arch, Groups, Structure, Tap
+from tersor.models.arch import GROUPS, QUERIES, Arch, Groups, Structure, Tap
 
 PHI3 = Arch(
     name="phi3",
@@ -17,7 +17,17 @@ PHI3 = Arch(
     after=("norm",),
     head="lm_head",
     structure=Structure(
-        heads=None,
-        ffn=Groups(("mlp.gate_up_proj",), "mlp.down_proj", ("intermediate_size",), parts=2),
+        heads=Groups(
+            rows={"self_attn.qkv_proj": (QUERIES, GROUPS, GROUPS)},
+            columns="self_attn.o_proj",
+            count="num_key_value_heads",
+            queries="num_attention_heads",
+            width="head_dim",
+        ),
+        ffn=Groups(
+            rows={"mlp.gate_up_proj": (GROUPS, GROUPS)},
+            columns="mlp.down_proj",
+            count="intermediate_size",
+        ),
     ),
 )

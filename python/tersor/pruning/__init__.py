@@ -2,12 +2,21 @@
 makes of those that stay. Tensors in, tensors out; cuts.py and shrink.py know the model."""
 
 from tersor.pruning.structured import (
-    IMPORTANCES,
+    BY_STATISTICS,
     best,
+    bias_for,
     importance,
     output_error,
     reconstruct,
     select,
 )
 
-__all__ = ["IMPORTANCES", "best", "importance", "output_error", "reconstruct", "select"]
+__all__ = [
+    "BY_STATISTICS",
+    "best",
+    "bias_for",
+    "importance",
+    "output_error",
+    "reconstruct",
+    "select",
+]

@@ -14,7 +14,12 @@ from torch import Tensor
 from tersor.calibrate import GramStats
 from tersor.errors import TersorError
 
-IMPORTANCES = ("output", "magnitude", "activation")
+BY_STATISTICS = (
+    "output",
+    "fluctuation",
+    "magnitude",
+    "activation",
+)  # of one linear; see importance
 COLUMNS = 512  # of a weight that are in float64 at a time
 ROWS = 1024  # of a weight that are in float32 at a time
 
@@ -25,8 +30,9 @@ def importance(
     """How much each group matters, float64 [groups]; more is more.
 
     kind: "output", tr(W_g H_gg W_gᵀ): the squared error of the linear's output where the group is
-            left out, as Wanda has it for one weight (arXiv:2306.11695) and FLAP, of the part that
-            varies, for a channel (arXiv:2312.11983);
+            left out, as Wanda has it for one weight (arXiv:2306.11695);
+        "fluctuation", the same of the inputs less their mean, which is what is lost where a bias
+            makes up for the mean: FLAP's, which is of single channels (arXiv:2312.11983);
         "activation", tr(H_gg): the energy of what is read;
         "magnitude", the squared norm of all weights that make and read the group (as LLM-Pruner's
             vector-wise magnitude, arXiv:2305.11627). Needs no statistics.
@@ -50,7 +56,11 @@ def importance(
         part = w[:, at].double().unflatten(1, (-1, size))  # [n, groups here, size]
         grams = stats.gram[at, at].double().view(part.shape[1], size, part.shape[1], size)
         own = grams.diagonal(dim1=0, dim2=2)  # [size, size, groups here]
-        parts.append(torch.einsum("ngs,stg,ngt->g", part, own, part))
+        energy = torch.einsum("ngs,stg,ngt->g", part, own, part)
+        if kind == "fluctuation":
+            means = torch.einsum("ngs,gs->ng", part, stats.mean[at].view(-1, size))
+            energy = (energy - stats.tokens * means.square().sum(0)).clamp(min=0)
+        parts.append(energy)
     return torch.cat(parts)
 
 
@@ -60,8 +70,10 @@ def _norms(weight: Tensor, groups: int) -> Tensor:
 
 
 def best(scores: Tensor, count: int) -> Tensor:
-    """The numbers of the `count` highest scores, int64, ascending; of equal ones the first."""
-    return scores.argsort(descending=True, stable=True)[:count].sort().values
+    """The numbers of the `count` highest scores, int64, ascending; of equal ones the first.
+
+    scores: [any]; or [groups, any], each row by itself, which gives [groups, count]."""
+    return scores.argsort(dim=-1, descending=True, stable=True)[..., :count].sort(dim=-1).values
 
 
 def select(tensor: Tensor, dim: int, groups: int, kept: Tensor) -> Tensor:
@@ -104,13 +116,31 @@ def reconstruct(
     return w[:, stay].double() + moved, damp
 
 
+def bias_for(w: Tensor, groups: int, kept: Tensor, stats: GramStats) -> Tensor:
+    """What the removed groups R gave on average, W_R mean(x_R), float64 [n]: added to the linear's
+    bias it leaves of their loss only what varies (FLAP, arXiv:2312.11983).
+
+    w: [n, k]. stats: of its input.
+    """
+    gone = torch.ones(groups, dtype=torch.bool)
+    gone[kept] = False
+    go = torch.arange(w.shape[1]).view(groups, -1)[gone].flatten()
+    return w[:, go].double() @ stats.mean[go]
+
+
 def output_error(
-    w: Tensor, groups: int, kept: Tensor, new: Tensor, stats: GramStats | None
+    w: Tensor,
+    groups: int,
+    kept: Tensor,
+    new: Tensor,
+    stats: GramStats | None,
+    shift: Tensor | None = None,
 ) -> float:
     """tr(E H Eᵀ) / tr(W H Wᵀ), E = W - W': the squared error of the linear's output relative to it;
     H = 1 without statistics.
 
-    w: [n, k]. new: its replacement, [n, columns kept].
+    w: [n, k]. new: its replacement, [n, columns kept]. shift: [n], from bias_for, where it was
+    added and `new` are the weights there were: the lost sum is then less by tokens * ‖shift‖².
     """
     stay = torch.arange(w.shape[1]).view(groups, -1)[kept].flatten()
     lost = total = 0.0
@@ -120,6 +150,8 @@ def output_error(
         error = rows.clone()
         error[:, stay] -= mine.float()
         lost += _energy(error, stats)
+    if shift is not None and stats is not None:
+        lost = max(0.0, lost - stats.tokens * float(shift.double().square().sum()))
     return lost / total if total > 0 else 0.0
 
 
