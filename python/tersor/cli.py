@@ -150,7 +150,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=_structured,
         metavar="WHAT=N,...",
         help="make the model smaller: heads and ffn (channels of the MLPs) by a share, layers by a "
-        "number, such as heads=0.2,ffn=0.25,layers=2",
+        "number, such as heads=0.2,ffn=0.25,layers=2; or hidden, the width, alone, by a share",
     )
     add(
         "--allocation",
@@ -350,7 +350,7 @@ def _add_settings(sub: Parser, *names: str) -> None:
 
 
 def _structured(text: str) -> dict[str, Any]:
-    types: dict[str, Any] = {"heads": float, "ffn": float, "layers": int}
+    types: dict[str, Any] = {"heads": float, "ffn": float, "layers": int, "hidden": float}
     found: dict[str, Any] = {}
     for part in text.split(","):
         name, _, value = part.partition("=")
@@ -358,7 +358,7 @@ def _structured(text: str) -> dict[str, Any]:
             found[name] = types[name](value)
         except (KeyError, ValueError):
             raise argparse.ArgumentTypeError(
-                f"{part!r} is none of heads=SHARE, ffn=SHARE, layers=NUMBER"
+                f"{part!r} is none of heads=SHARE, ffn=SHARE, layers=NUMBER, hidden=SHARE"
             ) from None
     return found
 

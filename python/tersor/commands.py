@@ -93,14 +93,31 @@ def _shrink(args: argparse.Namespace) -> None:
     settings = {name: getattr(args, name) for name in (*STRUCTURED, "damp")}
     settings = {name: value for name, value in settings.items() if value is not None}
 
-    from tersor.shrink import shrink_checkpoint
-
     rest = _rest(args)
     del rest["ignore"], rest["sequential"]
-    report = shrink_checkpoint(args.model, args.out, **args.structured, **settings, **rest)
+    report = _structured(args)(args.model, args.out, **args.structured, **settings, **rest)
     parts = report.structure or {}
     before, after = parts["parameters_before"], parts["parameters_after"]
     _show(args, report, f"{before / 1e6:.1f} -> {after / 1e6:.1f} million parameters")
+
+
+def _structured(args: argparse.Namespace) -> Callable[..., Report]:
+    """What cuts what --structured names, if that is one thing."""
+    if "hidden" not in args.structured:
+        from tersor.shrink import shrink_checkpoint
+
+        return shrink_checkpoint
+    if len(args.structured) > 1:
+        raise TersorError(
+            "hidden is cut in a run of its own, since it changes what all else is calibrated on; "
+            "cut the others from its output, or it from theirs"
+        )
+    if args.importance is not None:
+        raise TersorError("--importance changes nothing for hidden; leave it out")
+
+    from tersor.slicing import slice_checkpoint
+
+    return slice_checkpoint
 
 
 def _scheme(args: argparse.Namespace, bits: int) -> Scheme:

@@ -22,18 +22,19 @@ from typing import Any
 
 from torch import nn
 
-from tersor.models.arch import Arch, Experts, Groups, Structure, Tap
+from tersor.models.arch import Arch, Experts, Groups, Stream, Structure, Tap
 from tersor.models.bert import BERT, DISTILBERT
 from tersor.models.find import (
     FoundArch,
     config_value,
     from_table,
     generic,
+    parts_of,
     routers_of,
     taps_of,
     untapped,
 )
-from tersor.models.gemma import GEMMA
+from tersor.models.gemma import GEMMA, GEMMA1
 from tersor.models.gpt2 import GPT2
 from tersor.models.linears import plain_linears, unfuse_experts
 from tersor.models.llama import LLAMA
@@ -53,6 +54,7 @@ __all__ = [
     "Groups",
     "Reader",
     "Stored",
+    "Stream",
     "Structure",
     "Tap",
     "build_skeleton",
@@ -61,6 +63,7 @@ __all__ = [
     "empty",
     "fill",
     "find_arch",
+    "parts_of",
     "place_of",
     "plain_linears",
     "routers_of",
@@ -74,6 +77,7 @@ __all__ = [
 ARCHS: dict[str, Arch] = {  # by `model_type` of config.json
     "bert": BERT,
     "distilbert": DISTILBERT,
+    "gemma": GEMMA1,
     "gemma2": GEMMA,
     "gemma3_text": GEMMA,
     "gpt2": GPT2,

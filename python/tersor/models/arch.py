@@ -92,6 +92,35 @@ class Structure:
 
 
 @dataclass(frozen=True)
+class Stream:
+    """The residual stream of a model whose blocks read it through norms and add to it.
+
+    reads: norms, paths in the block, each with the linears that read what it puts out; nothing else
+        reads that. In the order of the forward pass: the first one is given what enters the block.
+        `*` is the number of an expert. Linears that a block lacks are skipped.
+    writes: linears whose output is added to the stream, `*` as above.
+    embeddings, norm: paths, relative to the base model, of what begins the stream, and of the norm
+        at its end, which the head reads.
+    branch_norms: norms, paths in the block, of what is added to the stream. Their weights are tied
+        to the directions that the stream has, so no rotation passes them.
+    width: entry of config.json with its channels. head_width: the one with the columns of an
+        attention head, which no longer follow from the width once that is another. eps: the one
+        with what the norms add to the mean square.
+    scaled: the model multiplies its embeddings by the root of the width.
+    """
+
+    reads: tuple[tuple[str, tuple[str, ...]], ...]
+    writes: tuple[str, ...]
+    embeddings: str = "embed_tokens"
+    norm: str = "norm"
+    branch_norms: tuple[str, ...] = ()
+    width: str = "hidden_size"
+    head_width: str = "head_dim"
+    eps: str = "rms_norm_eps"
+    scaled: bool = False
+
+
+@dataclass(frozen=True)
 class Arch:
     """One family of models.
 
@@ -108,6 +137,7 @@ class Arch:
     norm_offset: the norms multiply by norm_offset + weight; a fold into a source has to know.
     causal: tokens see only what came before, so that perplexity means something.
     structure: what can be cut out of it, or None where no one has looked.
+    stream: its residual stream, or None where that cannot be rotated or no one has looked.
     """
 
     name: str
@@ -120,6 +150,7 @@ class Arch:
     norm_offset: float = 0.0
     causal: bool = True
     structure: Structure | None = None
+    stream: Stream | None = None
 
 
 def spellings(path: str, aliases: Iterable[tuple[str, str]]) -> list[str]:
