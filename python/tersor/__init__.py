@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tersor.pipeline import prune_checkpoint, quantize_checkpoint
     from tersor.qweight import ActSpec, QSpec, QWeight, Scheme
     from tersor.shrink import shrink_checkpoint
+    from tersor.slicing import slice_checkpoint
     from tersor.solvers import GPTQ, RTN, Magnitude, SparseGPT, Wanda
     from tersor.sparsity import Sparsity
 
@@ -40,6 +41,7 @@ _HOME = {  # module of each public name
     "quantize_checkpoint": "pipeline",
     "prune_checkpoint": "pipeline",
     "shrink_checkpoint": "shrink",
+    "slice_checkpoint": "slicing",
     "quantize_model": "inmemory",
     "prune_model": "inmemory",
     "swap_linears": "inmemory",
@@ -67,6 +69,7 @@ __all__ = [
     "quantize_checkpoint",
     "quantize_model",
     "shrink_checkpoint",
+    "slice_checkpoint",
     "swap_linears",
 ]
 

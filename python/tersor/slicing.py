@@ -266,6 +266,7 @@ class _Run(Run):
             yield path
         if self.width.head not in self.writer.done:
             self._head(directions, flows)
+        self.timings.add(self.writer.done[self.width.head]["seconds"])
         yield self.width.head
 
     def _outside(self) -> list[str]:
