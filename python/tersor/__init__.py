@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tersor.calibrate import Calibration
     from tersor.errors import TersorError
+    from tersor.experts import drop_experts
     from tersor.inmemory import prune_model, quantize_model, swap_linears
     from tersor.linear import QuantLinear
     from tersor.loading import TersorConfig, load
@@ -40,6 +41,7 @@ _HOME = {  # module of each public name
     "Sparsity": "sparsity",
     "quantize_checkpoint": "pipeline",
     "prune_checkpoint": "pipeline",
+    "drop_experts": "experts",
     "shrink_checkpoint": "shrink",
     "slice_checkpoint": "slicing",
     "quantize_model": "inmemory",
@@ -62,6 +64,7 @@ __all__ = [
     "TersorConfig",
     "TersorError",
     "Wanda",
+    "drop_experts",
     "get_include",
     "load",
     "prune_checkpoint",

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 BOS = ("auto", "always", "never")  # as in tersor.calibrate, which imports torch
-IMPORTANCES = ("output", "magnitude", "activation")  # as in tersor.pruning
+IMPORTANCES = ("output", "magnitude", "activation", "frequency")  # as in tersor.pruning
 DTYPES = ("float32", "bfloat16", "float16")
 
 EXAMPLES = {
@@ -150,7 +150,8 @@ def build_parser() -> argparse.ArgumentParser:
         type=_structured,
         metavar="WHAT=N,...",
         help="make the model smaller: heads and ffn (channels of the MLPs) by a share, layers by a "
-        "number, such as heads=0.2,ffn=0.25,layers=2; or hidden, the width, alone, by a share",
+        "number, such as heads=0.2,ffn=0.25,layers=2; or, each in a run of its own, hidden (the "
+        "width) or experts (of a mixture) by a share",
     )
     add(
         "--allocation",
@@ -173,7 +174,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--importance",
         choices=IMPORTANCES,
-        help="by what heads and channels are ranked; default: output, the error of leaving one out",
+        help="by what heads, channels and experts are ranked; default: output, the error of "
+        "leaving one out; frequency is of experts",
     )
     add(
         "--multiple",
@@ -350,7 +352,8 @@ def _add_settings(sub: Parser, *names: str) -> None:
 
 
 def _structured(text: str) -> dict[str, Any]:
-    types: dict[str, Any] = {"heads": float, "ffn": float, "layers": int, "hidden": float}
+    types: dict[str, Any] = {"heads": float, "ffn": float, "layers": int}
+    types |= {"hidden": float, "experts": float}
     found: dict[str, Any] = {}
     for part in text.split(","):
         name, _, value = part.partition("=")
@@ -358,7 +361,8 @@ def _structured(text: str) -> dict[str, Any]:
             found[name] = types[name](value)
         except (KeyError, ValueError):
             raise argparse.ArgumentTypeError(
-                f"{part!r} is none of heads=SHARE, ffn=SHARE, layers=NUMBER, hidden=SHARE"
+                f"{part!r} is none of heads=SHARE, ffn=SHARE, layers=NUMBER, hidden=SHARE, "
+                "experts=SHARE"
             ) from None
     return found
 

@@ -101,19 +101,29 @@ def _shrink(args: argparse.Namespace) -> None:
     _show(args, report, f"{before / 1e6:.1f} -> {after / 1e6:.1f} million parameters")
 
 
+# What is cut in a run of its own -> options of --structured that change nothing there.
+ALONE = {"hidden": ("importance",), "experts": ("multiple", "update", "damp")}
+
+
 def _structured(args: argparse.Namespace) -> Callable[..., Report]:
-    """What cuts what --structured names, if that is one thing."""
-    if "hidden" not in args.structured:
+    """What cuts what --structured names, if that goes together."""
+    alone = next((what for what in ALONE if what in args.structured), None)
+    if alone is None:
         from tersor.shrink import shrink_checkpoint
 
         return shrink_checkpoint
     if len(args.structured) > 1:
         raise TersorError(
-            "hidden is cut in a run of its own, since it changes what all else is calibrated on; "
-            "cut the others from its output, or it from theirs"
+            f"{alone} is cut in a run of its own, since that changes what all else is calibrated "
+            "on; cut the others from its output, or it from theirs"
         )
-    if args.importance is not None:
-        raise TersorError("--importance changes nothing for hidden; leave it out")
+    for option in ALONE[alone]:
+        if getattr(args, option) is not None:
+            raise TersorError(f"--{option} changes nothing for {alone}; leave it out")
+    if alone == "experts":
+        from tersor.experts import drop_experts
+
+        return drop_experts
 
     from tersor.slicing import slice_checkpoint
 

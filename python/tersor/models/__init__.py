@@ -36,7 +36,7 @@ from tersor.models.find import (
 )
 from tersor.models.gemma import GEMMA, GEMMA1
 from tersor.models.gpt2 import GPT2
-from tersor.models.linears import plain_linears, unfuse_experts
+from tersor.models.linears import ExpertList, plain_linears, unfuse_experts
 from tersor.models.llama import LLAMA
 from tersor.models.mixtral import MIXTRAL
 from tersor.models.names import Reader, Stored, check_all_used, place_of, same_name, stored
@@ -49,6 +49,7 @@ from tersor.models.skeleton import build_skeleton, empty, fill
 __all__ = [
     "ARCHS",
     "Arch",
+    "ExpertList",
     "Experts",
     "FoundArch",
     "Groups",

@@ -38,8 +38,11 @@ class Experts:
         [E, hidden, inter]; before, it was an nn.ModuleList of E modules, as unfuse_experts
         makes it again.
     routers: paths of the modules that choose the experts or weigh one that is always used; their
-        weights are small, decide much and are never quantized.
+        weights are small, decide much and are never quantized. The first one has a row for each
+        expert.
     gate, up, down: names of an expert's linears, in that list and in checkpoint files.
+    counts: entries of config.json with the number of experts, by which version wrote it. chosen:
+        the one with how many see a token.
     """
 
     module: str
@@ -47,6 +50,8 @@ class Experts:
     gate: str
     up: str
     down: str
+    counts: tuple[str, ...] = ("num_experts", "num_local_experts")
+    chosen: str = "num_experts_per_tok"
 
 
 @dataclass(frozen=True)
