@@ -138,6 +138,7 @@ def test_experts_that_no_token_chooses_are_not_missed(
     model: Any = tiny.model(kind)
     unwanted = {}
     with torch.no_grad():
+        model.model.embed_tokens.weight *= 50  # so that tokens differ in what they choose
         model.model.embed_tokens.weight[:, 0] = 1  # a channel that only one router row reads
         for name, parameter in model.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight")):
