@@ -23,7 +23,7 @@ from tersor.models.arch import respell
 from tersor.progress import Progress
 from tersor.pruning import best
 from tersor.pruning.experts import EXPERT_IMPORTANCES, ExpertStats, expert_importance
-from tersor.report import REPORT, TIMINGS, Report, Timings, versions
+from tersor.report import REPORT, TIMINGS, Report, Timings, ranges, versions
 from tersor.runs import Run, describe, identity, text_windows
 from tersor.shards import ShardWriter, refuse_existing
 from tersor.smaller import parameters, smaller_skeleton
@@ -54,9 +54,10 @@ def drop_experts(
         blocks before it give.
     The rest, and what happens when a run is interrupted, is as in quantize_checkpoint.
 
-    Returns the report, which is in the folder as well; its `structure` says which experts stayed,
-    and the share of Σ g² |E(x)|² that the others had. Raises TersorError for bad input, before any
-    work where that can be known, and for a model without experts.
+    Returns the report, which is in the folder as well; its `structure` says of every block which
+    experts stayed, how many tokens chose each there was, and the share of Σ g² |E(x)|² that went.
+    Raises TersorError for bad input, before any work where that can be known, and for a model
+    without experts.
     """
     refuse_existing(out)
     if importance not in EXPERT_IMPORTANCES:
@@ -276,9 +277,9 @@ class _Run(Run):
                     with timings.stage("observe"):
                         stats = self._observe(number, path, flow)
                 kept = self._rank(path, names, stats)
-                structure["experts"] = kept
+                structure["experts"] = ranges(kept)
                 if stats is not None:
-                    structure["tokens"] = stats.tokens.tolist()
+                    structure["tokens"] = ", ".join(map(str, stats.tokens.tolist()))
                     total = float(stats.energy.sum())
                     stay = float(stats.energy[kept].sum())
                     structure["lost"] = max(0.0, 1 - stay / total) if total > 0 else 0.0

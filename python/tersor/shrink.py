@@ -21,7 +21,7 @@ from tersor.errors import TersorError
 from tersor.layerwise import machine
 from tersor.progress import Progress
 from tersor.pruning import IMPORTANCES, best, importance, output_error, reconstruct
-from tersor.report import REPORT, TIMINGS, LayerReport, Report, Timings, versions
+from tersor.report import REPORT, TIMINGS, LayerReport, Report, Timings, ranges, versions
 from tersor.runs import Run, describe, identity, text_windows
 from tersor.shards import ShardWriter, refuse_existing
 from tersor.source import Source
@@ -335,7 +335,7 @@ class _Run(Run):
             "structure": {
                 "was": block.path,
                 "is": renumbered(source.found, block.path, block.place),
-                **{what: _ranges(each.kept) for what, each in done.items()},
+                **{what: ranges(each.kept) for what, each in done.items()},
             },
             "bytes": nbytes,
             "seconds": timings.seconds,
@@ -348,18 +348,3 @@ def _watched(pairs: Iterable[tuple[Tensor, Tensor]], away: list[Tensor]) -> Iter
     for x, y in pairs:
         away.append(1 - cosine_similarity(x.double(), y.double(), dim=-1).flatten())
         yield y
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """Ascending numbers, as people write them.
-
-    >>> _ranges([0, 1, 2, 5, 7, 8])
-    '0-2, 5, 7-8'
-    """
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and parts[-1][-1] == number - 1:
-            parts[-1][1:] = [number]
-        else:
-            parts.append([number])
-    return ", ".join("-".join(map(str, part)) for part in parts)
