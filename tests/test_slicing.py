@@ -183,7 +183,6 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         )
         peaks[depth] = int(done.stdout)
         weights[depth] = sum(tensor.nbytes for tensor in tensors(model).values())
-    assert weights[14] - weights[4] > 1e8
     # The weights of either model would make it three quarters of that or more.
     assert peaks[14] - peaks[4] < 0.5 * (weights[14] - weights[4])
 
