@@ -193,6 +193,7 @@ class _Run(Run):
                 for number in todo:
                     self.bar.say(f"directions, block {number + 1} of {len(paths)}")
                     self._add_moment(keys[number], number, paths[number], flow)
+                    _core.trim_memory()
             self._settle_directions(len(paths))
         for key in (*keys, DIRECTIONS):
             self.timings.add(self.writer.done[key]["seconds"])
@@ -262,6 +263,7 @@ class _Run(Run):
             if number in todo:
                 self.bar.say(f"block {number + 1} of {len(paths)}")
                 self._block(number, path, directions, flows)
+                _core.trim_memory()
             self.timings.add(self.writer.done[path]["seconds"])
             yield path
         if self.width.head not in self.writer.done:
@@ -329,7 +331,6 @@ class _Run(Run):
         if flows:
             flows.whole.forget(number)
             flows.narrow.forget(number)
-        _core.trim_memory()
 
     def _match(
         self, number: int, path: str, directions: Tensor, flows: _Flows, found: _Found
