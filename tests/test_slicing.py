@@ -4,6 +4,8 @@ published formula says."""
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import cache, partial
 from itertools import count
@@ -157,6 +159,34 @@ def test_killed_at_renames_and_resumed(
         assert content(out) == whole
         assert [p.name for p in out.parent.iterdir()] == ["out"]
     assert number > 20
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_blocks(tmp_path: Path) -> None:
+    """Each in a process of its own: the most that was ever resident does not go down again. (And
+    getrusage would begin with that of the process that started it.)"""
+    script = """
+import sys, tiny, torch
+from pathlib import Path
+from tersor.calibrate import Calibration
+from tersor.slicing import slice_checkpoint
+torch.set_num_threads(1)
+text = Calibration(texts=(tiny.text(),), samples=20, seq_len=64)
+slice_checkpoint(sys.argv[1], sys.argv[2], hidden=0.25, calibration=text)
+print(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])  # KiB
+"""
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "head_dim": 128}
+    peaks, weights = {}, {}
+    for depth in (4, 14):
+        model = tiny.save(tmp_path / f"{depth}", num_hidden_layers=depth, **sizes)
+        command = [sys.executable, "-c", script, str(model), str(tmp_path / f"{depth}-out")]
+        done = subprocess.run(
+            command, check=True, capture_output=True, text=True, cwd=Path(__file__).parent
+        )
+        peaks[depth] = int(done.stdout) << 10
+        weights[depth] = sum(tensor.nbytes for tensor in tensors(model).values())
+    # The weights of either model would make it three quarters of that or more.
+    assert peaks[14] - peaks[4] < 0.5 * (weights[14] - weights[4])
 
 
 def test_another_run_is_not_gone_on_with(folder: Callable[[str], Path], out: Path) -> None:
