@@ -52,6 +52,7 @@ KNOWN: dict[str, tuple[str, str, dict[str, object], int]] = {
     "mistral": ("mistral", "MistralForCausalLM", DECODER | {"sliding_window": 8}, 4),
     "qwen2": ("qwen2", "Qwen2ForCausalLM", DECODER, 4),
     "qwen3": ("qwen3", "Qwen3ForCausalLM", DECODER, 4),
+    "gemma": ("gemma", "GemmaForCausalLM", DECODER, 4),
     "gemma2": ("gemma2", "Gemma2ForCausalLM", GEMMA, 4),
     "gemma3": ("gemma3_text", "Gemma3ForCausalLM", GEMMA, 4),
     "phi3": ("phi3", "Phi3ForCausalLM", DECODER, 2),

@@ -15,7 +15,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import tiny
-from tersor import calibrate, cli, commands
+from tersor import calibrate, cli
+from tersor.commands import compress
 from tersor.errors import TersorError
 
 
@@ -302,12 +303,12 @@ def test_a_solver_from_the_table_takes_its_settings(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(solvers.SOLVERS, "mine", Mine)
     parse = cli.build_parser().parse_args
     command = ["quantize", "x", "--out", "y", "--method", "mine"]
-    assert commands._solver(parse(command), solvers.SOLVERS) == Mine()
-    assert commands._solver(parse([*command, "--damp", "0.1"]), solvers.SOLVERS) == Mine(0.1)
+    assert compress._solver(parse(command), solvers.SOLVERS) == Mine()
+    assert compress._solver(parse([*command, "--damp", "0.1"]), solvers.SOLVERS) == Mine(0.1)
     with pytest.raises(TersorError, match="--clip changes nothing for --method mine"):
-        commands._solver(parse([*command, "--clip"]), solvers.SOLVERS)
+        compress._solver(parse([*command, "--clip"]), solvers.SOLVERS)
     with pytest.raises(TersorError, match="use rtn or gptq or mine"):
-        commands._solver(parse([*command[:-1], "other"]), solvers.SOLVERS)
+        compress._solver(parse([*command[:-1], "other"]), solvers.SOLVERS)
 
 
 # --- errors --------------------------------------------------------------------------------------
@@ -434,7 +435,7 @@ def test_other_ends(
     def fail(args: object) -> None:
         raise error
 
-    monkeypatch.setattr(commands, "inspect", fail)
+    monkeypatch.setattr(cli.commands, "inspect", fail)
     got, _, err = run(capsys, "inspect", "x")
     assert got == code
     assert err.startswith(message)

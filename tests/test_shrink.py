@@ -424,7 +424,7 @@ def test_the_command_with_every_option(
         ("--structured ffn=0.3 --sparsity 0.5", "not allowed with argument"),
         (
             "--structured depth=2",
-            "'depth=2' is none of heads=SHARE, query_heads=SHARE, ffn=SHARE, layers=NUMBER",
+            "'depth=2' is none of heads=SHARE, query_heads=SHARE, ffn=SHARE, hidden=SHARE, ",
         ),
         ("--structured layers=0.5", "'layers=0.5' is none of"),
         ("--structured ffn=0.3 --method wanda", "--method changes nothing for --structured"),

@@ -37,6 +37,7 @@ CONFIGS: dict[str, dict[str, object]] = {
     "mistral": _LLAMA | {"sliding_window": 8},
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
+    "gemma": _LLAMA,
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA | {"layer_types": _LAYERS},
     "phi3": _LLAMA | {"pad_token_id": 0},

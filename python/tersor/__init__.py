@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tersor.calibrate import Calibration
     from tersor.errors import TersorError
+    from tersor.experts import drop_experts
     from tersor.inmemory import prune_model, quantize_model, swap_linears
     from tersor.linear import QuantLinear
     from tersor.loading import TersorConfig, load
     from tersor.pipeline import prune_checkpoint, quantize_checkpoint
     from tersor.qweight import ActSpec, QSpec, QWeight, Scheme
     from tersor.shrink import shrink_checkpoint
+    from tersor.slicing import slice_checkpoint
     from tersor.solvers import GPTQ, RTN, Magnitude, SparseGPT, Wanda
     from tersor.sparse import use_sparse
     from tersor.sparse_linear import SparseLinear, swap_sparse_linears
@@ -45,7 +47,9 @@ _HOME = {  # module of each public name
     "use_sparse": "sparse",
     "quantize_checkpoint": "pipeline",
     "prune_checkpoint": "pipeline",
+    "drop_experts": "experts",
     "shrink_checkpoint": "shrink",
+    "slice_checkpoint": "slicing",
     "quantize_model": "inmemory",
     "prune_model": "inmemory",
     "swap_linears": "inmemory",
@@ -68,6 +72,7 @@ __all__ = [
     "TersorConfig",
     "TersorError",
     "Wanda",
+    "drop_experts",
     "get_include",
     "load",
     "prune_checkpoint",
@@ -76,6 +81,7 @@ __all__ = [
     "quantize_checkpoint",
     "quantize_model",
     "shrink_checkpoint",
+    "slice_checkpoint",
     "swap_linears",
     "swap_sparse_linears",
     "use_sparse",

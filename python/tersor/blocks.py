@@ -3,7 +3,7 @@ between them, which wait in a file instead of in memory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,9 +189,13 @@ class Flow:
         """Writes what enters the first block; returns the digest of the file."""
         return self._file(0).write(self._entering())
 
+    def entering(self, number: int) -> Iterable[Tensor]:
+        """What enters a block, a batch of windows at a time."""
+        return self._file(number)
+
     def pairs(self, number: int, block: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
         """What enters a block and what comes out of it, a batch of windows at a time."""
-        for hidden in self._file(number):
+        for hidden in self.entering(number):
             with torch.no_grad():
                 out = self._calls.get(len(hidden), number)(block, hidden)
             self._tick()

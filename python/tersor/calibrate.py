@@ -1,6 +1,7 @@
 """Calibration: text to windows of tokens, and statistics of what the linears of a block read.
 
-`capture` and the watchers in tersor.ranking are the only places in the package that hook a model.
+`watching`, which `capture` is made of, and the watchers in tersor.ranking are the only places in
+the package that hook a model.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, overload
@@ -369,15 +371,25 @@ def capture(
     """
     stats = {name: kind(linear.in_features) for name, linear in linears.items()}
 
-    def hook(name: str) -> Callable[..., None]:
-        return lambda module, args: stats[name].update(args[0])
-
-    handles = [m.register_forward_pre_hook(hook(name)) for name, m in linears.items()]
-    try:
+    with watching(linears, lambda name, x: stats[name].update(x)):
         deque(passes, maxlen=0)
-    finally:
-        for handle in handles:
-            handle.remove()
     for name, gram in stats.items():
         gram.check(name)
     return stats
+
+
+@contextmanager
+def watching(
+    modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """While it lasts, `see` is given what each of the modules reads, by name, when it is called."""
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda module, args: see(name, args[0])
+
+    handles = [m.register_forward_pre_hook(hook(name)) for name, m in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

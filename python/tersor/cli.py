@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 BOS = ("auto", "always", "never")  # as in tersor.calibrate, which imports torch
-IMPORTANCES = (  # as in tersor.shrink
+IMPORTANCES = (  # as in tersor.shrink and tersor.experts
     *("output", "fluctuation", "magnitude", "activation"),
-    *("taylor", "entropy"),
+    *("taylor", "entropy", "frequency"),
 )
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -154,7 +154,8 @@ def build_parser() -> argparse.ArgumentParser:
         type=_structured,
         metavar="WHAT=N,...",
         help="make the model smaller: heads, query_heads (of each head of keys and values) and ffn "
-        "(channels of the MLPs) by a share, layers by a number: heads=0.2,ffn=0.25,layers=2",
+        "(channels of the MLPs) by a share, layers by a number: heads=0.2,ffn=0.25,layers=2; or, "
+        "each in a run of its own, hidden (the width) or experts (of a mixture) by a share",
     )
     add(
         "--allocation",
@@ -177,8 +178,9 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--importance",
         choices=IMPORTANCES,
-        help="by what heads and channels are ranked; default: output, the error of leaving one "
-        "out; taylor needs the whole model in memory, entropy is of heads alone",
+        help="by what heads, channels and experts are ranked; default: output, the error of "
+        "leaving one out; taylor needs the whole model in memory, entropy is of heads alone, "
+        "frequency of experts",
     )
     add("--head-importance", choices=IMPORTANCES, help="of heads, where it is another one")
     add(
@@ -410,7 +412,8 @@ def _add_settings(sub: Parser, *names: str) -> None:
 
 
 def _structured(text: str) -> dict[str, Any]:
-    types: dict[str, Any] = {"heads": float, "query_heads": float, "ffn": float, "layers": int}
+    shares = ("heads", "query_heads", "ffn", "hidden", "experts")
+    types: dict[str, Any] = dict.fromkeys(shares, float) | {"layers": int}
     found: dict[str, Any] = {}
     for part in text.split(","):
         name, _, value = part.partition("=")
@@ -418,7 +421,7 @@ def _structured(text: str) -> dict[str, Any]:
             found[name] = types[name](value)
         except (KeyError, ValueError):
             raise argparse.ArgumentTypeError(
-                f"{part!r} is none of heads=SHARE, query_heads=SHARE, ffn=SHARE, layers=NUMBER"
+                f"{part!r} is none of {', '.join(f'{n}=SHARE' for n in shares)}, layers=NUMBER"
             ) from None
     return found
 

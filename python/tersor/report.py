@@ -12,7 +12,7 @@ import math
 import platform
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -196,6 +196,21 @@ def table(report: Report) -> Table:
     for name, row in rows.items():
         shown.add_row(name, *(f"{row[c]:.2e}" if c in row else "" for c in columns))
     return shown
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers, as people write them.
+
+    >>> ranges([0, 1, 2, 5, 7, 8])
+    '0-2, 5, 7-8'
+    """
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and parts[-1][-1] == number - 1:
+            parts[-1][1:] = [number]
+        else:
+            parts.append([number])
+    return ", ".join("-".join(map(str, part)) for part in parts)
 
 
 def peak_resident_bytes() -> int:

@@ -32,7 +32,7 @@ from tersor.ranking import (
     use_eager,
     watch_attention,
 )
-from tersor.report import REPORT, TIMINGS, LayerReport, Report, Timings, versions
+from tersor.report import REPORT, TIMINGS, LayerReport, Report, Timings, ranges, versions
 from tersor.runs import Run, describe, identity, text_windows
 from tersor.shards import ShardWriter, refuse_existing
 from tersor.source import Source
@@ -390,10 +390,10 @@ class _Run(Run):
             bytes=changed[name].nbytes,
             notes=notes,
         )
-        ranges = {cut.what: _ranges((kept // cut.each).unique().tolist())}
+        numbers = {cut.what: ranges((kept // cut.each).unique().tolist())}
         if cut.kept_each < cut.each:
-            ranges["query_heads"] = _ranges(kept.tolist())
-        return _Done(changed, ranges, report, departure)
+            numbers["query_heads"] = ranges(kept.tolist())
+        return _Done(changed, numbers, report, departure)
 
     def _write(
         self,
@@ -425,18 +425,3 @@ class _Run(Run):
             "seconds": timings.seconds,
         }
         self.writer.commit(block.path, info, state)
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """Ascending numbers, as people write them.
-
-    >>> _ranges([0, 1, 2, 5, 7, 8])
-    '0-2, 5, 7-8'
-    """
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and parts[-1][-1] == number - 1:
-            parts[-1][1:] = [number]
-        else:
-            parts.append([number])
-    return ", ".join("-".join(map(str, part)) for part in parts)

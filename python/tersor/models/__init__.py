@@ -22,20 +22,21 @@ from typing import Any
 
 from torch import nn
 
-from tersor.models.arch import GROUPS, QUERIES, Arch, Experts, Groups, Structure, Tap
+from tersor.models.arch import GROUPS, QUERIES, Arch, Experts, Groups, Stream, Structure, Tap
 from tersor.models.bert import BERT, DISTILBERT
 from tersor.models.find import (
     FoundArch,
     config_value,
     from_table,
     generic,
+    parts_of,
     routers_of,
     taps_of,
     untapped,
 )
-from tersor.models.gemma import GEMMA
+from tersor.models.gemma import GEMMA, GEMMA1
 from tersor.models.gpt2 import GPT2
-from tersor.models.linears import plain_linears, unfuse_experts
+from tersor.models.linears import ExpertList, plain_linears, unfuse_experts
 from tersor.models.llama import LLAMA
 from tersor.models.mixtral import MIXTRAL
 from tersor.models.names import Reader, Stored, check_all_used, place_of, same_name, stored
@@ -50,11 +51,13 @@ __all__ = [
     "GROUPS",
     "QUERIES",
     "Arch",
+    "ExpertList",
     "Experts",
     "FoundArch",
     "Groups",
     "Reader",
     "Stored",
+    "Stream",
     "Structure",
     "Tap",
     "build_skeleton",
@@ -63,6 +66,7 @@ __all__ = [
     "empty",
     "fill",
     "find_arch",
+    "parts_of",
     "place_of",
     "plain_linears",
     "routers_of",
@@ -76,6 +80,7 @@ __all__ = [
 ARCHS: dict[str, Arch] = {  # by `model_type` of config.json
     "bert": BERT,
     "distilbert": DISTILBERT,
+    "gemma": GEMMA1,
     "gemma2": GEMMA,
     "gemma3_text": GEMMA,
     "gpt2": GPT2,

@@ -38,8 +38,11 @@ class Experts:
         [E, hidden, inter]; before, it was an nn.ModuleList of E modules, as unfuse_experts
         makes it again.
     routers: paths of the modules that choose the experts or weigh one that is always used; their
-        weights are small, decide much and are never quantized.
+        weights are small, decide much and are never quantized. The first one has a row for each
+        expert.
     gate, up, down: names of an expert's linears, in that list and in checkpoint files.
+    counts: entries of config.json with the number of experts, by which version wrote it. chosen:
+        the one with how many see a token.
     """
 
     module: str
@@ -47,6 +50,8 @@ class Experts:
     gate: str
     up: str
     down: str
+    counts: tuple[str, ...] = ("num_experts", "num_local_experts")
+    chosen: str = "num_experts_per_tok"
 
 
 GROUPS, QUERIES = "groups", "queries"  # what a part of a linear's output holds
@@ -96,6 +101,35 @@ class Structure:
 
 
 @dataclass(frozen=True)
+class Stream:
+    """The residual stream of a model whose blocks read it through norms and add to it.
+
+    reads: norms, paths in the block, each with the linears that read what it puts out; nothing else
+        reads that. In the order of the forward pass: the first one is given what enters the block.
+        `*` is the number of an expert. Linears that a block lacks are skipped.
+    writes: linears whose output is added to the stream, `*` as above.
+    embeddings, norm: paths, relative to the base model, of what begins the stream, and of the norm
+        at its end, which the head reads.
+    branch_norms: norms, paths in the block, of what is added to the stream. Their weights are tied
+        to the directions that the stream has, so no rotation passes them.
+    width: entry of config.json with its channels. head_width: the one with the columns of an
+        attention head, which no longer follow from the width once that is another. eps: the one
+        with what the norms add to the mean square.
+    scaled: the model multiplies its embeddings by the root of the width.
+    """
+
+    reads: tuple[tuple[str, tuple[str, ...]], ...]
+    writes: tuple[str, ...]
+    embeddings: str = "embed_tokens"
+    norm: str = "norm"
+    branch_norms: tuple[str, ...] = ()
+    width: str = "hidden_size"
+    head_width: str = "head_dim"
+    eps: str = "rms_norm_eps"
+    scaled: bool = False
+
+
+@dataclass(frozen=True)
 class Arch:
     """One family of models.
 
@@ -112,6 +146,7 @@ class Arch:
     norm_offset: the norms multiply by norm_offset + weight; a fold into a source has to know.
     causal: tokens see only what came before, so that perplexity means something.
     structure: what can be cut out of it, or None where no one has looked.
+    stream: its residual stream, or None where that cannot be rotated or no one has looked.
     """
 
     name: str
@@ -124,6 +159,7 @@ class Arch:
     norm_offset: float = 0.0
     causal: bool = True
     structure: Structure | None = None
+    stream: Stream | None = None
 
 
 def spellings(path: str, aliases: Iterable[tuple[str, str]]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -131,9 +131,7 @@ def taps_of(arch: Arch, block: nn.Module) -> list[Tap]:
     def here(path: str) -> str | None:
         return next((p for p in spellings(path, arch.aliases) if p in modules), None)
 
-    experts = here(arch.experts.module) if arch.experts else None
-    many = modules.get(experts) if experts else None
-    count = len(many) if isinstance(many, nn.ModuleList) else 0
+    count = _experts(arch, modules)
     result = []
     for general in arch.taps:
         for tap in _per_expert(general, count):
@@ -144,6 +142,17 @@ def taps_of(arch: Arch, block: nn.Module) -> list[Tap]:
                     source = None
                 result.append(Tap(linears, source))
     return result
+
+
+def parts_of(arch: Arch, block: nn.Module, paths: Iterable[str]) -> list[str]:
+    """Those of the paths that this block has, as spelled here; `*` stands for every expert."""
+    modules = dict(block.named_modules())
+    count = _experts(arch, modules)
+    each = (
+        part for path in paths for tap in _per_expert(Tap((path,)), count) for part in tap.linears
+    )
+    found = (next((p for p in spellings(e, arch.aliases) if p in modules), None) for e in each)
+    return [path for path in found if path]
 
 
 def untapped(arch: Arch, block: nn.Module, taps: Iterable[Tap]) -> dict[str, str]:
@@ -168,6 +177,13 @@ def routers_of(arch: Arch) -> list[str]:
     """Paths in a block, in every spelling, of what decides among experts."""
     routers = arch.experts.routers if arch.experts else ()
     return [path for router in routers for path in spellings(router, arch.aliases)]
+
+
+def _experts(arch: Arch, modules: Mapping[str, nn.Module]) -> int:
+    """How many experts there are among the modules of a block; 0 where it is none of a mixture."""
+    paths = spellings(arch.experts.module, arch.aliases) if arch.experts else []
+    many = next((modules[path] for path in paths if path in modules), None)
+    return len(many) if isinstance(many, nn.ModuleList) else 0
 
 
 def _per_expert(tap: Tap, count: int) -> Iterator[Tap]:

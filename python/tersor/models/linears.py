@@ -108,7 +108,13 @@ class Expert(nn.Module):
 
 class ExpertList(nn.ModuleList):
     """Experts behind transformers' signature of a fused experts module. Each runs on its tokens
-    alone, and one that the router gave no token does not run at all."""
+    alone, and one that the router gave no token does not run at all.
+
+    seen: where it is set, called with the number of each expert that ran, what it put out
+        [its tokens, hidden] and how much of that the router takes [its tokens].
+    """
+
+    seen: Callable[[int, Tensor, Tensor], None] | None = None
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [tokens, hidden]; top_k_index and top_k_weights [tokens, top_k]."""
@@ -116,8 +122,10 @@ class ExpertList(nn.ModuleList):
         for number, expert in enumerate(self):
             token, choice = torch.where(top_k_index == number)
             if token.numel():
-                y = expert(hidden_states[token]) * top_k_weights[token, choice, None]
-                out.index_add_(0, token, y.to(out.dtype))
+                y, weights = expert(hidden_states[token]), top_k_weights[token, choice]
+                if self.seen is not None:
+                    self.seen(number, y, weights)
+                out.index_add_(0, token, (y * weights[:, None]).to(out.dtype))
         return out
 
 

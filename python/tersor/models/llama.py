@@ -1,6 +1,6 @@
 """Llama and Mistral; the halves of their block serve most of the younger families."""
 
-from tersor.models.arch import GROUPS, QUERIES, Arch, Groups, Structure, Tap
+from tersor.models.arch import GROUPS, QUERIES, Arch, Groups, Stream, Structure, Tap
 
 ATTENTION = (
     Tap(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm"),
@@ -26,6 +26,13 @@ STRUCTURE = Structure(
     ),
 )
 
+ATTENTION_READS = ("input_layernorm", ATTENTION[0].linears)
+
+STREAM = Stream(
+    reads=(ATTENTION_READS, ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj"))),
+    writes=("self_attn.o_proj", "mlp.down_proj"),
+)
+
 LLAMA = Arch(
     name="llama",
     blocks="layers",
@@ -37,4 +44,5 @@ LLAMA = Arch(
     after=("norm",),
     head="lm_head",
     structure=STRUCTURE,
+    stream=STREAM,
 )

@@ -3,8 +3,8 @@
 The norm before the experts is read by the router too, so it is no source of theirs.
 """
 
-from tersor.models.arch import Arch, Experts, Tap
-from tersor.models.llama import ATTENTION
+from tersor.models.arch import Arch, Experts, Stream, Tap
+from tersor.models.llama import ATTENTION, ATTENTION_READS
 
 MIXTRAL = Arch(
     name="mixtral",
@@ -18,4 +18,11 @@ MIXTRAL = Arch(
     head="lm_head",
     aliases=(("mlp", "block_sparse_moe"),),
     experts=Experts(module="mlp.experts", routers=("mlp.gate",), gate="w1", up="w3", down="w2"),
+    stream=Stream(
+        reads=(
+            ATTENTION_READS,
+            ("post_attention_layernorm", ("mlp.gate", "mlp.experts.*.w1", "mlp.experts.*.w3")),
+        ),
+        writes=("self_attn.o_proj", "mlp.experts.*.w2"),
+    ),
 )

@@ -3,7 +3,7 @@
 The producers of o_proj's and down_proj's inputs are parts of a linear, so neither has a source.
 """
 
-from tersor.models.arch import GROUPS, QUERIES, Arch, Groups, Structure, Tap
+from tersor.models.arch import GROUPS, QUERIES, Arch, Groups, Stream, Structure, Tap
 
 PHI3 = Arch(
     name="phi3",
@@ -29,5 +29,12 @@ PHI3 = Arch(
             columns="mlp.down_proj",
             count="intermediate_size",
         ),
+    ),
+    stream=Stream(
+        reads=(
+            ("input_layernorm", ("self_attn.qkv_proj",)),
+            ("post_attention_layernorm", ("mlp.gate_up_proj",)),
+        ),
+        writes=("self_attn.o_proj", "mlp.down_proj"),
     ),
 )

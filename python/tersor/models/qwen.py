@@ -6,8 +6,8 @@ MLP in the others. The norm before experts is read by the routers too, so it is 
 
 from dataclasses import replace
 
-from tersor.models.arch import Experts, Tap
-from tersor.models.llama import LLAMA, STRUCTURE
+from tersor.models.arch import Experts, Stream, Tap
+from tersor.models.llama import ATTENTION_READS, LLAMA, STRUCTURE
 
 _WINDOWED = replace(STRUCTURE, by_number=("use_sliding_window",))
 QWEN2 = replace(LLAMA, name="qwen2", structure=_WINDOWED)
@@ -22,10 +22,30 @@ _SHARED = (
     Tap(("mlp.shared_expert.down_proj",), "mlp.shared_expert.up_proj"),
 )
 
+_MLPS = (
+    "mlp",
+    "mlp.shared_expert",
+    "mlp.experts.*",
+)  # of which a block has the first or the others
+_STREAM = Stream(
+    reads=(
+        ATTENTION_READS,
+        (
+            "post_attention_layernorm",
+            (
+                *("mlp.gate", "mlp.shared_expert_gate"),
+                *(f"{mlp}.{linear}" for mlp in _MLPS for linear in ("gate_proj", "up_proj")),
+            ),
+        ),
+    ),
+    writes=("self_attn.o_proj", *(f"{mlp}.down_proj" for mlp in _MLPS)),
+)
+
 QWEN2_MOE = replace(
     LLAMA,
     name="qwen2_moe",
     structure=None,
+    stream=_STREAM,
     taps=(*LLAMA.taps, *_SHARED, *_EXPERTS),
     experts=Experts(
         module="mlp.experts",

@@ -1,0 +1,159 @@
+"""What a model is worth and how fast it is; what a folder and a machine have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tersor.commands.opening import check_config, console, load_model
+from tersor.errors import TersorError
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Iterable
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    from tersor.corpus import read_text
+
+    text = read_text(args.text)
+
+    from tersor import evaluate as measure
+    from tersor.calibrate import load_tokenizer
+
+    names = [args.folder] + ([args.baseline] if args.baseline else [])
+    for name in names:
+        check_config(name)
+    tokenizer = load_tokenizer(Path(args.folder))
+    models = {name: load_model(name) for name in names}
+    length = _window_length(models.values(), args.seq_len)
+    windows = measure.text_windows(text, tokenizer, length, args.bos)[: args.samples]
+    qualities = measure.evaluate(models, windows, args.baseline)
+    speeds = measure.measure_speed(models, windows[:1]) if args.speed else None
+    if args.json:
+        print(measure.to_json(qualities, speeds), end="")
+        return
+    out = console()
+    count = len(windows)
+    out.print(f"{windows.numel()} tokens in {count} window{'s' * (count > 1)} of {length}")
+    out.print(measure.table(qualities))
+    for name, speed in (speeds or {}).items():
+        out.print(
+            f"{name}: prefill {speed.prefill:.0f} tokens/s ({speed.prompt} tokens), decode "
+            f"{speed.decode:.1f} tokens/s ({speed.generated} tokens), "
+            f"{speed.weights / 1e6:.1f} MB of weights, {speed.resident / 1e6:.0f} MB resident",
+            highlight=False,
+        )
+
+
+def inspect(args: argparse.Namespace) -> None:
+    from tersor.inspection import inspect as look
+
+    for part in look(args.folder):
+        console().print(part, highlight=False)
+
+
+def _window_length(models: Iterable[Any], asked: int | None) -> int:
+    from tersor.calibrate import DEFAULT_SEQ_LEN
+    from tersor.evaluate import context_of
+
+    limit = min(filter(None, map(context_of, models)), default=None)
+    if asked and limit and asked > limit:
+        raise TersorError(
+            f"--seq-len {asked} is beyond the model's {limit} positions; use {limit} or less"
+        )
+    return asked or min(DEFAULT_SEQ_LEN, limit or DEFAULT_SEQ_LEN)
+
+
+def kernels(args: argparse.Namespace) -> None:
+    import torch
+    from rich.table import Table
+
+    from tersor import kernels as native
+    from tersor import sparse
+    from tersor.qweight import ActSpec, QSpec, Scheme
+    from tersor.sparsity import Sparsity
+
+    threads = native.thread_count()
+    where = f"on {threads} thread{'s' * (threads > 1)}"
+    shown = Table()
+    for head in ("kernel", "isa", "layout", "priority", "on this machine"):
+        shown.add_column(head)
+    reasons: dict[str, str | None] = {}
+    sentence = f"The kernels, in the order in which they are tried; they run {where}."
+    if args.shape:
+        m, n, k = args.shape
+        spec = QSpec(args.bits, args.group, symmetric=not args.asymmetric)
+        activation = ActSpec() if args.activations else None
+        dtype, pattern = getattr(torch, args.dtype), native.PATTERN if args.pattern else (0, 0)
+        if args.pattern:
+            Sparsity.parse(args.pattern).check(k)
+        reasons = dict(native.explain(m, n, k, spec, activation, dtype, pattern=pattern))
+        shown.add_column("this shape")
+        serving = next((name for name, reason in reasons.items() if reason is None), None)
+        grid = "row" if spec.group is None else f"group of {spec.group}"
+        sentence = (
+            f"{serving or 'No kernel of this machine'} serves {m} x {n} x {k}: "
+            f"{Scheme(spec, activation)}, a scale{' and zero point' * args.asymmetric} per {grid}, "
+            f"{args.dtype}, {where}."
+        )
+        if args.pattern and sparse.serves(n, k, spec, activation):
+            found = sparse.measure(m, n, k, spec, activation, dtype)
+            sentence += (
+                f" Measured: {1e3 * found.sparse:.3f} ms without the zeros, "
+                f"{1e3 * found.dense:.3f} ms with them, {found.gain:.2f} times as fast."
+            )
+    first = True
+    for kernel in native.table():
+        row = [kernel.name, kernel.isa, kernel.layout, str(kernel.priority)]
+        row.append(kernel.unavailable or "yes")
+        if args.shape:
+            reason = reasons[kernel.name]
+            row.append(reason or ("serves" if first else "would serve after those above"))
+            first = first and reason is not None
+        shown.add_row(*row)
+    out = console()
+    out.print(sentence, highlight=False)
+    out.print(shown)
+
+
+def bench(args: argparse.Namespace) -> None:
+    if (args.model is None) == (args.shape is None):
+        raise TersorError("give a model or --shape N K, one of the two")
+
+    import json
+
+    import torch
+
+    from tersor import timing
+    from tersor.kernels import thread_count
+
+    threads = thread_count()
+    shapes = {tuple(args.shape): 1} if args.shape else timing.shapes_of(args.model)
+    dtype, results = getattr(torch, args.dtype), []
+    for (n, k), count in shapes.items():
+        rows = timing.compare(n, k, args.tokens, args.group, dtype)
+        results.append(timing.to_dict(n, k, rows) | {"linears": count})
+        if not args.json:
+            title = f"{n} x {k}, {count} in the model" if args.model else f"{n} x {k}"
+            console().print(timing.table(title, rows))
+    if args.json:
+        print(json.dumps({"threads": threads, "dtype": args.dtype, "shapes": results}, indent=2))
+    else:
+        on = f"{threads} thread{'s' * (threads > 1)}"
+        console().print(
+            f"On {on}; weights come from memory. A weight with 2:4 zeros is loaded into the kernel "
+            "that leaves them out where that is faster for 1 token.",
+            highlight=False,
+        )
+
+
+def demo(args: argparse.Namespace) -> None:
+    if args.json and (args.json.is_dir() or not args.json.resolve().parent.is_dir()):
+        raise TersorError(f"--json {args.json} cannot be written; name a file in a folder there is")
+
+    from tersor.demo import run
+    from tersor.kernels import thread_count
+
+    thread_count()  # or TersorError
+    run(args.json)

@@ -1,0 +1,38 @@
+"""The smaller model that structured pruning leaves, before any work is done on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from tersor.errors import TersorError
+from tersor.models import build_skeleton, find_arch, plain_linears
+from tersor.source import Source
+
+
+def smaller_skeleton(
+    source: Source, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> nn.Module:
+    """The model that plain transformers makes of this config.json, on the meta device.
+
+    shapes: of every parameter that will be written, by its name in the model.
+    TersorError unless the model has a place of exactly that shape for each of them, and no other.
+    """
+    model = build_skeleton(config, source.dtype)
+    model.config.use_cache = False
+    plain_linears(model, find_arch(model).arch)
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name in (name for name, _ in model.named_parameters() if name not in shapes):
+        raise TersorError(f"{type(model).__name__} wants {name}, which nothing is left for")
+    for name, shape in shapes.items():
+        if wanted.get(name) != shape:
+            asked = f"the shape {wanted[name]}" if name in wanted else "no place"
+            raise TersorError(f"{type(model).__name__} has {asked} for {name}, not {shape}")
+    return model
+
+
+def parameters(model: nn.Module) -> int:
+    """As transformers counts them, what is tied once."""
+    return sum(parameter.numel() for parameter in model.parameters())
