@@ -148,9 +148,7 @@ def _refuse(model: nn.Module) -> None:
             )
 
 
-def _included(
-    names: Sequence[str], include: Sequence[str], found: FoundArch | None
-) -> list[str]:
+def _included(names: Sequence[str], include: Sequence[str], found: FoundArch | None) -> list[str]:
     """Those that a pattern of `include` matches; all of them where there is none."""
     if not include:
         return list(names)
@@ -180,7 +178,9 @@ def _refuse_shared(model: nn.Module, names: Sequence[str]) -> None:
     for name in names:
         linear = model.get_submodule(name)
         mine = owners[id(linear.weight)]
-        others = [other for other in mine if model.get_submodule(other.rpartition(".")[0]) is not linear]
+        others = [
+            other for other in mine if model.get_submodule(other.rpartition(".")[0]) is not linear
+        ]
         if others:
             raise TersorError(
                 f"{name} shares its weight with {others[0]}, so a mask cannot be on one of them; "

@@ -349,7 +349,9 @@ def _loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     if loss is None:
         raise TersorError("the model gives no loss for a batch; give batches with labels")
     if not bool(loss.isfinite()):
-        raise TersorError("the loss on a batch is not finite; look at the batch and the model's dtype")
+        raise TersorError(
+            "the loss on a batch is not finite; look at the batch and the model's dtype"
+        )
     return loss
 
 

@@ -1,6 +1,18 @@
-"""Structured pruning of one block: which groups of channels go, and what the linear that read them
-makes of those that stay. Tensors in, tensors out; cuts.py and shrink.py know the model."""
+"""Pruning: groups of channels that are cut out of a block, and what the linear that read them makes of
+those that stay; masks on single weights or groups that are learned while a model is trained.
+Tensors and linears in, tensors out; cuts.py, shrink.py and masking.py know the model."""
 
+from tersor.pruning.criteria import (
+    CRITERIA,
+    Criterion,
+    Gradient,
+    Magnitude,
+    Movement,
+    SoftMovement,
+    Taylor,
+    find_criterion,
+)
+from tersor.pruning.schedule import Schedule
 from tersor.pruning.structured import (
     IMPORTANCES,
     best,
@@ -10,4 +22,20 @@ from tersor.pruning.structured import (
     select,
 )
 
-__all__ = ["IMPORTANCES", "best", "importance", "output_error", "reconstruct", "select"]
+__all__ = [
+    "CRITERIA",
+    "IMPORTANCES",
+    "Criterion",
+    "Gradient",
+    "Magnitude",
+    "Movement",
+    "Schedule",
+    "SoftMovement",
+    "Taylor",
+    "best",
+    "find_criterion",
+    "importance",
+    "output_error",
+    "reconstruct",
+    "select",
+]

@@ -91,9 +91,12 @@ class Movement:
 
     adam: learn by Adam, as in the paper, or by gradient descent, S = -Σ g W. The best of scores that
         began at zero are the same at any learning rate, so none is a setting.
+    prior: where they begin instead, S = prior |W| / rms(W), in full steps of Adam: what a weight is
+        worth before it has moved. 0 is the paper's; a short training has little else to go by.
     """
 
     adam: bool = True
+    prior: float = 0.0
     name: ClassVar[str] = "movement"
     signal: ClassVar[str | None] = "gw"
     buffers: ClassVar[tuple[str, ...]] = ("value", "mean", "square")

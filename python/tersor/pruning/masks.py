@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tersor.errors import TersorError
-from tersor.pruning.criteria import Criterion, SoftMovement
+from tersor.pruning.criteria import Criterion, Movement, SoftMovement
 from tersor.sparsity import Sparsity, keep_largest
 
 
@@ -37,8 +37,8 @@ class Layout:
         if self.along == "elements":
             return x
         if self.along == "columns":
-            return x.view(x.shape[0], self.groups, -1).sum((0, 2))[None]
-        return x.view(self.parts, self.groups, -1).sum((0, 2))[None]
+            return x.reshape(x.shape[0], self.groups, -1).sum((0, 2))[None]
+        return x.reshape(self.parts, self.groups, -1).sum((0, 2))[None]
 
     def expand(self, keep: Tensor, n: int, k: int) -> Tensor:
         """A mask of the shape of the scores as one that broadcasts to [n, k]."""
@@ -86,7 +86,9 @@ class Mask(nn.Module):
 
     keep: Tensor
 
-    def __init__(self, keep: Tensor, layout: Layout | None = None, transposed: bool = False) -> None:
+    def __init__(
+        self, keep: Tensor, layout: Layout | None = None, transposed: bool = False
+    ) -> None:
         super().__init__()
         self.register_buffer("keep", keep)
         self.layout = layout or Layout()
@@ -140,6 +142,10 @@ class Unit:
         shape = (1, self.layout.groups) if self.grouped else tuple(weight.shape)
         self.scores = Scores(criterion, shape, weight.device)
         self.masks[0].scores = self.scores
+        if isinstance(criterion, Movement) and criterion.prior:
+            size = self._magnitude().sqrt() if self.grouped else self._magnitude()
+            scale = size.square().mean().sqrt()
+            self.scores.get_buffer("value").copy_(size).mul_(criterion.prior / scale)
         self.set(torch.ones(shape, dtype=torch.bool, device=weight.device))
 
     def attach(self) -> None:
@@ -163,6 +169,11 @@ class Unit:
         if self.criterion.buffers:
             value: Tensor = self.scores.get_buffer("value")
             return value
+        return self._magnitude()
+
+    @torch.no_grad()
+    def _magnitude(self) -> Tensor:
+        """|W|, or the sum of squares of every group."""
         total = None
         for linear, mask in zip(self.linears, self.masks, strict=True):
             weight = as_matrix(linear, original(linear)).float()
@@ -209,11 +220,12 @@ def bake(linears: Iterable[nn.Module]) -> None:
 def detach(linear: nn.Module) -> None:
     """Takes the mask away and leaves the weight as it is below it."""
     parametrize.remove_parametrizations(linear, "weight", leave_parametrized=False)
+    own = linear._parameters
+    for name in [name for name in own if name != "weight"]:  # the weight is first, as it was
+        own[name] = own.pop(name)
 
 
-def choose(
-    units: Sequence[Unit], sparsity: Sparsity | None, share: float, together: bool
-) -> None:
+def choose(units: Sequence[Unit], sparsity: Sparsity | None, share: float, together: bool) -> None:
     """Sets the masks of units of one kind by their scores.
 
     sparsity: the final one; None for soft movement, where the threshold decides. share: of it, that
