@@ -1,5 +1,5 @@
-"""Which weights of a model can be masked while it is trained, and which heads and channels they make
-up: settled before any work is done."""
+"""Which weights of a model can be masked while it is trained, and which heads and channels they
+make up: settled before any work is done."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from tersor.sparsity import Sparsity
 
 @dataclass(frozen=True)
 class Structured:
-    """Shares of the groups that are to be zero: attention heads (under grouped-query attention one of
-    keys and values with its query heads), and channels of the MLPs."""
+    """Shares of the groups that are to be zero: attention heads (under grouped-query attention one
+    of keys and values with its query heads), and channels of the MLPs."""
 
     heads: float = 0.0
     ffn: float = 0.0
@@ -85,8 +85,8 @@ def group_targets(model: nn.Module, wanted: Structured) -> list[GroupTarget]:
             if int(share * target.layouts[0].groups) == 0:
                 count = target.layouts[0].groups
                 raise TersorError(
-                    f"{what}={share:g} of the {count} groups of {target.linears[0]} rounds to none; "
-                    f"use {1 / count:.2g} or more"
+                    f"{what}={share:g} of the {count} groups of {target.linears[0]} rounds to "
+                    f"none; use {1 / count:.2g} or more"
                 )
         targets += mine
     names = [name for target in targets for name in target.linears]
@@ -143,8 +143,8 @@ def _refuse(model: nn.Module) -> None:
             )
         if is_fused(module):
             raise TersorError(
-                f"{name} holds the weights of many experts in one parameter, which cannot be masked "
-                "in training; prune its folder (tersor.prune_checkpoint)"
+                f"{name} holds the weights of many experts in one parameter, which cannot be "
+                "masked in training; prune its folder (tersor.prune_checkpoint)"
             )
 
 

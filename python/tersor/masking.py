@@ -37,8 +37,8 @@ class Pruned:
     """What came of it.
 
     sparsity: share of zeros among the weights that had masks. layers: the same of each, by path.
-    groups: of structured pruning, the numbers of the groups that are zero, by the path of the linear
-        whose columns they are.
+    groups: of structured pruning, the numbers of the groups that are zero, by the path of the
+        linear whose columns they are.
     """
 
     sparsity: float
@@ -62,15 +62,17 @@ class MaskTraining(TrainerCallback):
 
     sparsity: a ratio or a pattern, of the linears in the blocks; or Structured, shares of heads and
         channels; None for soft movement, whose λ decides.
-    criterion: "movement", "taylor", "gradient", "magnitude", or one of tersor.pruning with settings.
+    criterion: "movement", "taylor", "gradient" or "magnitude", or one of tersor.pruning with
+        settings.
     per: reach a ratio in each "layer" (each linear, or each block's heads and channels), or over
         all of them, "global".
     include, ignore: shell patterns over the paths of linears.
 
-    Until finish() the linears are parametrized: the masks, the scores and the number of steps are in
-    the model's state_dict under parametrizations.weight, so that checkpoints of a Trainer can be
+    Until finish() the linears are parametrized: the masks, the scores and the number of steps are
+    in the model's state_dict under parametrizations.weight, so that checkpoints of a Trainer can be
     resumed, and a loop goes on after load_state_dict on a model with masks attached. Afterwards the
-    model is an ordinary one with zeros.
+    model is an ordinary one with zeros; the Trainer's last checkpoint is still from before that, so
+    save it with save_model().
 
     The zeros of a Structured model that is saved are cut out, exactly, by
     shrink_checkpoint(..., importance="magnitude", update=False) with the same shares, multiple=1

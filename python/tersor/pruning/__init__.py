@@ -1,5 +1,5 @@
-"""Pruning: groups of channels that are cut out of a block, and what the linear that read them makes of
-those that stay; masks on single weights or groups that are learned while a model is trained.
+"""Pruning: groups of channels that are cut out of a block, and what the linear that read them makes
+of those that stay; masks on single weights or groups, learned while a model is trained.
 Tensors and linears in, tensors out; cuts.py, shrink.py and masking.py know the model."""
 
 from tersor.pruning.criteria import (

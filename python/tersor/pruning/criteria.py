@@ -1,6 +1,6 @@
 """What a weight is worth, learned from gradients: how the scores beside the weights move.
 
-g is the gradient of the loss by the masked weight, as it is for a weight that is masked as well (the
+g is the gradient of the loss by the masked weight, which a weight that is masked has as well (the
 straight-through estimator), so that one that was pruned can come back.
 
 The scores are in no optimizer of the caller's: what they learn by is a setting of the criterion. So
@@ -89,8 +89,8 @@ class Movement:
     """Movement pruning (arXiv:2005.07683): scores trained with the gradient ∂L/∂S = g W, so that a
     weight is worth what it moved away from zero.
 
-    adam: learn by Adam, as in the paper, or by gradient descent, S = -Σ g W. The best of scores that
-        began at zero are the same at any learning rate, so none is a setting.
+    adam: learn by Adam, as in the paper, or by gradient descent, S = -Σ g W. The best of scores
+        that began at zero are the same at any learning rate, so none is a setting.
     prior: where they begin instead, S = prior |W| / rms(W), in full steps of Adam: what a weight is
         worth before it has moved. 0 is the paper's; a short training has little else to go by.
     """
