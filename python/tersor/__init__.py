@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from tersor.inmemory import prune_model, quantize_model, swap_linears
     from tersor.linear import QuantLinear
     from tersor.loading import TersorConfig, load
+    from tersor.mask_targets import Structured
+    from tersor.masking import HoldZeros, MaskTraining, prune_by_gradient
     from tersor.pipeline import prune_checkpoint, quantize_checkpoint
+    from tersor.pruning.schedule import Schedule
     from tersor.qweight import ActSpec, QSpec, QWeight, Scheme
     from tersor.shrink import shrink_checkpoint
     from tersor.solvers import GPTQ, RTN, Magnitude, SparseGPT, Wanda
@@ -43,6 +46,11 @@ _HOME = {  # module of each public name
     "quantize_model": "inmemory",
     "prune_model": "inmemory",
     "swap_linears": "inmemory",
+    "MaskTraining": "masking",
+    "HoldZeros": "masking",
+    "prune_by_gradient": "masking",
+    "Structured": "mask_targets",
+    "Schedule": "pruning.schedule",
 }
 
 __all__ = [
@@ -50,18 +58,23 @@ __all__ = [
     "RTN",
     "ActSpec",
     "Calibration",
+    "HoldZeros",
     "Magnitude",
+    "MaskTraining",
     "QSpec",
     "QWeight",
     "QuantLinear",
+    "Schedule",
     "Scheme",
     "SparseGPT",
     "Sparsity",
+    "Structured",
     "TersorConfig",
     "TersorError",
     "Wanda",
     "get_include",
     "load",
+    "prune_by_gradient",
     "prune_checkpoint",
     "prune_model",
     "quantize_checkpoint",
