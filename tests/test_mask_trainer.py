@@ -179,7 +179,7 @@ def test_training_after_pruning_under_the_trainer(tmp_path: Path) -> None:
 
 
 def test_trainings_that_do_not_fit_the_masks(tmp_path: Path) -> None:
-    masks = MaskTraining(Sparsity(0.5), Schedule(2, 5, 4))
+    masks = MaskTraining(Sparsity(0.5), Schedule(2, 5, cooldown=4))
     with pytest.raises(TersorError, match="the schedule has 11 steps and the training 10"):
         trainer(tiny.model("llama"), tmp_path, [masks]).train()
     dense = tmp_path / "dense"

@@ -36,6 +36,9 @@ def test_schedule_is_the_cubic_one(initial: float) -> None:
 def test_schedule_changes_every_so_often_and_at_its_end() -> None:
     schedule = Schedule(warmup=2, ramp=10, every=4)
     assert [t for t in range(30) if schedule.changes(t)] == [2, 6, 10, 12]
+    held = Schedule(warmup=2, ramp=5, hold=6, every=3)
+    assert [t for t in range(30) if held.changes(t)] == [2, 5, 7, 8, 11, 13]
+    assert [held.share(t) for t in range(7, 14)] == [1.0] * 7 and held.frozen == 13
     once = Schedule(warmup=3)
     assert [t for t in range(9) if once.changes(t)] == [3]
 
@@ -323,7 +326,7 @@ def test_a_loop_goes_on_from_a_state_dict(kind: str) -> None:
         criterion = SoftMovement(5.0, rate=0.1) if kind == "soft" else kind
         sparsity = None if kind == "soft" else Sparsity(0.75)
         model = Regression()
-        return model, MaskTraining(sparsity, Schedule(2, 10, 2), criterion).attach(model)
+        return model, MaskTraining(sparsity, Schedule(2, 10, cooldown=2), criterion).attach(model)
 
     def run(model: Regression, masks: MaskTraining, steps: range) -> None:
         for step in steps:

@@ -15,20 +15,22 @@ class Schedule:
 
     (arXiv:1710.01878), s_i before and s_f after it (arXiv:2005.07683).
 
-    warmup: steps at the initial sparsity. ramp: steps from there to the final one. cooldown: steps
-    that shall follow with a mask that no longer changes; there may be more of them.
-    every: steps from one mask to the next during the ramp; its end always has one.
+    warmup: steps at the initial sparsity. ramp: steps from there to the final one. hold: steps at
+    that, in which weights may still change places. cooldown: steps that shall follow with a mask
+    that no longer changes; there may be more of them.
+    every: steps from one mask to the next in ramp and hold; the end of each always has one.
     initial: s_i, as a share of s_f.
     """
 
     warmup: int = 0
     ramp: int = 0
+    hold: int = 0
     cooldown: int = 0
     every: int = 1
     initial: float = 0.0
 
     def __post_init__(self) -> None:
-        for field in fields(self)[:4]:
+        for field in fields(self)[:5]:
             value, least = getattr(self, field.name), int(field.name == "every")
             if type(value) is not int or value < least:
                 raise TersorError(
@@ -43,7 +45,7 @@ class Schedule:
     @property
     def frozen(self) -> int:
         """The number of steps after which the mask stays as it is."""
-        return self.warmup + self.ramp
+        return self.warmup + self.ramp + self.hold
 
     @property
     def steps(self) -> int:
@@ -52,7 +54,7 @@ class Schedule:
 
     def share(self, step: int) -> float:
         """s_t / s_f for the step with this number, counted from 0."""
-        if step >= self.frozen:
+        if step >= self.warmup + self.ramp:
             return 1.0
         if step < self.warmup:
             return self.initial
@@ -62,4 +64,6 @@ class Schedule:
     def changes(self, step: int) -> bool:
         """Whether the step with this number has a mask of its own."""
         since = step - self.warmup
-        return step == self.frozen or (0 <= since < self.ramp and since % self.every == 0)
+        if since in (self.ramp, self.ramp + self.hold):
+            return True
+        return 0 <= since < self.ramp + self.hold and since % self.every == 0
