@@ -371,3 +371,13 @@ def test_a_copy_of_the_model_learns_on_its_own() -> None:
     mask, its = (m.first.parametrizations.weight[0] for m in (model, other))
     assert mask.unit.heard is None and its.unit.heard is not None
     assert its.unit.scores is its.scores is not mask.scores
+
+
+@pytest.mark.parametrize("prior", [0.0, 7.0])
+def test_movement_may_begin_with_what_the_weights_are(prior: float) -> None:
+    model = Regression()
+    weight = model.first.weight.detach().clone()
+    MaskTraining(Sparsity(0.5), Schedule(4), Movement(prior=prior)).attach(model)
+    wanted = prior * weight.double().abs() / weight.double().square().mean().sqrt()
+    begun = model.first.parametrizations.weight[0].scores.value
+    torch.testing.assert_close(begun.double(), wanted, rtol=1e-5, atol=0)

@@ -49,11 +49,12 @@ class Pruned:
 class MaskTraining(TrainerCallback):
     """Learns which weights go while the model is trained.
 
-        Trainer(model, ..., callbacks=[MaskTraining(Sparsity(0.85), Schedule(100, 600, cooldown=300))])
+        schedule = Schedule(warmup=100, ramp=600, cooldown=300)
+        Trainer(model, ..., callbacks=[MaskTraining(Sparsity(0.85), schedule)])
 
     or, in a loop of one's own, with any optimizer:
 
-        masks = MaskTraining(Sparsity(0.85), Schedule(100, 600, cooldown=300)).attach(model)
+        masks = MaskTraining(Sparsity(0.85), schedule).attach(model)
         for batch in batches:
             model(**batch).loss.backward()
             optimizer.step(); optimizer.zero_grad()
