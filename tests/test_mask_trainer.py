@@ -152,6 +152,21 @@ def test_the_callback_trains_as_the_loop_does(tmp_path: Path) -> None:
         assert float(agree.float().mean()) > 0.99  # norms are not decayed by the trainer
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_teaches_the_same(reentrant: bool) -> None:
+    heard = []
+    for checkpointing in (False, True):
+        model = tiny.model("llama").train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        MaskTraining(Sparsity(0.5), Schedule(2)).attach(model)
+        model(input_ids=Texts().ids, labels=Texts().ids).loss.backward()
+        heard.append(model.model.layers[1].mlp.up_proj.parametrizations.weight[0].unit.heard)
+    assert bool(heard[0].any())
+    torch.testing.assert_close(heard[0], heard[1])
+
+
 def test_training_after_pruning_under_the_trainer(tmp_path: Path) -> None:
     model = tiny.model("llama")
     MaskTraining(Sparsity(pattern=(2, 4)), Schedule(), Magnitude()).attach(model).finish()

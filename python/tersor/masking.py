@@ -135,9 +135,7 @@ class MaskTraining(TrainerCallback):
         count = sum(unit.scores.get_buffer("value").numel() for unit in self._soft())
         pull = schedule.share(done) / count if count else 0.0
         for unit in self.units:
-            if done < schedule.frozen:
-                unit.learn(pull)
-            unit.heard = None
+            unit.learn(pull)
             unit.scores.advance()
         if schedule.changes(done + 1):
             self._choose()
@@ -207,6 +205,7 @@ class MaskTraining(TrainerCallback):
                         for name, layout in zip(target.linears, target.layouts, strict=True)
                     ],
                     self.criterion,
+                    self.schedule.frozen,
                 )
                 for target in group_targets(model, self.sparsity)
             ]
@@ -214,7 +213,13 @@ class MaskTraining(TrainerCallback):
         if self.sparsity is not None:
             check_pattern(model, names, self.sparsity)
         return [
-            Unit(name, "weights", [(model.get_submodule(name), Layout())], self.criterion)
+            Unit(
+                name,
+                "weights",
+                [(model.get_submodule(name), Layout())],
+                self.criterion,
+                self.schedule.frozen,
+            )
             for name in names
         ]
 

@@ -117,7 +117,8 @@ class Mask(nn.Module):
 class Unit:
     """Scores and the masks that follow from them: one linear's, or those of the linears that share
     groups, the one whose columns they are first. name: for messages and reports. kind: units of a
-    kind may be ranked together."""
+    kind may be ranked together. until: the step from which on the masks stay as they are.
+    """
 
     def __init__(
         self,
@@ -125,11 +126,11 @@ class Unit:
         kind: str,
         linears: Sequence[tuple[nn.Module, Layout]],
         criterion: Criterion,
+        until: int,
     ) -> None:
-        self.name, self.kind, self.criterion = name, kind, criterion
+        self.name, self.kind, self.criterion, self.until = name, kind, criterion, until
         self.linears = [linear for linear, _ in linears]
         self.layout = linears[0][1]
-        self.listens = criterion.signal is not None
         self.heard: Tensor | None = None
         self.masks = []
         for linear, layout in linears:
@@ -148,6 +149,11 @@ class Unit:
             self.scores.get_buffer("value").copy_(size).mul_(criterion.prior / scale)
         self.set(torch.ones(shape, dtype=torch.bool, device=weight.device))
 
+    @property
+    def listens(self) -> bool:
+        """Whether gradients still teach it anything."""
+        return self.criterion.signal is not None and self.scores.done < self.until
+
     def attach(self) -> None:
         for linear, mask in zip(self.linears, self.masks, strict=True):
             parametrize.register_parametrization(linear, "weight", mask)
@@ -158,7 +164,7 @@ class Unit:
 
     def learn(self, pull: float) -> None:
         """Ends a step. What is not finite, as after an overflow in float16, teaches nothing."""
-        if self.heard is not None and bool(self.heard.isfinite().all()):
+        if self.listens and self.heard is not None and bool(self.heard.isfinite().all()):
             buffers = dict(self.scores.named_buffers())
             self.criterion.update(buffers, self.heard, self.scores.done, pull)
         self.heard = None
