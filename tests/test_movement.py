@@ -50,13 +50,11 @@ def test_excerpts(data: tuple[Excerpts, Excerpts]) -> None:
 def fine_tuned(
     model: DemoModel, data: tuple[Excerpts, Excerpts], criterion: str, rate: float, seed: int
 ) -> float:
-    """Accuracy where the weights that are pruned are frozen, and all others are trained."""
+    """Accuracy where all weights but those of the head are frozen."""
     network = classifier(model, seed, layers=2).train()
     masks = MaskTraining(Sparsity(0.85), SCHEDULE, criterion).attach(network)
-    for parameter in network.model.layers.parameters():
-        parameter.requires_grad_(parameter.dim() == 1)
-    learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(learning, rate)
+    network.model.requires_grad_(False)
+    optimizer = torch.optim.AdamW(network.score.parameters(), rate)
     for batch in batches(data[0], STEPS, 16, seed):
         network(**batch).loss.backward()
         optimizer.step()
