@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from tersor.inmemory import prune_model, quantize_model, swap_linears
     from tersor.linear import QuantLinear
     from tersor.loading import TersorConfig, load
+    from tersor.mask_targets import Structured
+    from tersor.masking import HoldZeros, MaskTraining, prune_by_gradient
     from tersor.pipeline import prune_checkpoint, quantize_checkpoint
+    from tersor.pruning.schedule import Schedule
     from tersor.qweight import ActSpec, QSpec, QWeight, Scheme
     from tersor.shrink import shrink_checkpoint
     from tersor.slicing import slice_checkpoint
@@ -54,6 +57,11 @@ _HOME = {  # module of each public name
     "prune_model": "inmemory",
     "swap_linears": "inmemory",
     "prune_tokens": "tokens",
+    "MaskTraining": "masking",
+    "HoldZeros": "masking",
+    "prune_by_gradient": "masking",
+    "Structured": "mask_targets",
+    "Schedule": "pruning.schedule",
 }
 
 __all__ = [
@@ -61,20 +69,25 @@ __all__ = [
     "RTN",
     "ActSpec",
     "Calibration",
+    "HoldZeros",
     "Magnitude",
+    "MaskTraining",
     "QSpec",
     "QWeight",
     "QuantLinear",
+    "Schedule",
     "Scheme",
     "SparseGPT",
     "SparseLinear",
     "Sparsity",
+    "Structured",
     "TersorConfig",
     "TersorError",
     "Wanda",
     "drop_experts",
     "get_include",
     "load",
+    "prune_by_gradient",
     "prune_checkpoint",
     "prune_model",
     "prune_tokens",

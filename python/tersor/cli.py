@@ -1,4 +1,4 @@
-"""The command `tersor`: its arguments and its errors; commands.py does the work. It is argparse,
+"""The command `tersor`: its arguments and its errors; commands does the work. It is argparse,
 since the parser of the standard library starts at once and is one dependency less.
 
 Nothing is imported here that would make --help wait for torch.

@@ -85,7 +85,7 @@ def keep_largest(scores: Tensor, sparsity: Sparsity, per: str = "layer") -> Tens
     if sparsity.pattern is not None:
         kept, of = sparsity.pattern
         best = scores.view(n, -1, of).argsort(dim=-1, descending=True, stable=True)[..., :kept]
-        mask = torch.zeros(n, k // of, of, dtype=torch.bool)
+        mask = torch.zeros(n, k // of, of, dtype=torch.bool, device=scores.device)
         return mask.scatter_(-1, best, True).view(n, k)
     rows = scores if per == "row" else scores.reshape(1, -1)
     zeros = int(sparsity.zeros * rows.shape[1])

@@ -1,7 +1,20 @@
-"""Structured pruning of one block: which groups of channels go, and what the linear that read them
-makes of those that stay. Tensors in, tensors out; cuts.py and shrink.py know the model.
-`rotation` is this for the residual stream (slicing.py), `experts` for a mixture (experts.py)."""
+"""Pruning: groups of channels that are cut out of a block, and what the linear that read them makes
+of those that stay; masks on single weights or groups, learned while a model is trained.
+Tensors and linears in, tensors out; cuts.py, shrink.py and masking.py know the model.
+`rotation` is the former for the residual stream (slicing.py), `experts` for a mixture (experts.py).
+"""
 
+from tersor.pruning.criteria import (
+    CRITERIA,
+    Criterion,
+    Gradient,
+    Magnitude,
+    Movement,
+    SoftMovement,
+    Taylor,
+    find_criterion,
+)
+from tersor.pruning.schedule import Schedule
 from tersor.pruning.structured import (
     BY_STATISTICS,
     best,
@@ -14,8 +27,17 @@ from tersor.pruning.structured import (
 
 __all__ = [
     "BY_STATISTICS",
+    "CRITERIA",
+    "Criterion",
+    "Gradient",
+    "Magnitude",
+    "Movement",
+    "Schedule",
+    "SoftMovement",
+    "Taylor",
     "best",
     "bias_for",
+    "find_criterion",
     "importance",
     "output_error",
     "reconstruct",

@@ -1,0 +1,78 @@
+"""Which weights can go is learned from the task: movement against magnitude on the demo model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from conftest import all_cores
+from tersor.demo_model import DemoModel
+from tersor.demo_task import KINDS, Excerpts, accuracy, batches, classifier, excerpts, kinds
+from tersor.masking import MaskTraining
+from tersor.pruning import Schedule
+from tersor.sparsity import Sparsity
+
+STEPS, SCHEDULE = 40, Schedule(warmup=4, ramp=24, cooldown=12)
+
+
+def test_kinds_of_characters() -> None:
+    source = "def f(a, b=1):  # why\n    return g(a.b, c='x')\n"
+    found = kinds(source)
+    assert len(found) == len(source) and set(found) <= set(KINDS)
+    seen = {
+        "def": "keyword",
+        "f": "defined",
+        "1": "number",
+        "# why": "comment",
+        "g(": "called",
+        ".b": "operator",
+        "b,": "attribute",
+        "c=": "argument",
+        "'x'": "string",
+    }
+    for text, kind in seen.items():
+        assert found[source.rindex(text)] == kind, text
+
+
+@pytest.fixture(scope="module")
+def data(demo_model: DemoModel) -> tuple[Excerpts, Excerpts]:
+    return excerpts(demo_model, 32)
+
+
+def test_excerpts(data: tuple[Excerpts, Excerpts]) -> None:
+    train, held_out = data
+    assert train.ids.shape == train.labels.shape and train.ids.shape[1] == 32
+    assert 0.2 < len(held_out) / (len(train) + len(held_out)) < 0.3
+    for part in data:
+        assert sorted(set(part.labels.flatten().tolist())) == list(range(len(KINDS)))
+
+
+def fine_tuned(
+    model: DemoModel, data: tuple[Excerpts, Excerpts], criterion: str, rate: float, seed: int
+) -> float:
+    """Accuracy where all weights but those of the head are frozen."""
+    network = classifier(model, seed, layers=2).train()
+    masks = MaskTraining(Sparsity(0.85), SCHEDULE, criterion).attach(network)
+    network.model.requires_grad_(False)
+    optimizer = torch.optim.AdamW(network.score.parameters(), rate)
+    for batch in batches(data[0], STEPS, 16, seed):
+        network(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        masks.step()
+    assert masks.finish().sparsity == pytest.approx(0.85, abs=1e-4)
+    return accuracy(network, Excerpts(data[1].ids[:400], data[1].labels[:400]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_movement_finds_better_masks_for_frozen_weights(
+    seed: int, demo_model: DemoModel, data: tuple[Excerpts, Excerpts]
+) -> None:
+    """At the better of two learning rates for each."""
+
+    def best(criterion: str) -> float:
+        return max(fine_tuned(demo_model, data, criterion, rate, seed) for rate in (3e-3, 1e-2))
+
+    with all_cores():
+        assert best("movement") > best("magnitude")
