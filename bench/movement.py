@@ -4,9 +4,11 @@
 
 Fine-tunes the first blocks of the demo model (which is trained first where the cache has none) to
 name the kind of every token of Python source, and prunes their linears on the way: all methods over
-the same steps, batches and schedule, each at the learning rate that is best for it on a seed that
-is not among those reported. Once all weights are trained; once they are frozen, and only the new
-head and the masks learn. Writes bench/results/movement.json, with the accuracy at every rate.
+the same steps, batches and schedule, at every learning rate, by three seeds. Once all weights are
+trained; once they are frozen, and only the new head and the masks learn. Movement needs rates at
+which weights stay near where they were, as in fine-tuning a large model; magnitude wins where they
+move as far as they are large, which on a model as small as this is where both are at their best.
+Writes bench/results/movement.json.
 """
 
 from __future__ import annotations
@@ -32,13 +34,12 @@ from tersor.pruning import Criterion, Magnitude, Movement
 SPARSITY = Sparsity(0.85)
 STEPS, SCHEDULE = 120, Schedule(warmup=12, ramp=36, hold=48, cooldown=24)
 LAYERS, SIZE, LENGTH = 2, 16, 48
-RATES = (3e-4, 1e-3, 3e-3, 1e-2)
-TUNING, SEEDS = 100, (0, 1, 2)
+RATES, FROZEN_RATES = (1e-4, 3e-4, 1e-3, 3e-3), (3e-3, 1e-2)
+SEEDS = (0, 1, 2)
 CASES: list[tuple[str, bool, Criterion | None]] = [  # name, is all but the head frozen, method
     ("dense", False, None),
     ("magnitude", False, Magnitude()),
     ("movement", False, Movement()),
-    ("movement, prior 40", False, Movement(prior=40.0)),
     ("magnitude", True, Magnitude()),
     ("movement", True, Movement()),
 ]
@@ -87,7 +88,7 @@ def fine_tune(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one rate and one seed; nothing saved")
+    parser.add_argument("--quick", action="store_true", help="one rate, one seed; nothing saved")
     quick = parser.parse_args().quick
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -98,19 +99,17 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     for name, frozen, method in CASES:
         weights = "frozen" if frozen else "trained"
-        rates = RATES[2:3] if quick else RATES
-        sweep = [fine_tune(task, frozen, method, rate, TUNING) for rate in rates]
-        best = max(sweep, key=lambda run: run["accuracy"])["rate"]
-        seeds = SEEDS[: 1 if quick else None]
-        runs = [fine_tune(task, frozen, method, best, seed) for seed in seeds]
-        results.append({"method": name, "weights": weights, "sweep": sweep, "runs": runs})
-        numbers = [run["accuracy"] for run in runs]
-        cells = [f"{100 * number:.2f} %" for number in numbers]
-        zeros = f"{100 * mean(run['zeros'] for run in runs):.1f} %"
-        cells += [""] * (len(SEEDS) - len(cells))
-        shown.add_row(name, weights, f"{best:g}", zeros, *cells, f"{100 * mean(numbers):.2f} %")
-        print("sweep:", {run["rate"]: round(run["accuracy"], 4) for run in sweep})
-        print(name, weights, f"rate {best:g}", zeros, *cells, flush=True)
+        for rate in (FROZEN_RATES if frozen else RATES)[: 1 if quick else None]:
+            seeds = SEEDS[: 1 if quick else None]
+            runs = [fine_tune(task, frozen, method, rate, seed) for seed in seeds]
+            results.append({"method": name, "weights": weights, "rate": rate, "runs": runs})
+            numbers = [run["accuracy"] for run in runs]
+            zeros = f"{100 * mean(run['zeros'] for run in runs):.1f} %"
+            cells = [f"{100 * number:.2f} %" for number in numbers]
+            cells += [""] * (len(SEEDS) - len(cells))
+            cells += [f"{100 * mean(numbers):.2f} %"]
+            shown.add_row(name, weights, f"{rate:g}", zeros, *cells)
+            print(name, weights, f"{rate:g}", zeros, *cells, flush=True)
     Console(width=120).print(shown)
     if not quick:
         settings = {"steps": STEPS, "layers": LAYERS, "batch": SIZE, "length": LENGTH}
