@@ -377,9 +377,9 @@ def test_the_command(
     [
         ("--structured experts=0.25,ffn=0.3", "experts is cut in a run of its own"),
         ("--structured experts=0.25 --multiple 32", "--multiple changes nothing for experts"),
-        ("--structured experts=0.25 --no-update", "--update changes nothing for experts"),
+        ("--structured experts=0.25 --update none", "--update changes nothing for experts"),
         ("--structured experts=0.25 --damp 0.1", "--damp changes nothing for experts"),
-        ("--structured ffn=0.25 --importance frequency", "importance is output, magnitude, activ"),
+        ("--structured ffn=0.25 --importance frequency", "importance is output, fluctuation, mag"),
     ],
 )
 def test_bad_options(

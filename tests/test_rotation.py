@@ -167,7 +167,7 @@ def test_directions_are_principal_components(
 def test_weights_without_an_update(
     folder: Callable[[str], Path], out: Path, kind: str, directions: list[tuple[Tensor, float]]
 ) -> None:
-    slice_checkpoint(folder(kind), out, update=False, **QUARTER)
+    slice_checkpoint(folder(kind), out, update="none", **QUARTER)
     before = {name: tensor.double() for name, tensor in tensors(folder(kind)).items()}
     after = tensors(out)
     ((p, energy),) = directions
@@ -277,7 +277,7 @@ def test_principal_components_cost_least_on_a_trained_model(
 ) -> None:
     text = Calibration((str(demo_model.calibration),), samples=16, seq_len=demo.WINDOW)
 
-    def cost(ways: Callable[..., Any], update: bool) -> tuple[float, float]:
+    def cost(ways: Callable[..., Any], update: str) -> tuple[float, float]:
         monkeypatch.setattr(slicing, "principal", ways)
         out = tmp_path / f"{ways.__name__}-{update}"
         slice_checkpoint(
@@ -293,8 +293,8 @@ def test_principal_components_cost_least_on_a_trained_model(
     with all_cores():
         original = demo.original(demo_model)
         windows = demo.held_out_windows(demo_model)["code"][:20]
-        ours = {update: cost(principal, update) for update in (True, False)}
-        for other, update in ((at_random, False), (channels, True)):
+        ours = {update: cost(principal, update) for update in ("least-squares", "none")}
+        for other, update in ((at_random, "none"), (channels, "least-squares")):
             theirs = cost(other, update)
             assert ours[update][0] < 0.5 * theirs[0]
             assert ours[update][1] < theirs[1]

@@ -294,7 +294,7 @@ def test_the_command(
         ("--structured hidden=0.25,ffn=0.3", "hidden is cut in a run of its own"),
         (
             "--structured hidden=a",
-            "'hidden=a' is none of heads=SHARE, ffn=SHARE, layers=NUMBER, hi",
+            "'hidden=a' is none of heads=SHARE, query_heads=SHARE, ffn",
         ),
         ("--structured hidden=0.25 --importance output", "--importance changes nothing for hidden"),
         ("--structured hidden=0.25 --group 32", "--group changes nothing for --structured"),

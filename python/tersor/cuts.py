@@ -18,13 +18,11 @@ from tersor.models import (
     FoundArch,
     Groups,
     Structure,
-    build_skeleton,
     config_value,
-    find_arch,
-    plain_linears,
 )
 from tersor.models.arch import respell
 from tersor.pruning import best, select
+from tersor.smaller import smaller_skeleton
 from tersor.source import Source
 
 MULTIPLE = 128  # channels: the usual group of a quantized weight, and what matrix units take whole
@@ -150,22 +148,7 @@ class Cuts:
     def skeleton(self, source: Source, kept: Sequence[int]) -> nn.Module:
         """The smaller model with these blocks, as plain transformers makes it, on the meta device.
         TersorError unless it has a place of exactly the right shape for every tensor."""
-        model = build_skeleton(self.config(source, kept), source.dtype)
-        model.config.use_cache = False
-        found = find_arch(model)
-        plain_linears(model, found.arch)
-        wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        shapes = dict(self._shapes(source, kept))
-        for name in (name for name, _ in model.named_parameters() if name not in shapes):
-            raise TersorError(f"{type(model).__name__} wants {name}, which nothing is left for")
-        for name, shape in shapes.items():
-            if wanted.get(name) != shape:
-                asked = f"the shape {wanted[name]}" if name in wanted else "no place"
-                raise TersorError(
-                    f"{type(model).__name__} has {asked} for {name}, which would be {shape}: its "
-                    "code takes no other number than the one that follows from the hidden size"
-                )
-        return model
+        return smaller_skeleton(source, self.config(source, kept), dict(self._shapes(source, kept)))
 
     def _shapes(self, source: Source, kept: Sequence[int]) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Every parameter of the smaller model."""

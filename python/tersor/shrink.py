@@ -35,6 +35,7 @@ from tersor.ranking import (
 from tersor.report import REPORT, TIMINGS, LayerReport, Report, Timings, ranges, versions
 from tersor.runs import Run, describe, identity, text_windows
 from tersor.shards import ShardWriter, refuse_existing
+from tersor.smaller import parameters
 from tersor.source import Source
 
 IMPORTANCES = (*BY_STATISTICS, "taylor", "entropy")  # of heads and channels
@@ -147,7 +148,7 @@ def shrink_checkpoint(
         calibration=describe(calibration, windows),
         bytes_before=source.nbytes,
     )
-    before = _parameters(source.model)  # now, since weights that come and go do not stay tied
+    before = parameters(source.model)  # now, since weights that come and go do not stay tied
     if "entropy" in how.values():
         use_eager(source)
     with ShardWriter(out, identity(report)) as writer, Progress(progress) as bar:
@@ -166,7 +167,7 @@ def shrink_checkpoint(
         paths = [path for path, _ in source.found.blocks(source.model)]
         report.structure = {
             "parameters_before": before,
-            "parameters_after": _parameters(small),
+            "parameters_after": parameters(small),
             "dropped": [path for number, path in enumerate(paths) if number not in kept],
             layer_importance: distances,
             "blocks": [],
@@ -219,11 +220,6 @@ def _kept(cuts: Cuts, distances: Sequence[float], together: bool) -> list[int]:
     scores = torch.tensor(distances, dtype=torch.float64)
     kept: list[int] = best(scores, cuts.left).tolist()
     return kept
-
-
-def _parameters(model: nn.Module) -> int:
-    """As transformers counts them, what is tied once."""
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,10 @@ def smaller_skeleton(
     for name, shape in shapes.items():
         if wanted.get(name) != shape:
             asked = f"the shape {wanted[name]}" if name in wanted else "no place"
-            raise TersorError(f"{type(model).__name__} has {asked} for {name}, not {shape}")
+            raise TersorError(
+                f"{type(model).__name__} has {asked} for {name}, which would be {shape}: its code "
+                "takes no other number than the one that follows from the rest of config.json"
+            )
     return model
 
 
