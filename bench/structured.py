@@ -28,7 +28,7 @@ from tersor.calibrate import Calibration, load_tokenizer
 from tersor.demo_model import DemoModel, Recipe, demo_model, split_documents
 from tersor.demo_training import Training, fine_tune, save_model
 from tersor.evaluate import evaluate, measure_speed, quality_cells
-from tersor.shrink import shrink_checkpoint
+from tersor.surgery.shrink import shrink_checkpoint
 
 RECIPE = Recipe(
     training=Training(

@@ -22,12 +22,12 @@ from folders import content, tensors
 from tersor import cli
 from tersor.calibrate import Calibration
 from tersor.errors import TersorError
-from tersor.experts import drop_experts
 from tersor.pipeline import quantize_checkpoint
 from tersor.pruning.experts import ExpertStats, expert_importance
 from tersor.qweight import QSpec, Scheme
 from tersor.report import Report
 from tersor.solvers import RTN
+from tersor.surgery.experts import drop_experts
 from test_resume import in_child, killing
 from test_shrink import numbers
 

@@ -18,9 +18,9 @@ from tersor.layerwise import Solver
 from tersor.loading import load
 from tersor.pipeline import prune_checkpoint, quantize_checkpoint
 from tersor.qweight import QSpec, Scheme
-from tersor.shrink import shrink_checkpoint
 from tersor.solvers import RTN, Magnitude, SparseGPT, Wanda
 from tersor.sparsity import Sparsity
+from tersor.surgery.shrink import shrink_checkpoint
 
 WINDOWS = 120  # 30 720 tokens that the model was not trained on
 INT4 = Scheme(QSpec(4))

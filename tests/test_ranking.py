@@ -16,15 +16,15 @@ from torch import Tensor, nn
 
 import tiny
 from tersor.calibrate import Calibration
-from tersor.cuts import settle_cuts
 from tersor.errors import TersorError
 from tersor.models import GROUPS, QUERIES
 from tersor.progress import Progress
-from tersor.ranking import DISTANCES, AttentionEntropy, taylor_scores
 from tersor.runs import Run
 from tersor.shards import ShardWriter
-from tersor.shrink import shrink_checkpoint
 from tersor.source import Source
+from tersor.surgery.cuts import settle_cuts
+from tersor.surgery.ranking import DISTANCES, AttentionEntropy, taylor_scores
+from tersor.surgery.shrink import shrink_checkpoint
 from test_shrink import GROUPED, blocks_of, linears, logits, numbers, plain
 
 TEXT = Calibration(texts=(tiny.text(),), samples=12, seq_len=32)
@@ -126,7 +126,7 @@ def test_taylor_without_a_pass_through_the_blocks(folder: Callable[[str], Path],
 def test_taylor_needs_memory(
     folder: Callable[[str], Path], out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tersor.ranking._free_memory", lambda: 1000)
+    monkeypatch.setattr("tersor.surgery.ranking._free_memory", lambda: 1000)
     with pytest.raises(TersorError, match="needs the whole model in memory"):
         shrink_checkpoint(folder("llama"), out, ffn=0.3, importance="taylor", calibration=TEXT)
     assert not list(out.parent.iterdir())

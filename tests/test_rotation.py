@@ -30,7 +30,7 @@ from tersor.pruning.rotation import (
     reading,
     writing,
 )
-from tersor.slicing import slice_checkpoint
+from tersor.surgery.slicing import slice_checkpoint
 
 TEXT = Calibration(texts=(tiny.text(),), samples=20, seq_len=64)
 IDS = torch.arange(40).view(2, 20) % tiny.VOCAB

@@ -25,8 +25,8 @@ from tersor.models import ARCHS
 from tersor.pipeline import quantize_checkpoint
 from tersor.qweight import QSpec, Scheme
 from tersor.report import Report
-from tersor.shrink import shrink_checkpoint
 from tersor.solvers import RTN
+from tersor.surgery.shrink import shrink_checkpoint
 from test_resume import in_child, killing
 
 TEXT = Calibration(texts=(tiny.text(),), samples=20, seq_len=64)

@@ -25,9 +25,9 @@ from tersor.models import ARCHS
 from tersor.pipeline import quantize_checkpoint
 from tersor.qweight import QSpec, Scheme
 from tersor.report import Report
-from tersor.shrink import shrink_checkpoint
-from tersor.slicing import slice_checkpoint
 from tersor.solvers import RTN
+from tersor.surgery.shrink import shrink_checkpoint
+from tersor.surgery.slicing import slice_checkpoint
 from test_resume import in_child, killing
 from test_rotation import IDS, QUARTER, TEXT, WIDTH, WRITERS, logits, orthogonal, plain
 
@@ -169,7 +169,7 @@ def test_memory_does_not_grow_with_the_number_of_blocks(tmp_path: Path) -> None:
 import sys, tiny, torch
 from pathlib import Path
 from tersor.calibrate import Calibration
-from tersor.slicing import slice_checkpoint
+from tersor.surgery.slicing import slice_checkpoint
 torch.set_num_threads(1)
 text = Calibration(texts=(tiny.text(),), samples=20, seq_len=64)
 slice_checkpoint(sys.argv[1], sys.argv[2], hidden=0.25, calibration=text)

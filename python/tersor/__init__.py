@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tersor.calibrate import Calibration
     from tersor.errors import TersorError
-    from tersor.experts import drop_experts
     from tersor.inmemory import prune_model, quantize_model, swap_linears
     from tersor.linear import QuantLinear
     from tersor.loading import TersorConfig, load
@@ -21,12 +20,13 @@ if TYPE_CHECKING:
     from tersor.pipeline import prune_checkpoint, quantize_checkpoint
     from tersor.pruning.schedule import Schedule
     from tersor.qweight import ActSpec, QSpec, QWeight, Scheme
-    from tersor.shrink import shrink_checkpoint
-    from tersor.slicing import slice_checkpoint
     from tersor.solvers import GPTQ, RTN, Magnitude, SparseGPT, Wanda
     from tersor.sparse import use_sparse
     from tersor.sparse_linear import SparseLinear, swap_sparse_linears
     from tersor.sparsity import Sparsity
+    from tersor.surgery.experts import drop_experts
+    from tersor.surgery.shrink import shrink_checkpoint
+    from tersor.surgery.slicing import slice_checkpoint
     from tersor.tokens import prune_tokens
 
 _HOME = {  # module of each public name
@@ -50,9 +50,9 @@ _HOME = {  # module of each public name
     "use_sparse": "sparse",
     "quantize_checkpoint": "pipeline",
     "prune_checkpoint": "pipeline",
-    "drop_experts": "experts",
-    "shrink_checkpoint": "shrink",
-    "slice_checkpoint": "slicing",
+    "drop_experts": "surgery.experts",
+    "shrink_checkpoint": "surgery.shrink",
+    "slice_checkpoint": "surgery.slicing",
     "quantize_model": "inmemory",
     "prune_model": "inmemory",
     "swap_linears": "inmemory",

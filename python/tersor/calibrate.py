@@ -1,7 +1,7 @@
 """Calibration: text to windows of tokens, and statistics of what the linears of a block read.
 
-`watching`, which `capture` is made of, and the watchers in tersor.ranking are the only places in
-the package that hook a model.
+`watching`, which `capture` is made of, and the watchers in tersor.surgery.ranking are the only
+places in the package that hook a model to observe it.
 """
 
 from __future__ import annotations

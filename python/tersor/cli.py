@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 BOS = ("auto", "always", "never")  # as in tersor.calibrate, which imports torch
-IMPORTANCES = (  # as in tersor.shrink and tersor.experts
+IMPORTANCES = (  # as in tersor.surgery.shrink and tersor.surgery.experts
     *("output", "fluctuation", "magnitude", "activation"),
     *("taylor", "entropy", "frequency"),
 )

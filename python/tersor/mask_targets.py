@@ -9,7 +9,6 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
-from tersor.cuts import structure_of
 from tersor.errors import TersorError
 from tersor.linear import QuantLinear
 from tersor.models import QUERIES, FoundArch, Groups, config_value, find_arch
@@ -18,6 +17,7 @@ from tersor.models.linears import is_conv1d, is_fused
 from tersor.pruning.masks import Layout, as_matrix, refuse_masked
 from tersor.scope import settle, settle_all
 from tersor.sparsity import Sparsity
+from tersor.surgery.cuts import structure_of
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ class Report:
     kept: modules that were not meant to be, each with the rule or the pattern.
     departures: modules that were not treated as asked, each with the reason.
     bytes_before, bytes_after: of all tensors of the checkpoint.
-    structure: of a model that was made smaller (see tersor.shrink), what went and what stayed.
+    structure: of a model that was made smaller (see tersor.surgery), what went and what stayed.
     """
 
     model: str

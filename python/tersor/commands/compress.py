@@ -109,7 +109,7 @@ def _structured(args: argparse.Namespace) -> Callable[..., Report]:
     """What cuts what --structured names, if that goes together."""
     alone = next((what for what in ALONE if what in args.structured), None)
     if alone is None:
-        from tersor.shrink import shrink_checkpoint
+        from tersor.surgery.shrink import shrink_checkpoint
 
         return shrink_checkpoint
     if len(args.structured) > 1:
@@ -122,11 +122,11 @@ def _structured(args: argparse.Namespace) -> Callable[..., Report]:
             name = option.replace("_", "-")
             raise TersorError(f"--{name} changes nothing for {alone}; leave it out")
     if alone == "experts":
-        from tersor.experts import drop_experts
+        from tersor.surgery.experts import drop_experts
 
         return drop_experts
 
-    from tersor.slicing import slice_checkpoint
+    from tersor.surgery.slicing import slice_checkpoint
 
     return slice_checkpoint
 

@@ -14,13 +14,17 @@ from torch import Tensor, nn
 from tersor import _core
 from tersor.blocks import Flow
 from tersor.calibrate import Calibration, GramStats, capture
-from tersor.cuts import Cut, Cuts, renumbered, settle_cuts
 from tersor.errors import TersorError
 from tersor.layerwise import machine
 from tersor.models import GROUPS
 from tersor.progress import Progress
 from tersor.pruning import BY_STATISTICS, best, bias_for, importance, output_error, reconstruct
-from tersor.ranking import (
+from tersor.report import REPORT, TIMINGS, LayerReport, Report, Timings, ranges, versions
+from tersor.runs import Run, describe, identity, text_windows
+from tersor.shards import ShardWriter, refuse_existing
+from tersor.source import Source
+from tersor.surgery.cuts import Cut, Cuts, renumbered, settle_cuts
+from tersor.surgery.ranking import (
     CONTIGUOUS,
     DISTANCES,
     AttentionEntropy,
@@ -32,11 +36,7 @@ from tersor.ranking import (
     use_eager,
     watch_attention,
 )
-from tersor.report import REPORT, TIMINGS, LayerReport, Report, Timings, ranges, versions
-from tersor.runs import Run, describe, identity, text_windows
-from tersor.shards import ShardWriter, refuse_existing
-from tersor.smaller import parameters
-from tersor.source import Source
+from tersor.surgery.smaller import parameters
 
 IMPORTANCES = (*BY_STATISTICS, "taylor", "entropy")  # of heads and channels
 UPDATES = ("least-squares", "bias", "none")
@@ -75,13 +75,12 @@ def shrink_checkpoint(
     multiple: what the number of channels that stay is rounded to, up or down; None: what the
         model's is a multiple of, up to 128, so that a group of a quantized weight still divides it.
     importance: by which groups are ranked within a block: "output", "fluctuation", "magnitude" or
-        "activation" (see tersor.pruning.importance), or "taylor" (see tersor.ranking.taylor_scores:
-        of the original model, which has to fit into memory as a whole).
+        "activation" (see tersor.pruning.importance), or "taylor" (see ranking.taylor_scores: of the
+        original model, which has to fit into memory as a whole).
     head_importance: the same for heads, where it is another one; None: `importance`. Also "entropy"
-        (see tersor.ranking.AttentionEntropy; a group has the mean of its query heads).
-    layer_importance: "influence" or "angular", of single blocks (see
-        tersor.ranking.block_distances); "contiguous", of blocks that follow one another and go
-        together (see run_distances there).
+        (see ranking.AttentionEntropy; a group has the mean of its query heads).
+    layer_importance: "influence" or "angular", of single blocks (see ranking.block_distances);
+        "contiguous", of blocks that follow one another and go together (see run_distances there).
     ranking: "local": the best groups of every block. An ordinary configuration has one number of
         heads and one of channels for all blocks, so no other choice can be stated in it, and
         "global", the best of the whole model, is refused. Blocks themselves are always ranked over

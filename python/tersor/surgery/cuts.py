@@ -22,8 +22,8 @@ from tersor.models import (
 )
 from tersor.models.arch import respell
 from tersor.pruning import best, select
-from tersor.smaller import smaller_skeleton
 from tersor.source import Source
+from tersor.surgery.smaller import smaller_skeleton
 
 MULTIPLE = 128  # channels: the usual group of a quantized weight, and what matrix units take whole
 

@@ -26,8 +26,8 @@ from tersor.pruning.experts import EXPERT_IMPORTANCES, ExpertStats, expert_impor
 from tersor.report import REPORT, TIMINGS, Report, Timings, ranges, versions
 from tersor.runs import Run, describe, identity, text_windows
 from tersor.shards import ShardWriter, refuse_existing
-from tersor.smaller import parameters, smaller_skeleton
 from tersor.source import Source
+from tersor.surgery.smaller import parameters, smaller_skeleton
 
 
 def drop_experts(

@@ -33,9 +33,9 @@ from tersor.pruning.rotation import (
 from tersor.report import REPORT, TIMINGS, Report, Timings, versions
 from tersor.runs import Run, describe, identity, text_windows
 from tersor.shards import ShardWriter, refuse_existing
-from tersor.smaller import parameters
 from tersor.source import Source
-from tersor.width import Width, settle_width
+from tersor.surgery.smaller import parameters
+from tersor.surgery.width import Width, settle_width
 
 UPDATES = ("least-squares", "none")
 

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 from tersor.blocks import batches
-from tersor.cuts import Cut
 from tersor.durable import digest_of, durable
 from tersor.errors import TersorError
 from tersor.models import GROUPS, QUERIES
 from tersor.report import Timings
 from tersor.runs import Run
 from tersor.source import Source
+from tersor.surgery.cuts import Cut
 from tersor.tensorfile import TensorFile, write_tensors
 
 # How far a token's state y behind a block is from what it was before, by the cosine of the two.

@@ -13,8 +13,8 @@ from torch import nn
 
 from tersor.errors import TersorError
 from tersor.models import Stream, config_value, parts_of
-from tersor.smaller import parameters, smaller_skeleton
 from tersor.source import Source
+from tersor.surgery.smaller import parameters, smaller_skeleton
 
 MULTIPLE = 128  # channels: the usual group of a quantized weight, and what matrix units take whole
 
