@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tersor.sparse_linear import SparseLinear, swap_sparse_linears
     from tersor.sparsity import Sparsity
     from tersor.tokens import prune_tokens
+    from tersor.training import Distillation, distill
 
 _HOME = {  # module of each public name
     "TersorError": "errors",
@@ -50,6 +51,8 @@ _HOME = {  # module of each public name
     "prune_model": "inmemory",
     "swap_linears": "inmemory",
     "prune_tokens": "tokens",
+    "Distillation": "training",
+    "distill": "training",
 }
 
 __all__ = [
@@ -57,6 +60,7 @@ __all__ = [
     "RTN",
     "ActSpec",
     "Calibration",
+    "Distillation",
     "Magnitude",
     "QSpec",
     "QWeight",
@@ -68,6 +72,7 @@ __all__ = [
     "TersorConfig",
     "TersorError",
     "Wanda",
+    "distill",
     "get_include",
     "load",
     "prune_checkpoint",
