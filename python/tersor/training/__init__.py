@@ -2,5 +2,27 @@
 
 from tersor.training.fused import Head, Parts, distill
 from tersor.training.losses import LOSSES, Distillation, token_losses
+from tersor.training.offline import TeacherCache, cache_teacher
+from tersor.training.sparse_targets import (
+    Keep,
+    SparseTargets,
+    distill_sparse,
+    sparse_losses,
+    sparse_targets,
+)
 
-__all__ = ["LOSSES", "Distillation", "Head", "Parts", "distill", "token_losses"]
+__all__ = [
+    "LOSSES",
+    "Distillation",
+    "Head",
+    "Keep",
+    "Parts",
+    "SparseTargets",
+    "TeacherCache",
+    "cache_teacher",
+    "distill",
+    "distill_sparse",
+    "sparse_losses",
+    "sparse_targets",
+    "token_losses",
+]

@@ -55,6 +55,14 @@ class Head:
     def shape(self) -> tuple[int, int]:
         return self.hidden.shape[0], self.weight.shape[0]
 
+    def logits(self, rows: Tensor, columns: slice = slice(None)) -> Tensor:
+        """Of these tokens and this part of the vocabulary, in float32 (float64 for float64)."""
+        logits = self.hidden[rows.to(self.hidden.device)] @ self.weight[columns].T
+        if self.bias is not None:
+            logits = logits + self.bias[columns]
+        logits = working(logits)
+        return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
+
 
 # Where logits come from: a Head, or the logits themselves, [tokens, vocabulary].
 Logits: TypeAlias = "Head | Tensor"
@@ -94,26 +102,18 @@ def distill(
     Raises TersorError where vocabularies or numbers of tokens differ, a label is not in the
     vocabulary, or no token counts.
     """
-    _check(student, teacher, settings, labels)
-    if labels is None:
-        rows = torch.arange(student.shape[0], device=_device(student))
-    else:
-        rows = (labels != IGNORED).nonzero()[:, 0]
-    if not len(rows):
-        raise TersorError(
-            "no token counts: every label is -100; leave such batches out, or check that prompts "
-            "are shorter than the length they are cut to"
-        )
-    divisor = torch.as_tensor(len(rows) if count is None else count, device=rows.device)
+    _check(student, teacher)
+    rows, divisor = counted(student, settings, labels, count)
     inputs = (student,) if isinstance(student, Tensor) else _tensors(student)
     loss, distillation, cross = _Distill.apply(
-        _Work(student, teacher, settings, labels, rows, divisor), *inputs
+        _Work(student, teacher, settings, labels, rows, divisor, torch.is_grad_enabled()), *inputs
     )
     return Parts(loss, distillation, cross)
 
 
 class _Work(NamedTuple):
-    """rows: int64, the tokens that count. The rest is as in distill."""
+    """rows: int64, the tokens that count. learn: whether gradients will be asked for; autograd
+    says of a parameter that they are even where it is off. The rest is as in distill."""
 
     student: Logits
     teacher: Logits
@@ -121,12 +121,13 @@ class _Work(NamedTuple):
     labels: Tensor | None
     rows: Tensor
     divisor: Tensor
+    learn: bool
 
 
 class _Distill(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, work: _Work, *inputs: Tensor | None) -> Any:
-        wanted = ctx.needs_input_grad[1:]
+        wanted = tuple(work.learn and want for want in ctx.needs_input_grad[1:])
         parts, gradients = _Pass(work, wanted).run()
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(parts.distillation, parts.cross_entropy)
@@ -143,7 +144,7 @@ class _Pass:
     """One computation of the loss, and of the gradients that are wanted."""
 
     def __init__(self, work: _Work, wanted: tuple[bool, ...]) -> None:
-        self.student, self.teacher, settings, self.labels, rows, self.divisor = work
+        self.student, self.teacher, settings, self.labels, rows, self.divisor, _ = work
         self.settings, self.wanted = settings, wanted
         student = self.student
         self.loss: Loss = find_loss(settings.loss)
@@ -272,11 +273,7 @@ class _Tiles:
 def _tile(source: Logits, rows: Tensor, columns: slice) -> Tensor:
     if isinstance(source, Tensor):
         return working(source[:, columns][rows.to(source.device)])
-    logits = source.hidden[rows.to(source.hidden.device)] @ source.weight[columns].T
-    if source.bias is not None:
-        logits = logits + source.bias[columns]
-    logits = working(logits)
-    return logits if source.softcap is None else source.softcap * (logits / source.softcap).tanh()
+    return source.logits(rows, columns)
 
 
 def _log_sum(so_far: Tensor | None, logits: Tensor) -> Tensor:
@@ -292,7 +289,7 @@ def _device(source: Logits) -> torch.device:
     return source.device if isinstance(source, Tensor) else source.hidden.device
 
 
-def _check(student: Logits, teacher: Logits, settings: Distillation, labels: Tensor | None) -> None:
+def _check(student: Logits, teacher: Logits) -> None:
     for whose, source in (("student", student), ("teacher", teacher)):
         if len(source.shape) != 2:
             raise TersorError(
@@ -305,25 +302,43 @@ def _check(student: Logits, teacher: Logits, settings: Distillation, labels: Ten
             f"{teacher.shape[1]}; distillation compares them token by token, so choose a teacher "
             "with the student's tokenizer, or give the teacher's logits of the student's tokens"
         )
-    tokens, vocabulary = student.shape
-    if tokens != teacher.shape[0]:
+    if student.shape[0] != teacher.shape[0]:
         raise TersorError(
-            f"the student predicts {tokens} tokens and the teacher {teacher.shape[0]}; "
+            f"the student predicts {student.shape[0]} tokens and the teacher {teacher.shape[0]}; "
             "both must read the same batch"
         )
+
+
+def counted(
+    student: Logits,
+    settings: Distillation,
+    labels: Tensor | None,
+    count: Tensor | float | None,
+) -> tuple[Tensor, Tensor]:
+    """The rows that count, int64, and what sums over them are divided by; see distill for the
+    arguments and errors."""
+    tokens, vocabulary = student.shape
     if labels is None:
         if settings.alpha < 1:
             raise TersorError(
                 f"alpha is {settings.alpha}, and cross-entropy needs labels; give them, or alpha=1"
             )
-        return
-    if labels.shape != (tokens,):
+        rows = torch.arange(tokens, device=_device(student))
+    else:
+        if labels.shape != (tokens,):
+            raise TersorError(
+                f"the labels are {list(labels.shape)} for {tokens} tokens; give one for each"
+            )
+        wrong = (labels != IGNORED) & ((labels < 0) | (labels >= vocabulary))
+        if wrong.any():
+            raise TersorError(
+                f"the label {int(labels[wrong][0])} is not in the vocabulary of {vocabulary}; "
+                "use -100 where a token does not count"
+            )
+        rows = (labels != IGNORED).nonzero()[:, 0]
+    if not len(rows):
         raise TersorError(
-            f"the labels are {list(labels.shape)} for {tokens} tokens; give one for each"
+            "no token counts: every label is -100; leave such batches out, or check that prompts "
+            "are shorter than the length they are cut to"
         )
-    wrong = (labels != IGNORED) & ((labels < 0) | (labels >= vocabulary))
-    if wrong.any():
-        raise TersorError(
-            f"the label {int(labels[wrong][0])} is not in the vocabulary of {vocabulary}; "
-            "use -100 where a token does not count"
-        )
+    return rows, torch.as_tensor(len(rows) if count is None else count, device=rows.device)
