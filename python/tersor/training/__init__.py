@@ -1,5 +1,6 @@
 """Distillation: a student learns from a teacher's predictions, and from what its layers hold."""
 
+from tersor.training.features import FeatureLoss, Features
 from tersor.training.fused import Head, Parts, distill
 from tersor.training.losses import LOSSES, Distillation, token_losses
 from tersor.training.offline import TeacherCache, cache_teacher
@@ -14,6 +15,8 @@ from tersor.training.sparse_targets import (
 __all__ = [
     "LOSSES",
     "Distillation",
+    "FeatureLoss",
+    "Features",
     "Head",
     "Keep",
     "Parts",
