@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from tersor.sparse_linear import SparseLinear, swap_sparse_linears
     from tersor.sparsity import Sparsity
     from tersor.tokens import prune_tokens
-    from tersor.training import Distillation, distill
+    from tersor.training import Distillation, cache_teacher, distill
+    from tersor.training.trainer import DistillTrainer
 
 _HOME = {  # module of each public name
     "TersorError": "errors",
@@ -53,6 +54,8 @@ _HOME = {  # module of each public name
     "prune_tokens": "tokens",
     "Distillation": "training",
     "distill": "training",
+    "cache_teacher": "training",
+    "DistillTrainer": "training.trainer",
 }
 
 __all__ = [
@@ -60,6 +63,7 @@ __all__ = [
     "RTN",
     "ActSpec",
     "Calibration",
+    "DistillTrainer",
     "Distillation",
     "Magnitude",
     "QSpec",
@@ -72,6 +76,7 @@ __all__ = [
     "TersorConfig",
     "TersorError",
     "Wanda",
+    "cache_teacher",
     "distill",
     "get_include",
     "load",

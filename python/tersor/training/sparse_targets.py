@@ -133,8 +133,9 @@ def sparse_losses(loss: str | Loss, student: Tensor, targets: SparseTargets) -> 
     kept: those of logits need all of them, and samples estimate no loss but the forward KL.
     """
     found = find_loss(loss)
-    check_sparse(found, student.shape, targets)
     t = targets.keep.temperature
+    check_kept(found, t, targets.keep)
+    _check_shape(student.shape, targets)
     scaled = working(student) / t
     normaliser = scaled.logsumexp(-1)
     log_q = scaled.gather(1, targets.ids) - normaliser.unsqueeze(-1)
@@ -162,12 +163,8 @@ def distill_sparse(
     in the backward pass. Raises TersorError also where the temperature is not that of the targets.
     """
     loss = find_loss(settings.loss)
-    check_sparse(loss, student.shape, targets)
-    if settings.temperature != targets.keep.temperature:
-        raise TersorError(
-            f"the temperature is {settings.temperature} and the teacher's distributions were kept "
-            f"at {targets.keep.temperature}; use that one, or keep them again"
-        )
+    check_kept(loss, settings.temperature, targets.keep)
+    _check_shape(student.shape, targets)
     rows, divisor = counted(student, settings, labels, count)
     step = max(1, settings.chunk // targets.vocabulary)
     values, cross = [], []
@@ -199,18 +196,26 @@ def _block(
     return value, entropy
 
 
-def check_sparse(loss: Loss, shape: tuple[int, ...], targets: SparseTargets) -> None:
-    """TersorError where this loss cannot be computed from what was kept."""
+def check_kept(loss: Loss, temperature: float, keep: Keep) -> None:
+    """TersorError where this loss cannot be computed from what is kept so."""
     if not loss.of_distributions:
         raise TersorError(
             f"{type(loss).__name__} needs all of the teacher's logits, and only some were kept; "
             "choose a divergence such as forward_kl, or let the teacher run"
         )
-    if targets.keep.samples and not isinstance(loss, ForwardKL):
+    if keep.samples and not isinstance(loss, ForwardKL):
         raise TersorError(
             f"samples of the teacher's tail give no {type(loss).__name__}, only forward_kl; "
             "choose that, or keep the top without samples"
         )
+    if temperature != keep.temperature:
+        raise TersorError(
+            f"the temperature is {temperature} and the teacher's distributions were kept at "
+            f"{keep.temperature}; use that one, or keep them again"
+        )
+
+
+def _check_shape(shape: tuple[int, ...], targets: SparseTargets) -> None:
     if len(shape) != 2 or tuple(shape) != (len(targets.ids), targets.vocabulary):
         raise TersorError(
             f"the student's logits are {list(shape)} and the teacher was kept for "
