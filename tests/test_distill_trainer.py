@@ -15,6 +15,7 @@ import tiny
 pytest.importorskip("accelerate")
 from transformers import TrainingArguments
 
+import tersor
 from tersor import TersorError
 from tersor.training import Distillation, Features, Head, Keep, cache_teacher
 from tersor.training.reading import Reader
@@ -210,6 +211,37 @@ def test_resume(tmp_path: Path, features: Features | None) -> None:
         again = trainer("again")
         with pytest.raises(TersorError, match="is missing; go on from a checkpoint"):
             again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+
+
+def test_mixed_precision(tmp_path: Path) -> None:
+    """The heads are multiplied as the models would, in bfloat16, and the loss in float32."""
+    student, teacher = pair()
+    kl, cross = map(float, plain_loss(student, teacher, examples()))
+    how = args(tmp_path, max_steps=1, per_device_train_batch_size=8, bf16=True)
+    settings = Distillation(temperature=2.0)
+    trainer = DistillTrainer(student, teacher, settings, args=how, train_dataset=examples())
+    trainer.train()
+    assert not trainer._student.whole and not trainer._teacher.whole
+    log = trainer.state.log_history[0]
+    assert log["distillation"] == pytest.approx(kl, rel=0.03)  # bfloat16 has 8 bits
+    assert log["cross_entropy"] == pytest.approx(cross, rel=0.01)
+
+
+def test_quantized_teacher(tmp_path: Path) -> None:
+    """A teacher on our kernels, whose output head stays a plain linear."""
+    student, teacher = pair()
+    tersor.quantize_model(teacher, scheme=tersor.Scheme(tersor.QSpec(4, 16)), method="rtn")
+    assert any(isinstance(module, tersor.QuantLinear) for module in teacher.modules())
+    rows = [row | {"attention_mask": torch.ones_like(row["labels"])} for row in examples()]
+    ids, labels = windows(), torch.stack([row["labels"] for row in rows])
+    with torch.no_grad():
+        q, p = (model(ids).logits[:, :-1].double().softmax(-1) for model in (student, teacher))
+    kl = float((p * (p / q).log()).sum(-1)[labels[:, 1:] != -100].mean())
+    how = args(tmp_path, max_steps=1, per_device_train_batch_size=8)
+    trainer = DistillTrainer(student, teacher, args=how, train_dataset=rows)
+    trainer.train()
+    assert not trainer._teacher.whole
+    assert trainer.state.log_history[0]["distillation"] == pytest.approx(kl, rel=1e-4)
 
 
 def test_offline_teacher(tmp_path: Path) -> None:

@@ -109,9 +109,17 @@ class DistillTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
+        count = num_items_in_batch if self.model_accepts_loss_kwargs else None
+        with self.accelerator.autocast():  # the heads and the teacher too, not the model alone
+            loss, outputs = self._loss(model, inputs, count)
+        if count is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # whose gradients will be averaged
+        return (loss, outputs) if return_outputs else loss
+
+    def _loss(self, model: nn.Module, inputs: Mapping[str, Any], count: Any) -> tuple[Tensor, Any]:
+        """The loss of a batch, and the student's outputs. count: as in fused.distill."""
         labels = self._labels(inputs)
         fed = {k: v for k, v in inputs.items() if k not in ("labels", "shift_labels")}
-        count = num_items_in_batch if self.model_accepts_loss_kwargs else None
         tokens = (labels != IGNORED).sum()
         divisor = tokens if count is None else count
         recorded = self._features.recorded if self._features is not None else _nothing
@@ -131,9 +139,7 @@ class DistillTrainer(Trainer):
             extra = self._features(ours, theirs, real.bool()) * (tokens / divisor)
             loss = loss + extra
         self._add(model.training, parts, extra.detach(), tokens, divisor)
-        if count is not None and self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes  # whose gradients will be averaged
-        return (loss, outputs) if return_outputs else loss
+        return loss, outputs
 
     def _labels(self, inputs: Mapping[str, Any]) -> Tensor:
         """What each position predicts; int64 [tokens of the batch]."""
