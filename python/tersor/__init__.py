@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tersor.sparsity import Sparsity
     from tersor.tokens import prune_tokens
     from tersor.training import Distillation, cache_teacher, distill
+    from tersor.training.students import student_of
     from tersor.training.trainer import DistillTrainer
 
 _HOME = {  # module of each public name
@@ -56,6 +57,7 @@ _HOME = {  # module of each public name
     "distill": "training",
     "cache_teacher": "training",
     "DistillTrainer": "training.trainer",
+    "student_of": "training.students",
 }
 
 __all__ = [
@@ -86,6 +88,7 @@ __all__ = [
     "quantize_checkpoint",
     "quantize_model",
     "shrink_checkpoint",
+    "student_of",
     "swap_linears",
     "swap_sparse_linears",
     "use_sparse",

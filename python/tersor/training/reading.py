@@ -32,7 +32,8 @@ class Reader:
         self.whole = whole or not self._has_head()
         self.paths: list[str] = []  # of modules that make the last hidden states, if they are run
         if not self.whole:
-            inner = (model.base_model, model.get_decoder())
+            decoder = getattr(model, "get_decoder", lambda: None)()
+            inner = (model.base_model, decoder)
             self.paths = [path for path, m in model.named_modules() if any(m is x for x in inner)]
 
     def read(

@@ -171,7 +171,14 @@ def distill_sparse(
     for block in rows.split(step):
         wanted = None if labels is None else labels[block]
         value, entropy = checkpoint(
-            _block, student, targets[block], loss, wanted, block, use_reentrant=False
+            _block,
+            student,
+            targets[block],
+            loss,
+            wanted,
+            block,
+            use_reentrant=False,
+            preserve_rng_state=False,
         )
         values.append(value)
         cross.append(entropy)
