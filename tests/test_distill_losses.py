@@ -195,6 +195,22 @@ def test_softcap() -> None:
         torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
 
 
+def test_scaled_losses_do_not_underflow() -> None:
+    """A loss that is scaled for float16, as mixed precision does, over very many tokens."""
+    made, scale, count = batch(torch.float16), 2.0**16, 10.0**6
+    names = ("hidden", "weight", "teacher_hidden", "teacher_weight")
+
+    def gradients(dtype: torch.dtype) -> list[Tensor]:
+        hidden, weight, *teacher = (made[name].to(dtype, copy=True) for name in names)
+        student = Head(hidden.requires_grad_(), weight.requires_grad_())
+        loss = distill(student, Head(*teacher), Distillation(), made["labels"], count).loss
+        return [g.double() for g in torch.autograd.grad(loss * scale, (hidden, weight))]
+
+    found, wanted = gradients(torch.float16), gradients(torch.float64)
+    for a, b in zip(found, wanted, strict=True):
+        assert (a - b).norm() <= 0.01 * b.norm()  # float16 has 11 bits
+
+
 def test_only_the_student_learns_and_only_what_is_not_frozen() -> None:
     made = batch()
     hidden, weight = made["hidden"].requires_grad_(), made["weight"]

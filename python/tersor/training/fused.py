@@ -130,14 +130,16 @@ class _Distill(torch.autograd.Function):
         wanted = tuple(work.learn and want for want in ctx.needs_input_grad[1:])
         parts, gradients = _Pass(work, wanted).run()
         ctx.save_for_backward(*gradients)
+        ctx.dtypes = [None if x is None else x.dtype for x in inputs]
         ctx.mark_non_differentiable(parts.distillation, parts.cross_entropy)
         return tuple(parts)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, loss: Tensor, *_: Tensor) -> Any:
-        scaled = (None if g is None else (g * loss).to(g.dtype) for g in ctx.saved_tensors)
-        return None, *scaled
+        # Rounded to the inputs' dtype only here, when a scale against underflow is in `loss`.
+        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return None, *(None if g is None else (g * loss).to(dtype) for g, dtype in pairs)
 
 
 class _Pass:
@@ -175,11 +177,10 @@ class _Pass:
         loss = settings.alpha * distillation
         if settings.alpha < 1:
             loss = loss + (1 - settings.alpha) * entropy
-        gradients = [
-            None if g is None or x is None else g.to(x.dtype)
-            for g, x in zip(self.gradients, self.inputs, strict=True)
-        ]
-        return Parts(loss, distillation, entropy), gradients
+        for gradient in self.gradients:
+            if gradient is not None:
+                gradient /= self.divisor  # last: in float16 the quotients might be zero
+        return Parts(loss, distillation, entropy), self.gradients
 
     def _block(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """The losses [tokens] of these rows, and the sum of their cross-entropies."""
@@ -218,7 +219,7 @@ class _Pass:
                 slope = slope * (settings.alpha * t)
                 if settings.alpha < 1 and at_one is not None and labels is not None:
                     self._add_cross_entropy(slope, s, at_one, labels, columns)
-                self._push(slope / self.divisor, s, rows, columns)
+                self._push(slope, s, rows, columns)
         if at_one is None or picked is None:
             return value, value.new_tensor(float("nan"))
         return value, (at_one - picked).sum()
