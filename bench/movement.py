@@ -28,8 +28,8 @@ import machine
 from tersor import Schedule, Sparsity
 from tersor.demo_model import DemoModel, demo_model
 from tersor.demo_task import Excerpts, accuracy, batches, classifier, excerpts
-from tersor.masking import MaskTraining
 from tersor.pruning import Criterion, Magnitude, Movement
+from tersor.training.masking import MaskTraining
 
 SPARSITY = Sparsity(0.85)
 STEPS, SCHEDULE = 120, Schedule(warmup=12, ramp=36, hold=48, cooldown=24)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from tersor.masking import MaskTraining
+from tersor.training.masking import MaskTraining
 
 K, N = 16, 12
 

@@ -13,9 +13,9 @@ from torch.nn.utils import parametrize
 import tiny
 from regression import Regression, batch, top, train
 from tersor.errors import TersorError
-from tersor.masking import HoldZeros, MaskTraining, Structured, prune_by_gradient
 from tersor.pruning import Schedule, SoftMovement, Taylor
 from tersor.sparsity import Sparsity
+from tersor.training.masking import HoldZeros, MaskTraining, Structured, prune_by_gradient
 
 # One shot.
 

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, Trainer, Tr
 
 import tiny
 from tersor.errors import TersorError
-from tersor.masking import HoldZeros, MaskTraining, Structured, prune_by_gradient
 from tersor.pruning import Magnitude, Movement, Schedule, SoftMovement
 from tersor.sparsity import Sparsity
 from tersor.surgery.shrink import shrink_checkpoint
+from tersor.training.masking import HoldZeros, MaskTraining, Structured, prune_by_gradient
 
 STEPS = 10
 SCHEDULE = Schedule(warmup=2, ramp=5, cooldown=2)

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from regression import K, N, Regression, batch, top, train
 from tersor.errors import TersorError
-from tersor.masking import HoldZeros, MaskTraining
 from tersor.pruning import Gradient, Movement, Schedule, SoftMovement, Taylor
 from tersor.sparsity import Sparsity
+from tersor.training.masking import HoldZeros, MaskTraining
 
 # The schedule.
 

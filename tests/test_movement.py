@@ -8,9 +8,9 @@ import torch
 from conftest import all_cores
 from tersor.demo_model import DemoModel
 from tersor.demo_task import KINDS, Excerpts, accuracy, batches, classifier, excerpts, kinds
-from tersor.masking import MaskTraining
 from tersor.pruning import Schedule
 from tersor.sparsity import Sparsity
+from tersor.training.masking import MaskTraining
 
 STEPS, SCHEDULE = 40, Schedule(warmup=4, ramp=24, cooldown=12)
 

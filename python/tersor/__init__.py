@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from tersor.inmemory import prune_model, quantize_model, swap_linears
     from tersor.linear import QuantLinear
     from tersor.loading import TersorConfig, load
-    from tersor.mask_targets import Structured
-    from tersor.masking import HoldZeros, MaskTraining, prune_by_gradient
     from tersor.pipeline import prune_checkpoint, quantize_checkpoint
     from tersor.pruning.schedule import Schedule
     from tersor.qweight import ActSpec, QSpec, QWeight, Scheme
@@ -28,6 +26,11 @@ if TYPE_CHECKING:
     from tersor.surgery.shrink import shrink_checkpoint
     from tersor.surgery.slicing import slice_checkpoint
     from tersor.tokens import prune_tokens
+    from tersor.training import Distillation, cache_teacher, distill
+    from tersor.training.mask_targets import Structured
+    from tersor.training.masking import HoldZeros, MaskTraining, prune_by_gradient
+    from tersor.training.students import student_of
+    from tersor.training.trainer import DistillTrainer
 
 _HOME = {  # module of each public name
     "TersorError": "errors",
@@ -57,11 +60,16 @@ _HOME = {  # module of each public name
     "prune_model": "inmemory",
     "swap_linears": "inmemory",
     "prune_tokens": "tokens",
-    "MaskTraining": "masking",
-    "HoldZeros": "masking",
-    "prune_by_gradient": "masking",
-    "Structured": "mask_targets",
+    "MaskTraining": "training.masking",
+    "HoldZeros": "training.masking",
+    "prune_by_gradient": "training.masking",
+    "Structured": "training.mask_targets",
     "Schedule": "pruning.schedule",
+    "Distillation": "training",
+    "distill": "training",
+    "cache_teacher": "training",
+    "DistillTrainer": "training.trainer",
+    "student_of": "training.students",
 }
 
 __all__ = [
@@ -69,6 +77,8 @@ __all__ = [
     "RTN",
     "ActSpec",
     "Calibration",
+    "DistillTrainer",
+    "Distillation",
     "HoldZeros",
     "Magnitude",
     "MaskTraining",
@@ -84,6 +94,8 @@ __all__ = [
     "TersorConfig",
     "TersorError",
     "Wanda",
+    "cache_teacher",
+    "distill",
     "drop_experts",
     "get_include",
     "load",
@@ -95,6 +107,7 @@ __all__ = [
     "quantize_model",
     "shrink_checkpoint",
     "slice_checkpoint",
+    "student_of",
     "swap_linears",
     "swap_sparse_linears",
     "use_sparse",

@@ -1,7 +1,7 @@
 """Pruning: groups of channels that are cut out of a block, and what the linear that read them makes
 of those that stay; masks on single weights or groups, learned while a model is trained.
 `rotation` is the former for the residual stream, `experts` for a mixture. Tensors and linears in,
-tensors out; tersor.surgery and masking.py know the model.
+tensors out; tersor.surgery and tersor.training know the model.
 """
 
 from tersor.pruning.criteria import (

@@ -13,13 +13,6 @@ from torch.nn.utils import parametrize
 from transformers import TrainerCallback
 
 from tersor.errors import TersorError
-from tersor.mask_targets import (
-    Structured,
-    check_pattern,
-    group_targets,
-    linear_targets,
-    zeros,
-)
 from tersor.pruning.criteria import (
     Criterion,
     Gradient,
@@ -30,6 +23,13 @@ from tersor.pruning.criteria import (
 from tersor.pruning.masks import Layout, Mask, Unit, as_matrix, bake, choose, detach, original
 from tersor.pruning.schedule import Schedule
 from tersor.sparsity import Sparsity
+from tersor.training.mask_targets import (
+    Structured,
+    check_pattern,
+    group_targets,
+    linear_targets,
+    zeros,
+)
 
 
 @dataclass(frozen=True)
