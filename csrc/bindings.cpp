@@ -128,6 +128,7 @@ tersor_spec spec_of(int64_t n, int64_t k, int64_t g, int bits, bool asymmetric, 
 bool keeps_pattern(const Elements& codes, const std::optional<Grid>& scales,
                    const std::optional<Codes>& zeros, int bits, int kept, int of) {
   const Weight w = portable(codes, scales, zeros, bits, TERSOR_A16, kept, of);
+  if (of < 1) throw Error("a pattern is kept:of, such as 2:4");
   nb::gil_scoped_release release;
   return follows_pattern(w, kept, of);
 }

@@ -239,16 +239,20 @@ const PackedHeader& header(const void* packed, size_t bytes) {
 void unpack(const void* packed, size_t bytes, const tersor_view& view) {
   const PackedHeader& head = header(packed, bytes);
   const tersor_spec& spec = head.spec;
-  // Any kernel of the layout will do, also one that this machine could not run.
+  // Any kernel of the layout will do, also one that this machine could not run. What the layout can
+  // hold, and in how many bytes, only its kernels know.
   for (const tersor_kernel* kernel : *table()) {
-    if (std::strcmp(kernel->layout, head.layout)) continue;
+    if (std::strcmp(kernel->layout, head.layout) || kernel->refuses(&spec, 0, TERSOR_F32) ||
+        kernel->packed_bytes(&spec) != head.bytes)
+      continue;
     const void* body = &head + 1;
     const int64_t step = kernel->column_step;
     return parallel_for((spec.n + step - 1) / step, 1, [&](int64_t begin, int64_t end) {
       kernel->unpack(&spec, body, &view, begin * step, std::min(end * step, spec.n));
     });
   }
-  throw Error(std::string("no kernel knows the packed layout '") + head.layout + "'");
+  throw Error("no kernel reads " + std::to_string(head.bytes) + " bytes of layout '" + head.layout +
+              "' as " + shape_text(spec));
 }
 
 void run(const tersor_kernel& kernel, tersor_args args) {

@@ -436,7 +436,7 @@ def test_a_plain_linear_among_quantized_ones_is_reported(llama, folders):
 
 def test_folders_of_other_kinds(folders, tmp_path):
     plain = folders("llama").parent / "llama-w4-dense"
-    with pytest.raises(TersorError, match="is not quantized; quantize it"):
+    with pytest.raises(TersorError, match="is not quantized, and no linear of it"):
         tersor.load(plain)
     with pytest.raises(TersorError, match="there is no folder"):
         tersor.load(tmp_path / "none")

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+import tersor
 import tiny
 from regression import Regression, batch, top, train
 from tersor.errors import TersorError
-from tersor.pruning import Schedule, SoftMovement, Taylor
+from tersor.pruning import Movement, Schedule, SoftMovement, Taylor
 from tersor.sparsity import Sparsity
 from tersor.training.masking import HoldZeros, MaskTraining, Structured, prune_by_gradient
 
@@ -169,6 +171,45 @@ def test_finishing_early_takes_what_there_is() -> None:
     train(model, masks, 5)
     pruned = masks.finish(early=True)
     assert pruned.sparsity == pytest.approx(0.8 * (1 - 0.5**3), abs=0.01)
+
+
+def test_where_scores_would_learn_from_something_else() -> None:
+    """Other processes' gradients, or gradients that are scaled."""
+
+    def begin(criterion: str, **settings: object) -> None:
+        usual = {"world_size": 1, "n_gpu": 0, "fp16": False}
+        MaskTraining(Sparsity(0.5), Schedule(1), criterion).on_init_end(
+            SimpleNamespace(**(usual | settings)), None, None, model=Regression()
+        )
+
+    begin("movement")
+    begin("magnitude", fp16=True)
+    for settings in ({"world_size": 2}, {"n_gpu": 2}):
+        with pytest.raises(TersorError, match="one process and on one device, not on 2"):
+            begin("movement", **settings)
+    with pytest.raises(TersorError, match="movement listens to gradients, which fp16 scales"):
+        begin("movement", fp16=True)
+
+
+def test_what_is_no_criterion() -> None:
+    with pytest.raises(TersorError, match="Magnitude is no criterion of masks"):
+        MaskTraining(Sparsity(0.5), Schedule(1), tersor.Magnitude(Sparsity(0.5)))
+    with pytest.raises(TersorError, match="prior is 0 or more"):
+        Movement(prior=-1.0)
+
+
+def test_a_prior_on_a_linear_that_is_all_zero() -> None:
+    model = Regression()
+    model.second.weight.data.zero_()
+    masks = MaskTraining(Sparsity(0.9), Schedule(warmup=1), Movement(prior=1.0)).attach(model)
+    assert all(unit.scores.get_buffer("value").isfinite().all() for unit in masks.units)
+
+
+def test_one_shot_leaves_the_mode_of_every_module() -> None:
+    model = Regression().train()
+    model.first.eval()
+    prune_by_gradient(model, [batch(0)], Sparsity(0.5))
+    assert (model.training, model.first.training, model.second.training) == (True, False, True)
 
 
 def test_include_and_ignore() -> None:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import tiny
 from conftest import all_cores
 from folders import tensors
-from tersor import demo, slicing
+from tersor import demo
 from tersor.calibrate import Calibration
 from tersor.demo_model import DemoModel
 from tersor.evaluate import evaluate
@@ -30,6 +30,7 @@ from tersor.pruning.rotation import (
     reading,
     writing,
 )
+from tersor.surgery import slicing
 from tersor.surgery.slicing import slice_checkpoint
 
 TEXT = Calibration(texts=(tiny.text(),), samples=20, seq_len=64)

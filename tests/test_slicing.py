@@ -263,6 +263,20 @@ def test_what_overflows_is_said(tmp_path: Path, out: Path) -> None:
         slice_checkpoint(tmp_path / "model", out, **QUARTER)
 
 
+@pytest.mark.parametrize("update", ["least-squares", "none"])
+def test_what_only_the_narrower_stream_overflows_is_said(
+    update: str, tmp_path: Path, out: Path
+) -> None:
+    """Rotation gathers what was in many channels in one."""
+    model: Any = tiny.model("llama", torch.float16)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, :16] = 3e4
+    model.save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    with pytest.raises(TersorError, match="convert the model to bfloat16 or float32"):
+        slice_checkpoint(tmp_path / "model", out, update=update, **QUARTER)
+
+
 @pytest.mark.skipif(not hasattr(LlamaConfig, "validate_architecture"), reason="takes any width")
 def test_widths_that_transformers_takes(folder: Callable[[str], Path], out: Path) -> None:
     with pytest.raises(

@@ -128,6 +128,19 @@ def test_which_linears_are_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [name for name, m in model.named_modules() if isinstance(m, SparseLinear)] == ["good"]
 
 
+def test_what_is_at_the_border_is_left() -> None:
+    twice = linear()
+    model = nn.ModuleDict({"a": twice, "b": nn.ModuleDict({"same": twice})})
+    model["none"] = nn.Linear(0, 4, dtype=BF16)
+    model["good"] = linear()
+    assert swap_sparse_linears(model) == {
+        "a": "shares its weight with another module",
+        "good": "swapped",
+    }
+    assert swap_sparse_linears(model["good"].to("cpu")) == {}
+    assert swap_sparse_linears(nn.ModuleList([linear().to("meta")])) == {}
+
+
 def test_measuring_gives_times_of_both() -> None:
     found = sparse.measure_values(1, 256, 256)
     assert found.dense > 0

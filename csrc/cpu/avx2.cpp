@@ -240,14 +240,8 @@ struct alignas(32) Table256 {
 };
 
 // Which bytes of a unit's eight activations the codes of its first, then of its second four meet.
-constexpr uint32_t kept_first(int p) {
-  return static_cast<uint32_t>(kKeptColumns[p][0] | kKeptColumns[p][1] << 8);
-}
-constexpr uint32_t kept_second(int p) { return (kept_first(p) + 0x0404) << 16; }
-// vpermilps reads the two lowest bits: the second column is two bits further up.
-constexpr uint32_t kept_lanes(int p) {
-  return static_cast<uint32_t>(kKeptColumns[p][0] | kKeptColumns[p][1] << 2);
-}
+constexpr uint32_t kept_first(int p) { return kept_bytes(p); }
+constexpr uint32_t kept_second(int p) { return (kept_bytes(p) + 0x0404u) << 16; }
 constexpr Table256 kPickFirst(kept_first), kPickSecond(kept_second), kPickFloats(kept_lanes);
 
 inline __m256i broadcast_unit(const void* bytes) {
@@ -280,12 +274,10 @@ struct SparseA8 : Avx2 {
 #pragma GCC unroll 4
       for (int u = 0; u < NU; ++u) {
         const uint8_t* step = w[u] + s * sparse_step_bytes(BITS);
-        alignas(32) __m256i lines[4];
         const Patterns256 patterns(step);
-        for (int q = 0; q < 4; ++q) lines[q] = patterns.line[q];
         for (int q = 0; q < 4; ++q) {
           __m256i sum[MR];
-          four_units<MR>(sum, step, q, lines[q], a + s * kSparseColumns + q * 32, stride);
+          four_units<MR>(sum, step, q, patterns.line[q], a + s * kSparseColumns + q * 32, stride);
 #pragma GCC unroll 4
           for (int t = 0; t < MR; ++t) acc[t][u] = _mm256_add_epi32(acc[t][u], sum[t]);
         }
@@ -369,9 +361,7 @@ struct Picking : Op {
 #pragma GCC unroll 4
       for (int u = 0; u < NU; ++u) {
         const uint8_t* step = w[u] + s * sparse_step_bytes(kBits);
-        alignas(32) __m256i lines[4];
         const Patterns256 patterns(step);
-        for (int q = 0; q < 4; ++q) lines[q] = patterns.line[q];
         for (int q = 0; q < 4; ++q)
 #pragma GCC unroll 4
           for (int v = 0; v < 4; ++v) {
@@ -380,8 +370,8 @@ struct Picking : Op {
 #pragma GCC unroll 2
             for (int f = 0; f < 2; ++f) {
               if (kBits == 16 && f) line = Avx2::load_line(codes + kLineBytes);
-              const __m256i first =
-                  _mm256_permutevar8x32_epi32(table, _mm256_srli_epi32(lines[q], 3 * v + 16 * f));
+              const __m256i first = _mm256_permutevar8x32_epi32(
+                  table, _mm256_srli_epi32(patterns.line[q], 3 * v + 16 * f));
               const __m256i second = _mm256_srli_epi32(first, 2);
               const __m256 one = number(line, v, f, 0), two = number(line, v, f, 1);
 #pragma GCC unroll 4

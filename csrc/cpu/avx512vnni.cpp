@@ -107,13 +107,6 @@ struct A16 : Avx512 {
 // ---- Steps of 2:4 weights: each row picks its own two of four activations
 // ------------------------
 
-constexpr uint16_t kept_bytes(int p) {
-  return static_cast<uint16_t>(kKeptColumns[p][0] | kKeptColumns[p][1] << 8);
-}
-// vpermilps reads the two lowest bits: the second column is two bits further up.
-constexpr uint32_t kept_lanes(int p) {
-  return static_cast<uint32_t>(kKeptColumns[p][0] | kKeptColumns[p][1] << 2);
-}
 constexpr Table512 kPickBytes(kept_bytes), kPickFloats(kept_lanes);
 
 constexpr int64_t kFew = 8;  // tokens, up to which picking is cheaper than expanding

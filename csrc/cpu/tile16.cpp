@@ -279,10 +279,12 @@ const char* refuses_all_but_bf16(const tersor_spec& s, int32_t bits, int64_t m, 
   return refuses(s, bits, TERSOR_A16);
 }
 
-const char* refuses_dense(const tersor_spec& s) {
+const char* refuses_all_but_24(const tersor_spec& s) {
   if (s.kept != 2 || s.of != 4) return "is for weights with 2:4 zeros";
   if (s.asymmetric) return "is for symmetric weights";
-  if (s.g % kSparseColumns) return "is for groups of a multiple of 128 columns";
+  if (s.g % kSparseColumns)
+    return s.bits == 16 ? "is for a multiple of 128 columns"
+                        : "is for groups of a multiple of 128 columns";
   return nullptr;
 }
 
@@ -308,7 +310,7 @@ const char* refuses_w8bf16(const tersor_spec* s, int64_t m, int32_t dtype) {
 }
 
 const char* sparse_refuses_bf16(const tersor_spec* s, int64_t, int32_t) {
-  const char* reason = refuses_dense(*s);
+  const char* reason = refuses_all_but_24(*s);
   if (!reason && s->bits == 16 && s->scale_dtype != TERSOR_BF16) reason = "is for bfloat16 weights";
   return reason ? reason : refuses(*s, 16, TERSOR_A16);
 }
@@ -317,32 +319,32 @@ const char* sparse_refuses_bf16bf16(const tersor_spec* s, int64_t m, int32_t dty
   return reason ? reason : refuses_all_but_bf16(*s, 16, m, dtype);
 }
 const char* sparse_refuses_f16(const tersor_spec* s, int64_t, int32_t) {
-  const char* reason = refuses_dense(*s);
+  const char* reason = refuses_all_but_24(*s);
   if (!reason && s->bits == 16 && s->scale_dtype != TERSOR_F16) reason = "is for float16 weights";
   return reason ? reason : refuses(*s, 16, TERSOR_A16);
 }
 const char* sparse_refuses_w4a8(const tersor_spec* s, int64_t, int32_t) {
-  const char* reason = refuses_dense(*s);
+  const char* reason = refuses_all_but_24(*s);
   return reason ? reason : refuses(*s, 4, TERSOR_A8);
 }
 const char* sparse_refuses_w8a8(const tersor_spec* s, int64_t, int32_t) {
-  const char* reason = refuses_dense(*s);
+  const char* reason = refuses_all_but_24(*s);
   return reason ? reason : refuses(*s, 8, TERSOR_A8);
 }
 const char* sparse_refuses_w4a16(const tersor_spec* s, int64_t, int32_t) {
-  const char* reason = refuses_dense(*s);
+  const char* reason = refuses_all_but_24(*s);
   return reason ? reason : refuses(*s, 4, TERSOR_A16);
 }
 const char* sparse_refuses_w8a16(const tersor_spec* s, int64_t, int32_t) {
-  const char* reason = refuses_dense(*s);
+  const char* reason = refuses_all_but_24(*s);
   return reason ? reason : refuses(*s, 8, TERSOR_A16);
 }
 const char* sparse_refuses_w4bf16(const tersor_spec* s, int64_t m, int32_t dtype) {
-  const char* reason = refuses_dense(*s);
+  const char* reason = refuses_all_but_24(*s);
   return reason ? reason : refuses_all_but_bf16(*s, 4, m, dtype);
 }
 const char* sparse_refuses_w8bf16(const tersor_spec* s, int64_t m, int32_t dtype) {
-  const char* reason = refuses_dense(*s);
+  const char* reason = refuses_all_but_24(*s);
   return reason ? reason : refuses_all_but_bf16(*s, 8, m, dtype);
 }
 

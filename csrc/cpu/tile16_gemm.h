@@ -10,8 +10,9 @@
 //   dot<MR, NU>(acc, w, steps, a, stride)   acc[t][u] += steps of w[u] . tokens of a
 //   to_float, load_scale, load, store, fma, store_y, prepare
 //
-// Each output is computed in the same order whatever m, the blocks and the threads are: chunk by
-// chunk of columns, then scaled and added up in float.
+// Each output is computed in the same order whatever the blocks and the threads are: chunk by chunk
+// of columns, then scaled and added up in float; and whatever m is, but for sparse weights and
+// bfloat16 activations, whose products a few tokens pair in another order than many.
 #pragma once
 
 #include "cpu/tile16.h"

@@ -42,6 +42,16 @@ static_assert(expand_values(0, 0) == 0x03020100u && expand_values(0, 1) == 0x808
                   expand_values(2, 1) == 0x03028080u,
               "");
 
+// Which of a four's activations its two codes meet, for vpermilps, which reads the two lowest bits:
+// the second one is two bits further up.
+constexpr uint32_t kept_lanes(int pattern) {
+  return static_cast<uint32_t>(kKeptColumns[pattern][0] | kKeptColumns[pattern][1] << 2);
+}
+// And for pshufb, as two bytes.
+constexpr uint16_t kept_bytes(int pattern) {
+  return static_cast<uint16_t>(kKeptColumns[pattern][0] | kKeptColumns[pattern][1] << 8);
+}
+
 using ChunkBlock = void (*)(const Call&, int64_t, const Unit*, int64_t, const uint8_t* const*,
                             float*);
 

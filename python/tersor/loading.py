@@ -75,8 +75,9 @@ def load(folder: str | Path, dtype: torch.dtype | None = None) -> Any:
         model.config.quantization_config = quantization
     elif not swap_sparse_linears(model):
         raise TersorError(
-            f"{checkpoint.folder} is not quantized; quantize it (tersor quantize), prune it to 2:4 "
-            "(tersor prune), or load it with transformers"
+            f"{checkpoint.folder} is not quantized, and no linear of it is in bfloat16 or float16 "
+            "with 2:4 zeros (see dtype); quantize it (tersor quantize), prune it to 2:4 (tersor "
+            "prune), or load it with transformers"
         )
     model.config._name_or_path = model.name_or_path = str(folder)
     if model.can_generate() and (checkpoint.folder / "generation_config.json").is_file():

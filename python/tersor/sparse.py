@@ -12,6 +12,7 @@ from torch import Tensor
 from tersor import timing
 from tersor.errors import TersorError
 from tersor.kernels import PATTERN, explain, explain_values, keeps_pattern
+from tersor.oracle import random_qweight, random_values
 from tersor.qweight import ActSpec, QSpec, QWeight
 
 VALUES = (torch.bfloat16, torch.float16)  # in which a weight may be without being quantized
@@ -24,7 +25,8 @@ def use_sparse(choice: str) -> None:
     once for each shape, on one token, and takes the faster; "always" and "never" do not measure.
 
     The two add in another order, so that results with 16-bit activations may differ in the last
-    bits between a process that chose one and a process that chose the other.
+    bits between a process that chose one and a process that chose the other; and with bfloat16
+    activations between a few tokens and many.
     """
     if choice not in CHOICES:
         raise TersorError(f"use_sparse takes one of {', '.join(CHOICES)}, not {choice!r}")
@@ -78,7 +80,7 @@ class Measured:
         return self.dense / self.sparse
 
 
-@functools.cache
+@functools.cache  # the number of threads does not change often; which one is faster, still less
 def measure(
     m: int,
     n: int,
@@ -88,7 +90,7 @@ def measure(
     dtype: torch.dtype = torch.bfloat16,
 ) -> Measured:
     """Both kernels in turn, on a random weight."""
-    weight = timing.random_qweight(n, k, spec)
+    weight = random_qweight(n, k, spec, torch.bfloat16, pattern=PATTERN)
     x = torch.randn(m, k, generator=torch.Generator().manual_seed(0)).to(dtype)
     calls = [timing.quantized_call(x, weight, activation, each) for each in ((0, 0), PATTERN)]
     return Measured(*timing.in_turn(*calls))
@@ -97,6 +99,6 @@ def measure(
 @functools.cache
 def measure_values(m: int, n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> Measured:
     """The same for a weight of bfloat16 or float16 values, against torch's linear."""
-    w = timing.random_values(n, k, dtype)
+    w = random_values(n, k, dtype)
     x = torch.randn(m, k, generator=torch.Generator().manual_seed(0)).to(dtype)
     return Measured(*timing.in_turn(timing.torch_call(x, w), timing.sparse_call(x, w)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from torch import Tensor, nn
 
@@ -53,7 +55,7 @@ class SparseLinear(PackedLinear):
         layout = packed_spec(self.packed)["layout"] if self.packed.numel() else "no weight yet"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, 2:4 {str(self.dtype).removeprefix('torch.')}, {layout}"
+            f"bias={self.bias is not None}, 2:4, {layout}"
         )
 
     def _set_weight(self, weight: Tensor) -> None:
@@ -88,10 +90,7 @@ def swap_sparse_linears(model: nn.Module) -> dict[str, str]:
     Returns the path of every linear with a 2:4 weight, and what became of it: "swapped", or the
     reason why not.
     """
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     found: dict[str, str] = {}
     for path, module in list(model.named_modules()):
         if type(module) is not nn.Linear or not is_sparse(module.weight):
@@ -107,5 +106,6 @@ def swap_sparse_linears(model: nn.Module) -> dict[str, str]:
 
 
 def is_sparse(weight: Tensor) -> bool:
-    """Whether a weight has 2:4 zeros and is in a dtype that has a kernel for them."""
-    return weight.dtype in sparse.VALUES and keeps_pattern(weight, *PATTERN)
+    """Whether a weight has 2:4 zeros and is where, and in a dtype, that has a kernel for them."""
+    here = weight.device.type == "cpu" and weight.dtype in sparse.VALUES and weight.numel() > 0
+    return here and keeps_pattern(weight, *PATTERN)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tersor.errors import TersorError
 from tersor.kernels import PATTERN, explain, explain_values, pack_values, pack_weight
+from tersor.oracle import random_qweight, random_values
 from tersor.qweight import ActSpec, QSpec, QWeight, Scheme
 
 if TYPE_CHECKING:
@@ -57,24 +58,6 @@ def _native(x: Tensor, n: int) -> Call:
         return y
 
     return call
-
-
-def random_qweight(n: int, k: int, spec: QSpec) -> QWeight:
-    """With 2:4 zeros and scales in bfloat16, as its time does not depend on them."""
-    draw = torch.Generator().manual_seed(0)
-    codes = torch.randint(spec.levels, (n, k), dtype=torch.uint8, generator=draw)
-    codes.masked_fill_(_zeros(n, k, draw), spec.midpoint)
-    return QWeight(spec, codes, torch.full((n, spec.groups(k)), 0.01, dtype=torch.bfloat16))
-
-
-def random_values(n: int, k: int, dtype: torch.dtype) -> Tensor:
-    """A weight [n, k] with 2:4 zeros."""
-    draw = torch.Generator().manual_seed(0)
-    return torch.randn(n, k, generator=draw).to(dtype).masked_fill_(_zeros(n, k, draw), 0.0)
-
-
-def _zeros(n: int, k: int, draw: torch.Generator) -> Tensor:
-    return torch.rand(n, k // 4, 4, generator=draw).argsort(dim=-1).view(n, k) < 2
 
 
 def _copies(weight: Tensor) -> list[Tensor]:
@@ -163,7 +146,7 @@ def _ways(n: int, k: int, group: int | None, dtype: torch.dtype) -> Iterator[_Wa
         yield _Way(None, True, kernel, values)
     for bits, activation in itertools.product((4, 8), (None, ActSpec())):
         scheme = Scheme(QSpec(bits, None if bits == 8 and activation else group), activation)
-        q, served = random_qweight(n, k, scheme.weight), set()
+        q, served = random_qweight(n, k, scheme.weight, dtype, pattern=PATTERN), set()
         for sparse, pattern in ((False, (0, 0)), (True, PATTERN)):
             rows = explain(1, n, k, scheme.weight, activation, dtype, pattern=pattern)
             kernel = _serving(rows)

@@ -101,6 +101,10 @@ class Movement:
     signal: ClassVar[str | None] = "gw"
     buffers: ClassVar[tuple[str, ...]] = ("value", "mean", "square")
 
+    def __post_init__(self) -> None:
+        if not self.prior >= 0:
+            raise TersorError(f"prior is 0 or more, not {self.prior!r}")
+
     def update(self, buffers: Mapping[str, Tensor], signal: Tensor, step: int, pull: float) -> None:
         if self.adam:
             _adam(buffers, signal, step, 1.0)
@@ -148,6 +152,11 @@ CRITERIA: dict[str, Criterion] = {
 def find_criterion(criterion: str | Criterion) -> Criterion:
     """By name, with its usual settings, or as it is."""
     if not isinstance(criterion, str):
+        if not hasattr(criterion, "signal"):
+            raise TersorError(
+                f"{type(criterion).__name__} is no criterion of masks in training; give one of "
+                "tersor.pruning, or its name"
+            )
         return criterion
     if criterion == SoftMovement.name:
         raise TersorError("soft movement needs its λ; give SoftMovement(strength=...)")

@@ -151,7 +151,7 @@ class Unit:
         self.masks[0].scores = self.scores
         if isinstance(criterion, Movement) and criterion.prior:
             size = self._magnitude().sqrt() if self.grouped else self._magnitude()
-            scale = size.square().mean().sqrt()
+            scale = size.square().mean().sqrt().clamp(min=torch.finfo(size.dtype).tiny)
             self.scores.get_buffer("value").copy_(size).mul_(criterion.prior / scale)
         self.set(torch.ones(shape, dtype=torch.bool, device=weight.device))
 

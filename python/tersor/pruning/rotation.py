@@ -21,6 +21,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tersor.errors import TersorError
+
 ROWS = 1024  # of a weight that are in float64 at a time
 
 
@@ -93,6 +95,11 @@ class Transfer:
         Σ |u - T v|² + λ ‖T - T₀‖²; and the damping that was needed.
 
         prior: T₀, what T is drawn to where the text says little."""
+        if not (self.gram.isfinite().all() and self.cross.isfinite().all()):
+            raise TersorError(
+                "hidden states of the narrower model overflow its dtype; convert the model to "
+                "bfloat16 or float32"
+            )
         unit = float(self.gram.diagonal().mean()) or 1.0
         gram = (self.gram + self.gram.T) / 2
         while True:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,9 +22,7 @@ from tersor.models import (
 from tersor.models.arch import respell
 from tersor.pruning import best, select
 from tersor.source import Source
-from tersor.surgery.smaller import smaller_skeleton
-
-MULTIPLE = 128  # channels: the usual group of a quantized weight, and what matrix units take whole
+from tersor.surgery.smaller import channels_left, smaller_skeleton
 
 
 @dataclass(frozen=True)
@@ -271,17 +268,7 @@ def _cut_heads(source: Source, groups: Groups, heads: float, query_heads: float)
 
 def _cut_ffn(source: Source, groups: Groups, share: float, multiple: int | None) -> Cut:
     whole = _whole(source, "ffn", groups)
-    count = whole.count
-    multiple = math.gcd(count, MULTIPLE) if multiple is None else multiple
-    if not 1 <= multiple <= count:
-        raise TersorError(f"multiple is from 1 to the {count} channels there are, not {multiple}")
-    kept = max(1, round(count * (1 - share) / multiple)) * multiple
-    if kept >= count:
-        fix = f"use ffn={multiple / count:.2g} or" if multiple < count else "use"
-        raise TersorError(
-            f"ffn={share:g} of {count} channels by {multiple} rounds to none; {fix} a smaller "
-            "multiple"
-        )
+    kept = channels_left("ffn", whole.count, share, multiple)
     return replace(whole, kept=kept)
 
 

@@ -38,6 +38,7 @@ from tersor.surgery.smaller import parameters
 from tersor.surgery.width import Width, settle_width
 
 UPDATES = ("least-squares", "none")
+OVERFLOW = "rotation made it too large for its dtype: convert the model to bfloat16 or float32"
 
 
 def slice_checkpoint(
@@ -466,6 +467,7 @@ class _Run(Run):
             if tensor is None:
                 tensor = self._sliced(name, directions, found.transfers)
             tensor = self.source.as_stored(name, tensor)
+            check_finite(name, tensor, OVERFLOW)
             own = name in self.width.twins  # one tensor before, two now
             self.writer.add(name if own else self.source.where[name].saved_as, tensor)
             nbytes += tensor.nbytes

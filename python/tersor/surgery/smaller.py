@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import nn
 from tersor.errors import TersorError
 from tersor.models import build_skeleton, find_arch, plain_linears
 from tersor.source import Source
+
+MULTIPLE = 128  # channels: the usual group of a quantized weight, and what matrix units take whole
 
 
 def smaller_skeleton(
@@ -34,6 +37,22 @@ def smaller_skeleton(
                 "takes no other number than the one that follows from the rest of config.json"
             )
     return model
+
+
+def channels_left(what: str, count: int, share: float, multiple: int | None) -> int:
+    """How many of `count` channels stay where this share goes, as a multiple of `multiple`; None:
+    of what `count` is a multiple of, up to MULTIPLE. TersorError where that takes none away."""
+    multiple = math.gcd(count, MULTIPLE) if multiple is None else multiple
+    if not 1 <= multiple <= count:
+        raise TersorError(f"multiple is from 1 to the {count} channels there are, not {multiple}")
+    kept = max(1, round(count * (1 - share) / multiple)) * multiple
+    if kept >= count:
+        fix = f"use {what}={multiple / count:.2g} or" if multiple < count else "use"
+        raise TersorError(
+            f"{what}={share:g} of {count} channels by {multiple} rounds to none; {fix} a smaller "
+            "multiple"
+        )
+    return kept
 
 
 def parameters(model: nn.Module) -> int:

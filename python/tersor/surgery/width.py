@@ -4,7 +4,6 @@ before any work."""
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +13,7 @@ from torch import nn
 from tersor.errors import TersorError
 from tersor.models import Stream, config_value, parts_of
 from tersor.source import Source
-from tersor.surgery.smaller import parameters, smaller_skeleton
-
-MULTIPLE = 128  # channels: the usual group of a quantized weight, and what matrix units take whole
+from tersor.surgery.smaller import channels_left, parameters, smaller_skeleton
 
 
 @dataclass(frozen=True)
@@ -85,16 +82,7 @@ def settle_width(source: Source, hidden: float, multiple: int | None) -> Width:
     if not 0 < hidden < 1:
         raise TersorError(f"hidden is a share between 0 and 1, such as 0.25, not {hidden}")
     count = config_value(source.model.config, stream.width)
-    multiple = math.gcd(count, MULTIPLE) if multiple is None else multiple
-    if not 1 <= multiple <= count:
-        raise TersorError(f"multiple is from 1 to the {count} channels there are, not {multiple}")
-    kept = max(1, round(count * (1 - hidden) / multiple)) * multiple
-    if kept >= count:
-        fix = f"use hidden={multiple / count:.2g} or" if multiple < count else "use"
-        raise TersorError(
-            f"hidden={hidden:g} of {count} channels by {multiple} rounds to none; {fix} a smaller "
-            "multiple"
-        )
+    kept = channels_left("hidden", count, hidden, multiple)
     width = _width(source, stream, count, kept)
     try:
         small = width.skeleton(source)

@@ -168,10 +168,12 @@ class MaskTraining(TrainerCallback):
         self.model, self.units = None, []
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        _check_trainer(args, self.criterion)
         if self.model is None:
             self.attach(kwargs["model"])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        _check_trainer(args, self.criterion)
         if self.model is None:
             self.attach(kwargs["model"])
         if self.model is not kwargs["model"]:
@@ -335,7 +337,8 @@ def prune_by_gradient(
         include=include,
         ignore=ignore,
     ).attach(model)
-    learning, training = [p for p in model.parameters() if p.requires_grad], model.training
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    modes = {module: module.training for module in model.modules()}
     try:
         model.eval().requires_grad_(False)  # the masks listen all the same
         for batch in inputs:
@@ -345,10 +348,26 @@ def prune_by_gradient(
         masks.detach()
         raise
     finally:
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
         for parameter in learning:
             parameter.requires_grad_()
     return masks.finish()
+
+
+def _check_trainer(args: Any, criterion: Criterion) -> None:
+    """TersorError where scores would learn from less, or from more, than the gradient."""
+    count = max(args.world_size, args.n_gpu)
+    if count > 1:
+        raise TersorError(
+            f"masks learn in one process and on one device, not on {count}: each would learn masks "
+            "of its own; train on one, or prune before (tersor prune) and keep the zeros with "
+            "HoldZeros"
+        )
+    if args.fp16 and criterion.signal is not None:
+        raise TersorError(
+            f"{criterion.name} listens to gradients, which fp16 scales; use bf16, or magnitude"
+        )
 
 
 def _loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
