@@ -140,7 +140,7 @@ def test_a_quantized_model_is_refused() -> None:
     model = Regression()
     swap_linears(model, Scheme(QSpec(8, None)))
     for masks in (MaskTraining(Sparsity(0.5), Schedule(1)), HoldZeros()):
-        with pytest.raises(TersorError, match="first is quantized and its weight frozen"):
+        with pytest.raises(TersorError, match="first is a QuantLinear, whose weight is frozen"):
             masks.attach(model)
 
 
@@ -191,6 +191,33 @@ def test_where_scores_would_learn_from_something_else() -> None:
         begin("movement", fp16=True)
 
 
+def test_steps_without_gradients_teach_nothing() -> None:
+    masks = MaskTraining(Sparsity(0.5), Schedule(2), "movement").attach(Regression())
+    with pytest.raises(TersorError, match="no gradient has reached the masks"):
+        masks.step()
+    for option in ("include", "ignore"):
+        with pytest.raises(TersorError, match=f"{option} is a list of patterns"):
+            MaskTraining(Sparsity(0.5), Schedule(2), **{option: "first"}).attach(Regression())
+    broken = Regression()
+    broken.first.weight.data[0, 0] = math.nan
+    with pytest.raises(TersorError, match="'first' holds 1 NaN"):
+        MaskTraining(Sparsity(0.5), Schedule(2)).attach(broken)
+
+
+def test_the_same_ratio_again_is_refused() -> None:
+    """Though rounding down left a little less than it."""
+    model = Regression()
+    for _ in range(2):
+        masks = MaskTraining(Sparsity(0.6), Schedule(), "magnitude")
+        if masks_of_first := (model.first.weight == 0).any():
+            with pytest.raises(TersorError, match="are zero already"):
+                masks.attach(model)
+        else:
+            masks.attach(model)
+            masks.finish()
+    assert masks_of_first
+
+
 def test_what_is_no_criterion() -> None:
     with pytest.raises(TersorError, match="Magnitude is no criterion of masks"):
         MaskTraining(Sparsity(0.5), Schedule(1), tersor.Magnitude(Sparsity(0.5)))
@@ -216,7 +243,7 @@ def test_include_and_ignore() -> None:
     model = tiny.model("llama")
     schedule = Schedule(1)
     masks = MaskTraining(
-        Sparsity(0.5), schedule, include=["*.mlp.*"], ignore=["*.1.*.up_proj"]
+        Sparsity(0.5), schedule, "magnitude", include=["*.mlp.*"], ignore=["*.1.*.up_proj"]
     ).attach(model)
     masks.step()
     pruned = masks.finish(early=True)

@@ -22,11 +22,14 @@ from tersor import cli
 from tersor.calibrate import Calibration
 from tersor.errors import TersorError
 from tersor.models import ARCHS
-from tersor.pipeline import quantize_checkpoint
+from tersor.pipeline import prune_checkpoint, quantize_checkpoint
 from tersor.qweight import QSpec, Scheme
 from tersor.report import Report
-from tersor.solvers import RTN
+from tersor.solvers import RTN, Magnitude
+from tersor.sparsity import Sparsity
 from tersor.surgery.shrink import shrink_checkpoint
+from tersor.surgery.slicing import slice_checkpoint
+from tersor.surgery.smaller import PRUNED
 from test_resume import in_child, killing
 
 TEXT = Calibration(texts=(tiny.text(),), samples=20, seq_len=64)
@@ -69,6 +72,23 @@ def blocks_of(model: nn.Module) -> nn.ModuleList:
 @torch.no_grad()
 def logits(model: Any) -> Tensor:
     return model(input_ids=IDS).logits
+
+
+def test_zeros_that_are_filled_are_said(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    pruned, half = tmp_path / "pruned", Magnitude(Sparsity(0.5))
+    prune_checkpoint(folder("llama"), pruned, method=half)
+    shrunk = shrink_checkpoint(pruned, tmp_path / "shrunk", ffn=0.3, calibration=TEXT)
+    assert set(shrunk.departures.values()) == {PRUNED}
+    assert len(shrunk.departures) == len(shrunk.layers)
+    cut = shrink_checkpoint(
+        pruned, tmp_path / "cut", ffn=0.3, importance="magnitude", update="none"
+    )
+    assert cut.departures == {}
+    sliced = slice_checkpoint(
+        pruned, tmp_path / "sliced", hidden=0.25, multiple=16, calibration=TEXT
+    )
+    assert set(sliced.departures.values()) == {PRUNED}
+    assert len(sliced.departures) == 7 * len(sliced.structure["blocks"][:-1])
 
 
 # --- every architecture ---------------------------------------------------------------------------

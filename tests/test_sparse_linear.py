@@ -141,6 +141,31 @@ def test_what_is_at_the_border_is_left() -> None:
     assert swap_sparse_linears(nn.ModuleList([linear().to("meta")])) == {}
 
 
+def test_what_has_no_weight_says_so() -> None:
+    empty = SparseLinear(torch.empty(64, 256, dtype=BF16, device="meta"))
+    for x in (torch.randn(2, 256), torch.randn(2, 256, requires_grad=True)):
+        with pytest.raises(TersorError, match="has no weight yet"):
+            empty(x)
+    assert empty(torch.empty(2, 256, device="meta", requires_grad=True)).shape == (2, 64)
+
+
+def test_a_swapped_layer_is_where_the_linear_was() -> None:
+    model = nn.Sequential(linear()).eval()
+    seen = []
+    handle = model[0].register_forward_hook(lambda *_: seen.append(1))
+    swap_sparse_linears(model)
+    assert isinstance(model[0], SparseLinear)
+    assert not model[0].training
+    model(torch.randn(1, 256))
+    handle.remove()
+    model(torch.randn(1, 256))
+    assert seen == [1]
+    with pytest.raises(TersorError, match="cannot be replaced within itself"):
+        swap_sparse_linears(linear())
+    with pytest.raises(TersorError, match="holds a SparseLinear already"):
+        tersor.prune_model(model, method=tersor.Magnitude(Sparsity(0.8)))
+
+
 def test_measuring_gives_times_of_both() -> None:
     found = sparse.measure_values(1, 256, 256)
     assert found.dense > 0

@@ -417,6 +417,8 @@ def _structured(text: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for part in text.split(","):
         name, _, value = part.partition("=")
+        if name in found:
+            raise argparse.ArgumentTypeError(f"{name} is given twice")
         try:
             found[name] = types[name](value)
         except (KeyError, ValueError):

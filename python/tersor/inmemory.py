@@ -24,6 +24,7 @@ from tersor.layerwise import (
 from tersor.linear import QuantLinear
 from tersor.models import FoundArch, find_arch, plain_linears
 from tersor.models.linears import is_conv1d, is_fused
+from tersor.packed_linear import PackedLinear, keep_hooks
 from tersor.qweight import Scheme
 from tersor.report import Report, Timings, versions
 from tersor.scope import check_inputs, settle, settle_all
@@ -89,8 +90,12 @@ def _compress(
         raise TersorError(
             "a bare nn.Linear cannot be replaced within itself; use QuantLinear.from_linear"
         )
-    if any(isinstance(each, QuantLinear) for each in model.modules()):
-        raise TersorError("the model holds QuantLinears already; begin with the original one")
+    for each in model.modules():
+        if isinstance(each, PackedLinear):
+            raise TersorError(
+                f"the model holds a {type(each).__name__} already, whose weight is frozen; begin "
+                "with the original, as transformers loads it"
+            )
     for name, tensor in model.named_parameters():
         if not tensor.is_cpu:
             raise TersorError(
@@ -147,14 +152,6 @@ def _compress(
 def swap_linears(model: nn.Module, scheme: Scheme, ignore: Sequence[str] = ()) -> Report:
     """quantize_model by rounding to nearest, which needs no calibration."""
     return quantize_model(model, scheme=scheme, method="rtn", ignore=ignore)
-
-
-# Attributes of nn.Module that hold what users have hooked to it, and how it is to be called.
-HOOKS = (
-    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
-    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
-    *("_backward_pre_hooks", "_backward_hooks", "_is_full_backward_hook"),
-)
 
 
 class _Text:
@@ -214,8 +211,7 @@ def _check_plain(name: str, linear: nn.Module) -> None:
 def _install(model: nn.Module, solved: Solved, scheme: Scheme) -> None:
     linear = model.get_submodule(solved.name)
     layer = QuantLinear(solved.weight, linear.bias, scheme.activation, linear.weight.dtype)
-    for hooks in HOOKS:  # the same dictionaries, so that a handle can still remove its hook
-        setattr(layer, hooks, getattr(linear, hooks))
+    keep_hooks(layer, linear)
     solved.report.bytes = sum(t.nbytes for t in FORMATS[layer.format].pack(solved.weight).values())
     # A linear that the model uses in several places stays one layer in all of them.
     places = [name for name, each in model.named_modules(remove_duplicate=False) if each is linear]

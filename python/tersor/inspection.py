@@ -36,6 +36,8 @@ def inspect(folder: str | Path) -> Iterator[str | Table]:
     yield f"{folder}: {_architecture(checkpoint)}"
     if "quantization_config" not in checkpoint.config:
         yield f"not quantized: {_dtypes(checkpoint)}"
+        if report := Report.read(checkpoint.folder):
+            yield _summary(report)
         return
     kinds, quantized = _kinds(checkpoint)
     weights = sum(kind.n * kind.k * count for kind, (count, _) in kinds.items())

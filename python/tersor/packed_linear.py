@@ -59,6 +59,8 @@ class PackedLinear(nn.Module):
             x = self._permuted(x)
         eager = not torch.compiler.is_compiling() and type(x) is Tensor
         if not eager or x.requires_grad or not x.is_cpu:
+            if not self.packed.numel() and not x.is_meta:
+                self._refuse()
             return torch.ops.tersor.linear(x, self.packed, self.bias, self.out_features)
         # Eager inference calls the kernel itself: the operator would cost some microseconds more,
         # and so would nn.Module's lookup of its buffers, or an array object for each argument.
@@ -164,3 +166,18 @@ class PackedLinear(nn.Module):
                 self._set_bias(bias)
         except TersorError as error:
             error_msgs.append(f"{prefix.removesuffix('.')}: {error}")
+
+
+# Attributes of nn.Module that hold what users have hooked to it, and how it is to be called.
+_HOOKS = (
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_backward_pre_hooks", "_backward_hooks", "_is_full_backward_hook"),
+)
+
+
+def keep_hooks(layer: nn.Module, before: nn.Module) -> None:
+    """Gives a layer the hooks of the one in whose place it is: the same dictionaries, so that a
+    handle can still remove its hook."""
+    for hooks in _HOOKS:
+        setattr(layer, hooks, getattr(before, hooks))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tersor import sparse
 from tersor.errors import TersorError
 from tersor.kernels import PATTERN, keeps_pattern, pack_values, packed_spec, unpack_values
-from tersor.packed_linear import PackedLinear
+from tersor.packed_linear import PackedLinear, keep_hooks
 
 
 class SparseLinear(PackedLinear):
@@ -90,6 +90,10 @@ def swap_sparse_linears(model: nn.Module) -> dict[str, str]:
     Returns the path of every linear with a 2:4 weight, and what became of it: "swapped", or the
     reason why not.
     """
+    if isinstance(model, nn.Linear):
+        raise TersorError(
+            "a bare nn.Linear cannot be replaced within itself; use SparseLinear.from_linear"
+        )
     owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     found: dict[str, str] = {}
     for path, module in list(model.named_modules()):
@@ -99,8 +103,9 @@ def swap_sparse_linears(model: nn.Module) -> dict[str, str]:
         if owners[id(module.weight)] > 1:
             reason = "shares its weight with another module"
         if reason is None:
-            parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, SparseLinear.from_linear(module))
+            layer = SparseLinear.from_linear(module).train(module.training)
+            keep_hooks(layer, module)
+            model.set_submodule(path, layer)
         found[path] = reason or "swapped"
     return found
 

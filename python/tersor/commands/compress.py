@@ -82,6 +82,8 @@ UNSTRUCTURED = ("method", "quantize", "group", "asymmetric", "activations", "ign
 
 def _shrink(args: argparse.Namespace) -> None:
     others = [*UNSTRUCTURED, *(name for name in args.settings if name != "damp")]
+    if args.allocation != "uniform":
+        others.append("allocation")
     for option in others:
         if getattr(args, option, None) not in (None, False, []):
             raise TersorError(

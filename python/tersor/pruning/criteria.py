@@ -152,10 +152,11 @@ CRITERIA: dict[str, Criterion] = {
 def find_criterion(criterion: str | Criterion) -> Criterion:
     """By name, with its usual settings, or as it is."""
     if not isinstance(criterion, str):
-        if not hasattr(criterion, "signal"):
+        if isinstance(criterion, type) or not hasattr(criterion, "signal"):
+            name = getattr(criterion, "__name__", type(criterion).__name__)
             raise TersorError(
-                f"{type(criterion).__name__} is no criterion of masks in training; give one of "
-                "tersor.pruning, or its name"
+                f"{name} is no criterion of masks in training; give one such as "
+                "tersor.pruning.Movement(), or its name"
             )
         return criterion
     if criterion == SoftMovement.name:

@@ -22,7 +22,7 @@ from tersor.models import (
 from tersor.models.arch import respell
 from tersor.pruning import best, select
 from tersor.source import Source
-from tersor.surgery.smaller import channels_left, smaller_skeleton
+from tersor.surgery.smaller import channels_left, is_number, smaller_skeleton
 
 
 @dataclass(frozen=True)
@@ -210,8 +210,10 @@ def settle_cuts(
                 "its config.json makes what a block does depend on its number"
             )
     for what, share in (("heads", heads), ("query_heads", query_heads), ("ffn", ffn)):
-        if not 0 <= share < 1:
-            raise TersorError(f"{what} is a share from 0 to less than 1, such as 0.25, not {share}")
+        if not is_number(share) or not 0 <= share < 1:
+            raise TersorError(
+                f"{what} is a share from 0 to less than 1, such as 0.25, not {share!r}"
+            )
     cuts = []
     if heads or query_heads:
         cuts.append(_cut_heads(source, structure.heads, heads, query_heads))
@@ -227,12 +229,16 @@ def settle_cuts(
 
 
 def _drop(layers: int | Sequence[int], depth: int) -> int | tuple[int, ...]:
+    if isinstance(layers, bool) or not isinstance(layers, (int, list, tuple)):
+        raise TersorError(f"layers is how many blocks go, or a list of which, not {layers!r}")
     if isinstance(layers, int):
         if not 0 <= layers < depth:
             raise TersorError(
                 f"layers is from 0 to {depth - 1} for a model of {depth} blocks, not {layers}"
             )
         return layers
+    if not all(type(number) is int for number in layers):
+        raise TersorError(f"layers names blocks by whole numbers, not {list(layers)!r}")
     numbers = tuple(sorted(set(layers)))
     if len(numbers) == depth or not all(0 <= number < depth for number in numbers):
         raise TersorError(

@@ -27,7 +27,7 @@ from tersor.report import REPORT, TIMINGS, Report, Timings, ranges, versions
 from tersor.runs import Run, describe, identity, text_windows
 from tersor.shards import ShardWriter, refuse_existing
 from tersor.source import Source
-from tersor.surgery.smaller import parameters, smaller_skeleton
+from tersor.surgery.smaller import is_number, parameters, smaller_skeleton
 
 
 def drop_experts(
@@ -202,7 +202,7 @@ def settle_experts(source: Source, experts: float) -> Mixture:
     """experts: the share to cut. TersorError for a model without experts, where nothing would go or
     too few stay, and where transformers cannot make the smaller model."""
     names, config = source.found.arch.experts, source.model.config
-    if not 0 < experts < 1:
+    if not is_number(experts) or not 0 < experts < 1:
         raise TersorError(f"experts is a share between 0 and 1, such as 0.25, not {experts}")
     lists, routers = {}, {}
     for path, block in source.found.blocks(source.model) if names else ():

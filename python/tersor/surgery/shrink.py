@@ -36,7 +36,7 @@ from tersor.surgery.ranking import (
     use_eager,
     watch_attention,
 )
-from tersor.surgery.smaller import parameters
+from tersor.surgery.smaller import PRUNED, is_number, is_pruned, parameters
 
 IMPORTANCES = (*BY_STATISTICS, "taylor", "entropy")  # of heads and channels
 UPDATES = ("least-squares", "bias", "none")
@@ -107,8 +107,8 @@ def shrink_checkpoint(
     ):
         if value not in known:
             raise TersorError(f"{name} is {', '.join(known)}, not {value!r}")
-    if not 0 < damp < 1:
-        raise TersorError(f"damp must be between 0 and 1, not {damp}; 0.01 is usual")
+    if not is_number(damp) or not 0 < damp < 1:
+        raise TersorError(f"damp must be between 0 and 1, not {damp!r}; 0.01 is usual")
     source = Source.open(model)
     cuts = settle_cuts(
         source, heads=heads, query_heads=query_heads, ffn=ffn, layers=layers, multiple=multiple
@@ -371,6 +371,8 @@ class _Run(Run):
                 notes.append(f"only {stats.tokens} tokens for {w.shape[1]} inputs")
             if used > self.damp:
                 departure = f"damping raised from {self.damp:g} to {used:g} to factor its inputs"
+            if is_pruned(w):
+                departure = PRUNED
         elif self.update == "bias" and stats is not None:
             shift, bias = bias_for(w, cut.pieces, kept, stats), f"{columns}.bias"
             changed[bias] = (tensors[bias].double() + shift).to(tensors[bias].dtype)

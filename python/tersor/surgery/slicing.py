@@ -34,7 +34,7 @@ from tersor.report import REPORT, TIMINGS, Report, Timings, versions
 from tersor.runs import Run, describe, identity, text_windows
 from tersor.shards import ShardWriter, refuse_existing
 from tersor.source import Source
-from tersor.surgery.smaller import parameters
+from tersor.surgery.smaller import PRUNED, is_number, is_pruned, parameters
 from tersor.surgery.width import Width, settle_width
 
 UPDATES = ("least-squares", "none")
@@ -80,8 +80,8 @@ def slice_checkpoint(
     refuse_existing(out)
     if update not in UPDATES:
         raise TersorError(f"update is {' or '.join(UPDATES)} for the hidden width, not {update!r}")
-    if not 0 < damp < 1:
-        raise TersorError(f"damp must be between 0 and 1, not {damp}; 0.01 is usual")
+    if not is_number(damp) or not 0 < damp < 1:
+        raise TersorError(f"damp must be between 0 and 1, not {damp!r}; 0.01 is usual")
     source = Source.open(model)
     width = settle_width(source, hidden, multiple)
     if calibration is None:
@@ -468,6 +468,10 @@ class _Run(Run):
                 tensor = self._sliced(name, directions, found.transfers)
             tensor = self.source.as_stored(name, tensor)
             check_finite(name, tensor, OVERFLOW)
+            if tensor.dim() == 2 and is_pruned(
+                self.source.where[name].read(self.source.checkpoint)
+            ):
+                found.departures[name] = PRUNED
             own = name in self.width.twins  # one tensor before, two now
             self.writer.add(name if own else self.source.where[name].saved_as, tensor)
             nbytes += tensor.nbytes

@@ -6,12 +6,14 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from tersor.errors import TersorError
 from tersor.models import build_skeleton, find_arch, plain_linears
 from tersor.source import Source
 
+PRUNED_SHARE = 0.05  # as GPTQ has it, which keeps the zeros of such weights
+PRUNED = "its zeros are filled with other values; cut first, and prune what is left"
 MULTIPLE = 128  # channels: the usual group of a quantized weight, and what matrix units take whole
 
 
@@ -43,7 +45,7 @@ def channels_left(what: str, count: int, share: float, multiple: int | None) -> 
     """How many of `count` channels stay where this share goes, as a multiple of `multiple`; None:
     of what `count` is a multiple of, up to MULTIPLE. TersorError where that takes none away."""
     multiple = math.gcd(count, MULTIPLE) if multiple is None else multiple
-    if not 1 <= multiple <= count:
+    if type(multiple) is not int or not 1 <= multiple <= count:
         raise TersorError(f"multiple is from 1 to the {count} channels there are, not {multiple}")
     kept = max(1, round(count * (1 - share) / multiple)) * multiple
     if kept >= count:
@@ -53,6 +55,16 @@ def channels_left(what: str, count: int, share: float, multiple: int | None) -> 
             "multiple"
         )
     return kept
+
+
+def is_number(value: object) -> bool:
+    """Whether it can be compared with a bound, and is no flag."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_pruned(w: Tensor) -> bool:
+    """Whether a weight has zeros that somebody put there."""
+    return w.numel() - int(w.count_nonzero()) >= PRUNED_SHARE * w.numel()
 
 
 def parameters(model: nn.Module) -> int:

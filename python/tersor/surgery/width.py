@@ -13,7 +13,7 @@ from torch import nn
 from tersor.errors import TersorError
 from tersor.models import Stream, config_value, parts_of
 from tersor.source import Source
-from tersor.surgery.smaller import channels_left, parameters, smaller_skeleton
+from tersor.surgery.smaller import channels_left, is_number, parameters, smaller_skeleton
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def settle_width(source: Source, hidden: float, multiple: int | None) -> Width:
     or the model would not be smaller, and where transformers has no model of that width.
     """
     stream = _stream_of(source)
-    if not 0 < hidden < 1:
+    if not is_number(hidden) or not 0 < hidden < 1:
         raise TersorError(f"hidden is a share between 0 and 1, such as 0.25, not {hidden}")
     count = config_value(source.model.config, stream.width)
     kept = channels_left("hidden", count, hidden, multiple)

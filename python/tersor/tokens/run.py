@@ -169,8 +169,8 @@ class Run:
             if count < max(kept, 1):
                 raise TersorError(
                     f"of an input of {tokens} tokens {count} would be left after layer {layer}, "
-                    f"fewer than keep_first + keep_last = {kept}; lower those or the shares, or "
-                    f"leave inputs so short as they are (min_tokens)"
+                    f"fewer than keep_first + keep_last = {kept}; lower those or the shares, "
+                    f"give a longer input, or leave such short ones as they are (min_tokens)"
                 )
         slots = torch.arange(tokens, device=hidden.device).repeat(rows, 1)
         real = torch.ones_like(slots, dtype=torch.bool) if self.real is None else self.real

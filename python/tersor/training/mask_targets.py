@@ -10,14 +10,15 @@ from fnmatch import fnmatchcase
 from torch import Tensor, nn
 
 from tersor.errors import TersorError
-from tersor.linear import QuantLinear
 from tersor.models import QUERIES, FoundArch, Groups, config_value, find_arch
 from tersor.models.arch import spellings
 from tersor.models.linears import is_conv1d, is_fused
+from tersor.packed_linear import PackedLinear
 from tersor.pruning.masks import Layout, as_matrix, refuse_masked
 from tersor.scope import settle, settle_all
 from tersor.sparsity import Sparsity
 from tersor.surgery.cuts import structure_of
+from tersor.surgery.smaller import is_number
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Structured:
     def __post_init__(self) -> None:
         for what in ("heads", "ffn"):
             share = getattr(self, what)
-            if not 0 <= share < 1:
+            if not is_number(share) or not 0 <= share < 1:
                 raise TersorError(
                     f"{what} is a share from 0 to less than 1, such as 0.25, not {share!r}"
                 )
@@ -54,6 +55,9 @@ def linear_targets(model: nn.Module, include: Sequence[str], ignore: Sequence[st
     include, ignore: shell patterns over module paths; each must match something. Embeddings, the
     output projection and all else outside the blocks stay as they are.
     """
+    for option, patterns in (("include", include), ("ignore", ignore)):
+        if isinstance(patterns, str):
+            raise TersorError(f"{option} is a list of patterns, such as [{patterns!r}]")
     _refuse(model)
     found = _found(model)
     names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) or is_conv1d(m)]
@@ -62,6 +66,11 @@ def linear_targets(model: nn.Module, include: Sequence[str], ignore: Sequence[st
     chosen = _included(scope.linears, include, found)
     _refuse_shared(model, chosen)
     return chosen
+
+
+def groups_gone(count: int, share: float) -> int:
+    """How many of `count` groups go where this share does; as many as shrink_checkpoint cuts."""
+    return count - max(1, round(count * (1 - share)))
 
 
 def group_targets(model: nn.Module, wanted: Structured) -> list[GroupTarget]:
@@ -77,8 +86,8 @@ def group_targets(model: nn.Module, wanted: Structured) -> list[GroupTarget]:
             continue
         mine = [_group_target(model, what, groups, path) for path, _ in found.blocks(model)]
         for target in mine:
-            if int(share * target.layouts[0].groups) == 0:
-                count = target.layouts[0].groups
+            count = target.layouts[0].groups
+            if not groups_gone(count, share):
                 raise TersorError(
                     f"{what}={share:g} of the {count} groups of {target.linears[0]} rounds to "
                     f"none; use {1 / count:.2g} or more"
@@ -134,10 +143,10 @@ def _found(model: nn.Module) -> FoundArch | None:
 
 def _refuse(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, QuantLinear):
+        if isinstance(module, PackedLinear):
             raise TersorError(
-                f"{name or 'the model'} is quantized and its weight frozen; prune the original "
-                "model, and quantize what comes of it"
+                f"{name or 'the model'} is a {type(module).__name__}, whose weight is frozen; take "
+                "the original model, as transformers loads it, and quantize what comes of it"
             )
         if is_fused(module):
             raise TersorError(

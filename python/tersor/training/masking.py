@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import TrainerCallback
 
+from tersor.checkpoint import check_finite
 from tersor.errors import TersorError
 from tersor.pruning.criteria import (
     Criterion,
@@ -27,6 +28,7 @@ from tersor.training.mask_targets import (
     Structured,
     check_pattern,
     group_targets,
+    groups_gone,
     linear_targets,
     zeros,
 )
@@ -76,7 +78,7 @@ class MaskTraining(TrainerCallback):
     save it with save_model().
 
     The zeros of a Structured model that is saved are cut out, exactly, by
-    shrink_checkpoint(..., importance="magnitude", update=False) with the same shares, multiple=1
+    shrink_checkpoint(..., importance="magnitude", update="none") with the same shares, multiple=1
     and per "layer".
     """
 
@@ -92,7 +94,7 @@ class MaskTraining(TrainerCallback):
     ) -> None:
         self.sparsity, self.schedule, self.per = sparsity, schedule, per
         self.criterion = find_criterion(criterion)
-        self.include, self.ignore = tuple(include), tuple(ignore)
+        self.include, self.ignore = include, ignore
         self.model: nn.Module | None = None
         self.units: list[Unit] = []
         _check(sparsity, schedule, self.criterion, per, self.include or self.ignore)
@@ -115,9 +117,14 @@ class MaskTraining(TrainerCallback):
         if self.model is not None:
             raise TersorError("these masks are attached already; finish() them, or make others")
         units = self._units(model)
+        for unit in units:
+            for linear in unit.linears:
+                check_finite(unit.name, original(linear), "look at how the model was made")
         if isinstance(self.sparsity, Sparsity):
-            have = zeros([original(linear) for unit in units for linear in unit.linears])
-            if have >= self.sparsity.zeros:
+            weights = [original(linear) for unit in units for linear in unit.linears]
+            have = zeros(weights)
+            wanted = sum(int(self.sparsity.zeros * weight.numel()) for weight in weights)
+            if round(have * sum(weight.numel() for weight in weights)) >= wanted:
                 raise TersorError(
                     f"{100 * have:.4g} % of the weights are zero already, and {self.sparsity} is "
                     "asked for; ask for more, or keep those zeros with HoldZeros"
@@ -134,6 +141,12 @@ class MaskTraining(TrainerCallback):
         done, schedule = self.done, self.schedule
         count = sum(unit.scores.get_buffer("value").numel() for unit in self._soft())
         pull = schedule.share(done) / count if count else 0.0
+        listening = [unit for unit in self.units if unit.listens]
+        if listening and all(unit.heard is None for unit in listening):
+            raise TersorError(
+                f"no gradient has reached the masks, which {self.criterion.name} learns from; call "
+                "step() after loss.backward() of the model that they are on"
+            )
         for unit in self.units:
             unit.learn(pull)
             unit.scores.advance()
@@ -231,7 +244,9 @@ class MaskTraining(TrainerCallback):
         for kind, units in kinds.items():
             sparsity = self.sparsity
             if isinstance(sparsity, Structured):
-                sparsity = Sparsity(getattr(sparsity, kind))
+                count = units[0].layout.groups
+                gone = groups_gone(count, getattr(sparsity, kind))
+                sparsity = Sparsity((gone + 1e-6) / count)  # so that rounding down gives it again
             choose(units, sparsity, share, self.per == "global")
 
     def _soft(self) -> list[Unit]:
@@ -389,6 +404,8 @@ def _check(
     per: str,
     patterns: Sequence[str],
 ) -> None:
+    if not isinstance(schedule, Schedule):
+        raise TersorError(f"schedule is a Schedule(...), not {schedule!r}")
     structured, soft = isinstance(sparsity, Structured), isinstance(criterion, SoftMovement)
     if soft and sparsity is not None:
         raise TersorError(
