@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 from types import SimpleNamespace
@@ -273,6 +274,7 @@ def test_weight_bytes_count_shared_storage_once() -> None:
 
 
 def test_resident_bytes_follow_an_allocation() -> None:
+    gc.collect()  # what earlier tests left, so that none of it goes in between
     before = ev.resident_bytes()
     block = torch.ones(64 << 20, dtype=torch.uint8)
     assert ev.resident_bytes() - before > 0.9 * block.numel()
