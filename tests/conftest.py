@@ -56,3 +56,20 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return folder
 
     return save
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """kind -> the folder of a tiny model of that kind."""
+    import tiny
+
+    @cache
+    def make(kind: str) -> Path:
+        return tiny.save(tmp_path_factory.mktemp("models") / kind, kind)
+
+    return make
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from tersor.formats import FORMATS, parse_config
 from tersor.qweight import QWeight
@@ -32,3 +34,12 @@ def weights(folder: Path) -> dict[str, QWeight]:
 def content(folder: Path) -> dict[str, bytes]:
     """Every file but the timings, which differ from run to run."""
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "tersor_timings.json"}
+
+
+def plain(folder: Path, **arguments: Any) -> Any:
+    """As anyone opens it; nothing may be missing, left over or of another shape."""
+    masked = json.loads((folder / "config.json").read_text())["model_type"] == "bert"
+    auto = AutoModelForMaskedLM if masked else AutoModelForCausalLM
+    model, info = auto.from_pretrained(folder, output_loading_info=True, **arguments)
+    assert not any(info.values()), info
+    return model.eval()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import silu
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 import tiny
-from folders import content, tensors
+from folders import content, plain, tensors
 from tersor import cli
 from tersor.calibrate import Calibration
 from tersor.errors import TersorError
@@ -39,31 +39,6 @@ TEXT = Calibration(texts=(tiny.text(),), samples=20, seq_len=64)
 IDS = torch.arange(40).view(2, 20) % tiny.VOCAB
 PARTS = {"mixtral": ("w1", "w3", "w2")}  # gate, up and down of an expert in files
 MODULE = {"mixtral": "block_sparse_moe"}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A tiny model of that kind."""
-
-    @cache
-    def make(kind: str) -> Path:
-        return tiny.save(tmp_path_factory.mktemp("models") / kind, kind)
-
-    return make
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    return tmp_path / "out"
-
-
-def plain(folder: Path, **arguments: Any) -> Any:
-    """As anyone opens it; nothing may be missing, left over or of another shape."""
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder, output_loading_info=True, **arguments
-    )
-    assert not any(info.values()), info
-    return model.eval()
 
 
 @torch.no_grad()

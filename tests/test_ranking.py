@@ -6,7 +6,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import tiny
+from folders import plain
 from tersor.calibrate import Calibration
 from tersor.errors import TersorError
 from tersor.models import GROUPS, QUERIES
@@ -25,26 +25,10 @@ from tersor.source import Source
 from tersor.surgery.cuts import settle_cuts
 from tersor.surgery.ranking import DISTANCES, AttentionEntropy, taylor_scores
 from tersor.surgery.shrink import shrink_checkpoint
-from test_shrink import GROUPED, blocks_of, linears, logits, numbers, plain
+from test_shrink import GROUPED, blocks_of, linears, logits, numbers
 
 TEXT = Calibration(texts=(tiny.text(),), samples=12, seq_len=32)
 QUERIED = [kind for kind in GROUPED if kind != "gemma3_text"]  # one with rotary bases of its own
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A tiny model of that kind."""
-
-    @cache
-    def make(kind: str) -> Path:
-        return tiny.save(tmp_path_factory.mktemp("models") / kind, kind)
-
-    return make
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    return tmp_path / "out"
 
 
 def windows() -> Tensor:

@@ -4,18 +4,17 @@ model."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 import tiny
 from conftest import all_cores
-from folders import tensors
+from folders import plain, tensors
 from tersor import demo
 from tersor.calibrate import Calibration
 from tersor.demo_model import DemoModel
@@ -39,31 +38,6 @@ WIDTH = 48  # of 64
 QUARTER: dict[str, Any] = {"hidden": 0.25, "multiple": 16, "calibration": TEXT}
 WRITERS = ("o_proj.weight", "o_proj.bias", "down_proj.weight", "down_proj.bias", "down_proj")
 WRITERS += ("w2.weight",)  # of an expert, before transformers 5
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A tiny model of that kind."""
-
-    @cache
-    def make(kind: str) -> Path:
-        return tiny.save(tmp_path_factory.mktemp("models") / kind, kind)
-
-    return make
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    return tmp_path / "out"
-
-
-def plain(folder: Path, **arguments: Any) -> Any:
-    """As anyone opens it; nothing may be missing, left over or of another shape."""
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder, output_loading_info=True, **arguments
-    )
-    assert not any(info.values()), info
-    return model.eval()
 
 
 @torch.no_grad()

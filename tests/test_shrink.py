@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, LlamaConfig
+from transformers import AutoConfig, LlamaConfig
 
 import tiny
-from folders import content, tensors
+from folders import content, plain, tensors
 from tersor import cli
 from tersor.calibrate import Calibration
 from tersor.errors import TersorError
@@ -37,31 +37,6 @@ CUT = [kind for kind in tiny.KINDS if ARCHS[kind].structure is not None]
 GROUPED = [k for k in CUT if k not in ("opt", "gpt2", "gpt_neox", "bert")]  # heads too
 WIDTH = {"opt": "ffn_dim", "gpt2": "n_inner"}  # else intermediate_size
 IDS = torch.arange(40).view(2, 20) % tiny.VOCAB
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A tiny model of that kind."""
-
-    @cache
-    def make(kind: str) -> Path:
-        return tiny.save(tmp_path_factory.mktemp("models") / kind, kind)
-
-    return make
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    return tmp_path / "out"
-
-
-def plain(folder: Path, **arguments: Any) -> Any:
-    """As anyone opens it; nothing may be missing, left over or of another shape."""
-    masked = json.loads((folder / "config.json").read_text())["model_type"] == "bert"
-    auto = AutoModelForMaskedLM if masked else AutoModelForCausalLM
-    model, info = auto.from_pretrained(folder, output_loading_info=True, **arguments)
-    assert not any(info.values()), info
-    return model.eval()
 
 
 def blocks_of(model: nn.Module) -> nn.ModuleList:

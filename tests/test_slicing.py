@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from transformers import AutoConfig, LlamaConfig
 
 import tiny
-from folders import content, tensors
+from folders import content, plain, tensors
 from tersor import cli
 from tersor.calibrate import Calibration
 from tersor.errors import TersorError
@@ -29,7 +29,7 @@ from tersor.solvers import RTN
 from tersor.surgery.shrink import shrink_checkpoint
 from tersor.surgery.slicing import slice_checkpoint
 from test_resume import in_child, killing
-from test_rotation import IDS, QUARTER, TEXT, WIDTH, WRITERS, logits, orthogonal, plain
+from test_rotation import IDS, QUARTER, TEXT, WIDTH, WRITERS, logits, orthogonal
 
 ROTATED = [
     kind
@@ -37,22 +37,6 @@ ROTATED = [
     if (stream := ARCHS[kind].stream) is not None and not stream.branch_norms
 ]
 BIASED = {"attention_bias": True, "mlp_bias": True}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A tiny model of that kind."""
-
-    @cache
-    def make(kind: str) -> Path:
-        return tiny.save(tmp_path_factory.mktemp("models") / kind, kind)
-
-    return make
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    return tmp_path / "out"
 
 
 # --- every architecture ---------------------------------------------------------------------------

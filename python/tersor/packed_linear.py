@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -15,7 +16,7 @@ from tersor.kernels import DTYPES, dtype_code, rows_of
 _DTYPE_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(nn.Module, ABC):
     """y = x @ W.T + bias on a native kernel, W in the order of that kernel; W and bias are frozen.
 
     A subclass says what W is in a state dict: the tensors that it has, and how they are packed.
@@ -37,21 +38,21 @@ class PackedLinear(nn.Module):
         for name in ("packed", "bias", "columns"):
             self.register_buffer(name, None, persistent=False)
 
+    @abstractmethod
     def _names(self) -> tuple[str, ...]:
         """Of the tensors that the weight may have in a state dict."""
-        raise NotImplementedError
 
     def _needs(self, name: str) -> bool:
         """Whether there is no weight without that tensor."""
         return True
 
+    @abstractmethod
     def _portable(self) -> dict[str, Tensor]:
         """The tensors of the weight, as they are saved."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _take(self, tensors: dict[str, Tensor]) -> None:
         """Packs the weight. tensors: by name, on the CPU, those that are needed among them."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         """x: float32, bfloat16 or float16 [..., k] -> [..., n] of the same dtype."""

@@ -80,7 +80,7 @@ class Measured:
         return self.dense / self.sparse
 
 
-@functools.cache  # the number of threads does not change often; which one is faster, still less
+@functools.cache
 def measure(
     m: int,
     n: int,

@@ -99,9 +99,10 @@ def swap_sparse_linears(model: nn.Module) -> dict[str, str]:
     for path, module in list(model.named_modules()):
         if type(module) is not nn.Linear or not is_sparse(module.weight):
             continue
-        reason = sparse.refusal(module.weight)
         if owners[id(module.weight)] > 1:
-            reason = "shares its weight with another module"
+            found[path] = "shares its weight with another module"
+            continue
+        reason = sparse.refusal(module.weight)
         if reason is None:
             layer = SparseLinear.from_linear(module).train(module.training)
             keep_hooks(layer, module)
