@@ -17,17 +17,16 @@ from tersor import _core
 from tersor.blocks import Flow
 from tersor.calibrate import Calibration
 from tersor.errors import TersorError
-from tersor.layerwise import machine
 from tersor.models import ExpertList, Experts, config_value, empty, parts_of
 from tersor.models.arch import respell
 from tersor.progress import Progress
 from tersor.pruning import best
 from tersor.pruning.experts import EXPERT_IMPORTANCES, ExpertStats, expert_importance
-from tersor.report import REPORT, TIMINGS, Report, Timings, ranges, versions
-from tersor.runs import Run, describe, identity, text_windows
+from tersor.report import REPORT, TIMINGS, Report, Timings, ranges
+from tersor.runs import Run, identity, text_windows
 from tersor.shards import ShardWriter, refuse_existing
 from tersor.source import Source
-from tersor.surgery.smaller import is_number, parameters, smaller_skeleton
+from tersor.surgery.smaller import begin_report, is_number, parameters, smaller_skeleton
 
 
 def drop_experts(
@@ -75,19 +74,15 @@ def drop_experts(
             )
         mixture.check_observable(source)
         windows = text_windows(source, calibration)
-    report = Report(
-        model=source.checkpoint.folder.resolve().name,
-        fingerprint=source.checkpoint.fingerprint(),
-        architecture=source.found.how,
-        settings={
+    report = begin_report(
+        source,
+        {
             "method": "experts",
             "experts": f"{mixture.kept} of {mixture.count}",
             "importance": importance,
-            **machine(),
         },
-        versions=versions(),
-        calibration=describe(calibration, windows),
-        bytes_before=source.nbytes,
+        calibration,
+        windows,
     )
     small = mixture.skeleton(source)
     report.structure = {

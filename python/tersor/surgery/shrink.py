@@ -15,12 +15,11 @@ from tersor import _core
 from tersor.blocks import Flow
 from tersor.calibrate import Calibration, GramStats, capture
 from tersor.errors import TersorError
-from tersor.layerwise import machine
 from tersor.models import GROUPS
 from tersor.progress import Progress
 from tersor.pruning import BY_STATISTICS, best, bias_for, importance, output_error, reconstruct
-from tersor.report import REPORT, TIMINGS, LayerReport, Report, Timings, ranges, versions
-from tersor.runs import Run, describe, identity, text_windows
+from tersor.report import REPORT, TIMINGS, LayerReport, Report, Timings, ranges
+from tersor.runs import Run, identity, text_windows
 from tersor.shards import ShardWriter, refuse_existing
 from tersor.source import Source
 from tersor.surgery.cuts import Cut, Cuts, renumbered, settle_cuts
@@ -36,7 +35,7 @@ from tersor.surgery.ranking import (
     use_eager,
     watch_attention,
 )
-from tersor.surgery.smaller import PRUNED, is_number, is_pruned, parameters
+from tersor.surgery.smaller import PRUNED, begin_report, is_number, is_pruned, parameters
 
 IMPORTANCES = (*BY_STATISTICS, "taylor", "entropy")  # of heads and channels
 UPDATES = ("least-squares", "bias", "none")
@@ -129,11 +128,9 @@ def shrink_checkpoint(
                 "heads and ffn by --importance magnitude --update none need none)"
             )
         windows = text_windows(source, calibration)
-    report = Report(
-        model=source.checkpoint.folder.resolve().name,
-        fingerprint=source.checkpoint.fingerprint(),
-        architecture=source.found.how,
-        settings={
+    report = begin_report(
+        source,
+        {
             "method": "structured",
             **{name: value for cut in cuts.groups for name, value in cut.settings().items()},
             "layers": cuts.drop if isinstance(cuts.drop, int) else list(cuts.drop),
@@ -141,11 +138,9 @@ def shrink_checkpoint(
             **({"importance of layers": layer_importance} if ranks else {}),
             "update": update,
             "damp": damp,
-            **machine(),
         },
-        versions=versions(),
-        calibration=describe(calibration, windows),
-        bytes_before=source.nbytes,
+        calibration,
+        windows,
     )
     before = parameters(source.model)  # now, since weights that come and go do not stay tied
     if "entropy" in how.values():

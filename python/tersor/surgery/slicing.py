@@ -17,7 +17,6 @@ from tersor.blocks import Flow, HiddenFile
 from tersor.calibrate import Calibration, watching
 from tersor.checkpoint import check_finite
 from tersor.errors import TersorError
-from tersor.layerwise import machine
 from tersor.models import config_value, empty, parts_of
 from tersor.progress import Progress
 from tersor.pruning.rotation import (
@@ -30,11 +29,11 @@ from tersor.pruning.rotation import (
     reading,
     writing,
 )
-from tersor.report import REPORT, TIMINGS, Report, Timings, versions
-from tersor.runs import Run, describe, identity, text_windows
+from tersor.report import REPORT, TIMINGS, Report, Timings
+from tersor.runs import Run, identity, text_windows
 from tersor.shards import ShardWriter, refuse_existing
 from tersor.source import Source
-from tersor.surgery.smaller import PRUNED, is_number, is_pruned, parameters
+from tersor.surgery.smaller import PRUNED, begin_report, is_number, is_pruned, parameters
 from tersor.surgery.width import Width, settle_width
 
 UPDATES = ("least-squares", "none")
@@ -95,20 +94,16 @@ def slice_checkpoint(
             f"{windows.numel()} tokens cannot tell which {width.kept} directions matter; give more "
             "text (--samples, --seq-len)"
         )
-    report = Report(
-        model=source.checkpoint.folder.resolve().name,
-        fingerprint=source.checkpoint.fingerprint(),
-        architecture=source.found.how,
-        settings={
+    report = begin_report(
+        source,
+        {
             "method": "slicing",
             "hidden": f"{width.kept} of {width.count}",
             "update": update,
             "damp": damp,
-            **machine(),
         },
-        versions=versions(),
-        calibration=describe(calibration, windows),
-        bytes_before=source.nbytes,
+        calibration,
+        windows,
     )
     small = width.skeleton(source)
     report.structure = {

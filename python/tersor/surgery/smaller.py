@@ -8,8 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tersor.calibrate import Calibration
 from tersor.errors import TersorError
+from tersor.layerwise import machine
 from tersor.models import build_skeleton, find_arch, plain_linears
+from tersor.report import Report, versions
+from tersor.runs import describe
 from tersor.source import Source
 
 PRUNED_SHARE = 0.05  # as GPTQ has it, which keeps the zeros of such weights
@@ -39,6 +43,24 @@ def smaller_skeleton(
                 "takes no other number than the one that follows from the rest of config.json"
             )
     return model
+
+
+def begin_report(
+    source: Source,
+    settings: Mapping[str, Any],
+    calibration: Calibration | None,
+    windows: Tensor | None,
+) -> Report:
+    """The report of a cut, before any work. windows: the ids of the text, where it is used."""
+    return Report(
+        model=source.checkpoint.folder.resolve().name,
+        fingerprint=source.checkpoint.fingerprint(),
+        architecture=source.found.how,
+        settings={**settings, **machine()},
+        versions=versions(),
+        calibration=describe(calibration, windows),
+        bytes_before=source.nbytes,
+    )
 
 
 def channels_left(what: str, count: int, share: float, multiple: int | None) -> int:
