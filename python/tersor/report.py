@@ -180,11 +180,8 @@ def table(report: Report) -> Table:
 
     rows: dict[str, dict[str, float]] = {}
     for layer in report.layers:
-        # "model.layers.3.mlp.experts.7.w1": block 3, linear "mlp.experts.*.w1"
-        parts = layer.name.split(".")
-        at = next((i for i, part in enumerate(parts) if part.isdecimal()), -1)
-        column = ".".join("*" if part.isdecimal() else part for part in parts[at + 1 :])
-        row = rows.setdefault(".".join(parts[: at + 1]), {})
+        block, column = in_block(layer.name)
+        row = rows.setdefault(block, {})
         row[column] = max(layer.error, row.get(column, 0.0))
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     calibrated = any(layer.tokens for layer in report.layers)
@@ -196,6 +193,19 @@ def table(report: Report) -> Table:
     for name, row in rows.items():
         shown.add_row(name, *(f"{row[c]:.2e}" if c in row else "" for c in columns))
     return shown
+
+
+def in_block(name: str) -> tuple[str, str]:
+    """The block that a linear is in, "" if in none, and what it is called there, with any expert
+    for all of them.
+
+    >>> in_block("model.layers.3.mlp.experts.7.w1")
+    ('model.layers.3', 'mlp.experts.*.w1')
+    """
+    parts = name.split(".")
+    at = next((i for i, part in enumerate(parts) if part.isdecimal()), -1)
+    within = ("*" if part.isdecimal() else part for part in parts[at + 1 :])
+    return ".".join(parts[: at + 1]), ".".join(within)
 
 
 def ranges(numbers: Sequence[int]) -> str:
