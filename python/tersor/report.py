@@ -13,7 +13,7 @@ import platform
 import resource
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -223,9 +223,43 @@ def ranges(numbers: Sequence[int]) -> str:
     return ", ".join("-".join(map(str, part)) for part in parts)
 
 
+@dataclass
+class Peak:
+    """bytes: the most that were resident, known at the end."""
+
+    bytes: int = 0
+
+
+_LIFE = Peak()
+_PEAKS = [_LIFE]  # those that are being watched
+
+
+@contextmanager
+def peak_memory() -> Iterator[Peak]:
+    """The most memory that this process holds meanwhile, as Linux counts it; may be nested, and
+    disturbs no peak_resident_bytes. Where the system does not let its mark be set back, the most
+    that it has ever held."""
+    _note()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    _PEAKS.append(peak := Peak())
+    try:
+        yield peak
+    finally:
+        _note()
+        _PEAKS[:] = [each for each in _PEAKS if each is not peak]
+
+
 def peak_resident_bytes() -> int:
     """The most memory that this process has held, as Linux counts it."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    _note()
+    return _LIFE.bytes
+
+
+def _note() -> None:
+    mark = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    for peak in _PEAKS:
+        peak.bytes = max(peak.bytes, mark)
 
 
 def versions() -> dict[str, str]:
