@@ -85,7 +85,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
     shown = Table()
     for head in ("sparsity", "method", "zeros", "layer error"):
         shown.add_column(head)
-    for head in ("perplexity", "Δ log-perplexity", "KL", "KL 99 %", "top-1"):
+    for head in ("perplexity", "Δ log-perplexity", "KL", "KL 99 %", "top-1", "flips"):
         shown.add_column(head, justify="right")
     for row in rows:
         numbers = f"{100 * row['zeros']:.1f} %", f"{row['layer_error']:.4f}"

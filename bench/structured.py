@@ -137,7 +137,7 @@ def table(rows: dict[str, dict[str, Any]]) -> Table:
     shown = Table()
     for head in ("model", "million parameters", "MB"):
         shown.add_column(head)
-    for head in ("perplexity", "Δ log-perplexity", "KL", "KL 99 %", "top-1"):
+    for head in ("perplexity", "Δ log-perplexity", "KL", "KL 99 %", "top-1", "flips"):
         shown.add_column(head, justify="right")
     for name, row in rows.items():
         sizes = f"{row['parameters'] / 1e6:.2f}", f"{row['bytes'] / 1e6:.1f}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+import os
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -18,6 +19,7 @@ import tiny
 from tersor import evaluate as ev
 from tersor.calibrate import BOS, Calibration
 from tersor.errors import TersorError
+from tersor.report import peak_memory, peak_resident_bytes
 
 VOCAB, LENGTH, COUNT = 37, 12, 9
 
@@ -46,7 +48,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 def by_hand(p: Bigram, q: Bigram, windows: Tensor) -> dict[str, np.ndarray]:
     """Loops over windows and positions; every formula written out."""
     log_p, log_q = (log_softmax(m.table.numpy().astype(np.float64)) for m in (p, q))
-    out = {name: np.empty((COUNT, LENGTH - 1)) for name in ("nll_p", "nll_q", "kl", "same")}
+    out = {name: np.empty((COUNT, LENGTH - 1)) for name in ("nll_p", "nll_q", "kl", "same", "flip")}
     for w, window in enumerate(windows.tolist()):
         for t in range(LENGTH - 1):
             a, b = log_p[window[t]], log_q[window[t]]
@@ -54,6 +56,8 @@ def by_hand(p: Bigram, q: Bigram, windows: Tensor) -> dict[str, np.ndarray]:
             out["nll_q"][w, t] = -b[window[t + 1]]
             out["kl"][w, t] = sum(math.exp(a[v]) * (a[v] - b[v]) for v in range(VOCAB))
             out["same"][w, t] = a.argmax() == b.argmax()
+            right = [int(each.argmax() == window[t + 1]) for each in (a, b)]
+            out["flip"][w, t] = sum(right) == 1
     return out
 
 
@@ -69,6 +73,7 @@ def test_every_figure_agrees_with_loops_in_float64(
     monkeypatch.setattr(ev, "CHUNK", chunk)
     p, q = Bigram(0), Bigram(1)
     q.table = p.table + 0.3 * q.table
+    windows[:, 1::2] = p.table.argmax(-1)[windows[:, ::2]]  # some that p has right
     got = ev.evaluate({"q": q, "p": p}, windows, baseline="p", batch=batch)
     want = by_hand(p, q, windows)
     nll, nll_p, kl = want["nll_q"].mean(1), want["nll_p"].mean(1), want["kl"].mean(1)
@@ -89,6 +94,8 @@ def test_every_figure_agrees_with_loops_in_float64(
     assert got["q"].kl_99 == near(ranked[math.ceil(0.99 * ranked.size) - 1], rel=1e-10)
     assert got["q"].top1 == near(want["same"].mean(), rel=1e-12)
     assert 0 < got["q"].top1 < 1
+    assert got["q"].flips == near(want["flip"].mean(), rel=1e-12)
+    assert 0 < got["q"].flips <= 1 - got["q"].top1  # who agrees has not flipped
     assert (got["q"].windows, got["q"].tokens) == (COUNT, COUNT * (LENGTH - 1))
 
 
@@ -96,7 +103,19 @@ def test_identical_models_do_not_differ_at_all(windows: Tensor) -> None:
     quality = ev.evaluate({"a": Bigram(0), "b": Bigram(0)}, windows, baseline="a")["b"]
     assert quality.kl == ev.Estimate(0.0, 0.0)
     assert quality.delta == ev.Estimate(0.0, 0.0)
-    assert (quality.kl_99, quality.top1) == (0.0, 1.0)
+    assert (quality.kl_99, quality.top1, quality.flips) == (0.0, 1.0, 0.0)
+
+
+def test_flips_go_both_ways_and_leave_out_what_both_have_wrong() -> None:
+    """Four tokens: lost, won, right in both, and two different wrong ones."""
+
+    def always(*tokens: int):
+        return lambda ids: 9 * torch.eye(VOCAB)[torch.tensor([tokens])]
+
+    windows = torch.tensor([[0, 1, 2, 3, 4]])
+    models = {"p": always(1, 9, 3, 9, 0), "q": always(9, 2, 3, 8, 0)}
+    quality = ev.evaluate(models, windows, baseline="p")["q"]
+    assert (quality.flips, quality.top1) == (0.5, 0.25)
 
 
 def test_pairing_removes_what_the_windows_have_in_common(windows: Tensor) -> None:
@@ -121,7 +140,7 @@ def test_pairing_removes_what_the_windows_have_in_common(windows: Tensor) -> Non
 
 def test_without_a_baseline_there_is_perplexity_only(windows: Tensor) -> None:
     quality = ev.evaluate({"p": Bigram(0)}, windows)["p"]
-    assert quality.delta is quality.kl is quality.kl_99 is quality.top1 is None
+    assert quality.delta is quality.kl is quality.kl_99 is quality.top1 is quality.flips is None
     assert math.isnan(ev.evaluate({"p": Bigram(0)}, windows[:1])["p"].nll.error)
 
 
@@ -216,9 +235,12 @@ def test_speed_reads_the_prompt_once_and_then_one_token_at_a_time(
     speeds = ev.measure_speed(models, torch.zeros(1, 8, dtype=torch.int64), generated=3, runs=2)
     shared = {"prompt": 8, "generated": 3, "runs": 2, "weights": 40}
     resident = speeds["slow"].resident
-    assert speeds["slow"] == ev.Speed(prefill=2.0, decode=2.0, resident=resident, **shared)
-    assert speeds["fast"] == ev.Speed(prefill=4.0, decode=4.0, resident=resident, **shared)
+    peaks = {name: speed.peak for name, speed in speeds.items()}
+    slow = ev.Speed(prefill=2.0, decode=2.0, resident=resident, peak=peaks["slow"], **shared)
+    fast = ev.Speed(prefill=4.0, decode=4.0, resident=resident, peak=peaks["fast"], **shared)
+    assert speeds == {"slow": slow, "fast": fast}
     assert resident > 10 << 20
+    assert min(peaks.values()) > 10 << 20
     # The models take turns, and each call is given the cache of the one before it.
     assert [name for name, _, _ in Clocked.calls] == (["slow"] * 4 + ["fast"] * 4) * 3
     assert [length for _, length, _ in Clocked.calls[:4]] == [8, 1, 1, 1]
@@ -280,6 +302,35 @@ def test_resident_bytes_follow_an_allocation() -> None:
     assert ev.resident_bytes() - before > 0.9 * block.numel()
 
 
+class Wasteful(Clocked):
+    """Holds 256 MB for a moment in every call."""
+
+    def forward(self, ids: Tensor, **given: object):
+        torch.ones(256 << 20, dtype=torch.uint8)
+        return super().forward(ids, **given)
+
+
+def test_peak_is_of_the_model_that_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        pytest.skip("this system does not set the mark of a process's memory back")
+    monkeypatch.setattr(Clocked, "calls", [])
+    monkeypatch.setattr(ev.time, "perf_counter", lambda: Clocked.now)
+    models = {"w": Wasteful("w", 0.5), "plain": Clocked("plain", 0.5)}
+    speeds = ev.measure_speed(models, torch.zeros(1, 8, dtype=torch.int64), generated=1, runs=1)
+    assert speeds["w"].peak - speeds["plain"].peak > 0.9 * (256 << 20)
+    assert speeds["w"].peak <= peak_resident_bytes()
+
+
+def test_peaks_may_be_nested() -> None:
+    with peak_memory() as outer:
+        torch.ones(128 << 20, dtype=torch.uint8)
+        with peak_memory() as inner:
+            pass
+    assert 0 < inner.bytes <= outer.bytes <= peak_resident_bytes()
+    if os.access("/proc/self/clear_refs", os.W_OK):
+        assert outer.bytes - inner.bytes > 0.9 * (128 << 20)
+
+
 def test_results_as_json_and_as_a_table(windows: Tensor) -> None:
     got = ev.evaluate({"p": Bigram(0), "q": Bigram(1)}, windows, baseline="p")
     speed = {"q": ev.Speed(100.0, 10.0, 8, 4, 3, 40, 80)}
@@ -289,7 +340,9 @@ def test_results_as_json_and_as_a_table(windows: Tensor) -> None:
     assert content["q"]["speed"]["decode"] == 10.0
     assert "speed" not in content["p"]
     assert ev.table(got).row_count == 2
-    assert len(ev.table(got).columns) == 6
+    assert content["q"]["quality"]["flips"] == got["q"].flips
+    assert content["q"]["speed"]["peak"] == 0  # not measured
+    assert len(ev.table(got).columns) == 7
 
 
 def test_one_window_has_no_error_to_show(windows: Tensor) -> None:

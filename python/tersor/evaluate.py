@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tersor.calibrate import frame
 from tersor.errors import TersorError
 from tersor.progress import Progress
+from tersor.report import peak_memory
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -57,6 +58,8 @@ class Quality:
     delta: nll minus the baseline's, paired by window.
     kl: KL(baseline ‖ model) per token in nats; kl_99: its 99th percentile over tokens.
     top1: share of tokens where both models put the same token first.
+    flips: share of tokens that exactly one of the two puts first and has right (Dutta et al.,
+        arXiv:2407.09141): what changed, though as many may have changed for the better.
     """
 
     windows: int
@@ -66,6 +69,7 @@ class Quality:
     kl: Estimate | None = None
     kl_99: float | None = None
     top1: float | None = None
+    flips: float | None = None
 
     @property
     def perplexity(self) -> Estimate:
@@ -85,7 +89,7 @@ class Speed:
         `generated` tokens after it, one at a time, greedily, with the key-value cache. Both are
         medians over runs.
     weights: bytes of the model's tensors. resident: bytes that the process held after the runs,
-        with all the models in it.
+        with all the models in it. peak: the most that it held in any of this model's runs.
     """
 
     prefill: float
@@ -95,6 +99,7 @@ class Speed:
     runs: int
     weights: int
     resident: int
+    peak: int = 0
 
 
 def text_windows(
@@ -174,7 +179,7 @@ def evaluate(
                         reference = log_p
                     parts[name].append(_per_token(log_p, target, reference))
     count, length = windows.shape
-    # float64 [3, tokens]: negative log-likelihood, divergence, agreement
+    # float64 [4, tokens]: negative log-likelihood, divergence, agreement, flip
     tokens = {name: torch.cat(parts[name], dim=1) for name in names}
     return {
         name: _quality(tokens[name], tokens[baseline] if baseline else None, count, length - 1)
@@ -227,10 +232,12 @@ def position_limit(model: nn.Module) -> int | None:
 def _per_token(log_p: Tensor, target: Tensor, reference: Tensor | None) -> Tensor:
     nll = -log_p.gather(1, target.unsqueeze(1)).squeeze(1)
     if reference is None:
-        return torch.stack([nll, nll, nll])  # the last two are not read
+        return torch.stack([nll] * 4)  # the others are not read
     # 0 · (−∞ − −∞) is not a number, and where the baseline says never, nothing is lost.
     kl = torch.where(reference.isneginf(), 0, reference.exp() * (reference - log_p)).sum(1)
-    return torch.stack([nll, kl, (reference.argmax(1) == log_p.argmax(1)).double()])
+    was, now = reference.argmax(1), log_p.argmax(1)
+    flip = (was == target) != (now == target)
+    return torch.stack([nll, kl, (was == now).double(), flip.double()])
 
 
 def _quality(tokens: Tensor, baseline: Tensor | None, count: int, length: int) -> Quality:
@@ -252,6 +259,7 @@ def _quality(tokens: Tensor, baseline: Tensor | None, count: int, length: int) -
         kl=Estimate.of(kl.view(count, length).mean(1)),
         kl_99=float(kl.kthvalue(math.ceil(0.99 * kl.numel())).values),
         top1=float(tokens[2].mean()),
+        flips=float(tokens[3].mean()),
     )
 
 
@@ -286,12 +294,15 @@ def measure_speed(
         generated = min(generated, limit // 2)
         prompt = prompt[:, : limit - generated]
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+    peaks = dict.fromkeys(models, 0)
     with Progress(progress, still=True) as bar:
         bar.expect((runs + 1) * len(models))
         for run in range(runs + 1):
             for name, model in models.items():
                 bar.say(f"{name}: measuring its speed")
-                times = _time(model, prompt, generated)
+                with peak_memory() as peak:
+                    times = _time(model, prompt, generated)
+                peaks[name] = max(peaks[name], peak.bytes)
                 if run:
                     seconds[name].append(times)
                 bar.step()
@@ -305,6 +316,7 @@ def measure_speed(
             runs=runs,
             weights=weight_bytes(models[name]),
             resident=resident,
+            peak=peaks[name],
         )
         for name, taken in seconds.items()
     }
@@ -347,7 +359,7 @@ def table(qualities: Mapping[str, Quality], title: str | None = None) -> Table:
 
     heads = ["perplexity"]
     if any(quality.delta is not None for quality in qualities.values()):
-        heads += ["Δ log-perplexity", "KL", "KL 99 %", "top-1"]
+        heads += ["Δ log-perplexity", "KL", "KL 99 %", "top-1", "flips"]
     out = Table(title=title)
     out.add_column("model")
     for head in heads:
@@ -358,16 +370,18 @@ def table(qualities: Mapping[str, Quality], title: str | None = None) -> Table:
 
 
 def quality_cells(quality: Quality) -> list[str]:
-    """perplexity, Δ log-perplexity, KL, 99 % KL and top-1 agreement, ± one standard error."""
+    """perplexity, Δ log-perplexity, KL, 99 % KL, top-1 agreement and flips, ± one standard
+    error."""
     cells = [_plus_minus(quality.perplexity, ".3f")]
     if quality.delta is None or quality.kl is None:
-        return cells + [""] * 4
+        return cells + [""] * 5
     return [
         *cells,
         _plus_minus(quality.delta, "+.4f"),
         _plus_minus(quality.kl, ".4f"),
         f"{quality.kl_99:.3f}",
         f"{100 * (quality.top1 or 0):.1f} %",
+        f"{100 * (quality.flips or 0):.1f} %",
     ]
 
 

@@ -13,7 +13,7 @@ import platform
 import resource
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -182,11 +182,8 @@ def table(report: Report) -> Table:
 
     rows: dict[str, dict[str, float]] = {}
     for layer in report.layers:
-        # "model.layers.3.mlp.experts.7.w1": block 3, linear "mlp.experts.*.w1"
-        parts = layer.name.split(".")
-        at = next((i for i, part in enumerate(parts) if part.isdecimal()), -1)
-        column = ".".join("*" if part.isdecimal() else part for part in parts[at + 1 :])
-        row = rows.setdefault(".".join(parts[: at + 1]), {})
+        block, column = in_block(layer.name)
+        row = rows.setdefault(block, {})
         row[column] = max(layer.error, row.get(column, 0.0))
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     calibrated = any(layer.tokens for layer in report.layers)
@@ -198,6 +195,19 @@ def table(report: Report) -> Table:
     for name, row in rows.items():
         shown.add_row(name, *(f"{row[c]:.2e}" if c in row else "" for c in columns))
     return shown
+
+
+def in_block(name: str) -> tuple[str, str]:
+    """The block that a linear is in, "" if in none, and what it is called there, with any expert
+    for all of them.
+
+    >>> in_block("model.layers.3.mlp.experts.7.w1")
+    ('model.layers.3', 'mlp.experts.*.w1')
+    """
+    parts = name.split(".")
+    at = next((i for i, part in enumerate(parts) if part.isdecimal()), -1)
+    within = ("*" if part.isdecimal() else part for part in parts[at + 1 :])
+    return ".".join(parts[: at + 1]), ".".join(within)
 
 
 def ranges(numbers: Sequence[int]) -> str:
@@ -215,9 +225,43 @@ def ranges(numbers: Sequence[int]) -> str:
     return ", ".join("-".join(map(str, part)) for part in parts)
 
 
+@dataclass
+class Peak:
+    """bytes: the most that were resident, known at the end."""
+
+    bytes: int = 0
+
+
+_LIFE = Peak()
+_PEAKS = [_LIFE]  # those that are being watched
+
+
+@contextmanager
+def peak_memory() -> Iterator[Peak]:
+    """The most memory that this process holds meanwhile, as Linux counts it; may be nested, and
+    disturbs no peak_resident_bytes. Where the system does not let its mark be set back, the most
+    that it has ever held."""
+    _note()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    _PEAKS.append(peak := Peak())
+    try:
+        yield peak
+    finally:
+        _note()
+        _PEAKS[:] = [each for each in _PEAKS if each is not peak]
+
+
 def peak_resident_bytes() -> int:
     """The most memory that this process has held, as Linux counts it."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    _note()
+    return _LIFE.bytes
+
+
+def _note() -> None:
+    mark = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    for peak in _PEAKS:
+        peak.bytes = max(peak.bytes, mark)
 
 
 def versions() -> dict[str, str]:

@@ -10,7 +10,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tersor.checkpoint import Checkpoint
 from tersor.errors import TersorError
+from tersor.report import in_block
 
 RECIPE_REPORT = "tersor_recipe.json"
 
@@ -28,6 +30,8 @@ class Stage:
     quality: text -> Quality.to_dict() of tersor.evaluate against the original; empty where it was
         not measured. speed: asdict(Speed), or None.
     layers: LayerReport dicts of tersor.report, of the linears that the step changed.
+    linears: name -> bytes of what is stored for it, of every linear of the blocks (see
+        linear_sizes); empty where it was not looked up.
     losses: of a training, [step, name -> value] in order; empty elsewhere.
     notes: what a reader should know: departures from what was asked first of all.
     """
@@ -44,6 +48,7 @@ class Stage:
     quality: dict[str, dict[str, Any]] = field(default_factory=dict)
     speed: dict[str, Any] | None = None
     layers: list[dict[str, Any]] = field(default_factory=list)
+    linears: dict[str, int] = field(default_factory=dict)
     losses: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -83,3 +88,19 @@ class RecipeReport:
             ) from None
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise TersorError(f"{path} is no report of a recipe ({error}); make it again") from None
+
+
+def linear_sizes(folder: Path) -> dict[str, int]:
+    """name -> bytes of all that a checkpoint stores for it, of every linear of its blocks, whether
+    quantized or not. Experts that are stored fused count as one linear. Reads headers alone."""
+    checkpoint = Checkpoint.open(folder)
+    metas = [checkpoint.metadata(name) for name in checkpoint.names]
+    owner = {meta.name: meta.name.rpartition(".")[0] for meta in metas}
+    matrices = {
+        owner[meta.name] for meta in metas if len(meta.shape) > 1 and in_block(meta.name)[0]
+    }
+    sizes: dict[str, int] = {}
+    for meta in metas:
+        if owner[meta.name] in matrices:
+            sizes[owner[meta.name]] = sizes.get(owner[meta.name], 0) + meta.nbytes
+    return sizes
