@@ -340,9 +340,8 @@ def _add_grid(sub: Parser) -> None:
     add = sub.add_argument
     add(
         "--group",
-        type=_group,
+        type=lambda text: _group(text) or text,  # a step knows the word
         metavar="N",
-        default=argparse.SUPPRESS,
         help="columns that share a scale, or 'row'; default: 128, or row for W8A8",
     )
     add("--asymmetric", action="store_true", help="store a zero point for each group")

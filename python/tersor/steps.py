@@ -185,7 +185,9 @@ class Prune(Step):
         if self.quantize is None:
             for setting in ("group", "asymmetric", "activations"):
                 if getattr(self, setting):
-                    raise TersorError(f"{setting} is of a grid; add quantize, or leave it out")
+                    raise TersorError(
+                        f"--{setting} is of a grid; add --quantize BITS, or leave it out"
+                    )
             return None
         return scheme_of(self.quantize, self.group, self.asymmetric, self.activations)
 
@@ -203,7 +205,9 @@ class Prune(Step):
                 "give sparsity, a share of zeros such as 0.5, or a pattern such as 2:4"
             )
         if self.per and self.pattern:
-            raise TersorError("per is what a sparsity is kept over; a pattern is of rows: leave it")
+            raise TersorError(
+                "--per is what --sparsity is kept over; a pattern is of rows: leave it out"
+            )
         sparsity = Sparsity.parse(self.pattern) if self.pattern else Sparsity(self.sparsity)
         return solver_of(self.method, PRUNERS, given, sparsity=sparsity)
 
@@ -425,10 +429,11 @@ def solver_of(
             raise TersorError(f"{next(iter(asked))} is a setting of the solver; give it there")
         return method
     if method not in table:
-        raise TersorError(f"the method {method} is unknown; use {' or '.join(table)}")
+        raise TersorError(f"--method {method} is unknown; use {' or '.join(table)}")
     make: Any = table[method]
     for name in asked.keys() - {field.name for field in fields(make)}:
-        raise TersorError(f"{name} changes nothing for the method {method}; leave it out")
+        option = "--" + name.replace("_", "-")
+        raise TersorError(f"{option} changes nothing for --method {method}; leave it out")
     made: Solver = make(**given, **asked)
     return made
 
