@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from tersor import calibrate, cli
-from tersor.commands import compress
+from tersor.commands import folders
 from tersor.errors import TersorError
 from tersor.steps import Quantize
 
@@ -306,7 +306,7 @@ def test_a_solver_from_the_table_takes_its_settings(monkeypatch: pytest.MonkeyPa
     def solver(*options: str) -> object:
         command = ["quantize", "x", "--out", "y", "--method", "mine", *options]
         args = cli.build_parser().parse_args(command)
-        return Quantize(**compress._settings(args, Quantize)).call()[1]["method"]
+        return Quantize(**folders.settings_of(args, Quantize)).call()[1]["method"]
 
     assert solver() == Mine()
     assert solver("--damp", "0.1") == Mine(0.1)

@@ -16,7 +16,7 @@ from transformers import PrinterCallback, TrainerCallback
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.logging import disable_progress_bar
 
-from tersor.calibrate import Calibration
+from tersor.calibrate import Calibration, digest
 from tersor.checkpoint import Checkpoint, check_finite
 from tersor.errors import TersorError
 from tersor.formats import quantization_config
@@ -34,6 +34,7 @@ from tersor.sparsity import Sparsity
 from tersor.surgery.smaller import is_pruned
 from tersor.training.losses import Distillation
 from tersor.training.plan import Plan, plan_settings
+from tersor.training.qat import QuantizationTraining
 
 BEGUN, TRAINED = "begun", "trained"  # commits
 
@@ -107,7 +108,8 @@ def train_checkpoint(
     scope = settle(source.model, source.found, qat.ignore if qat else ())
     windows = _training_windows(source, calibration, text, plan)
     distillation = distillation or Distillation()
-    job = _Job(source, scope, windows, plan, teacher, distillation, qat, sparsity)
+    first = text_windows(source, calibration) if qat and qat.start == "gptq" else None
+    job = _Job(source, scope, windows, first, plan, teacher, distillation, qat, sparsity)
     _check(job)
     report = Report(
         model=source.checkpoint.folder.resolve().name,
@@ -143,11 +145,13 @@ def train_checkpoint(
 
 @dataclass(frozen=True)
 class _Job:
-    """What is asked for, settled. windows: int64 [count, seq_len], to train on."""
+    """What is asked for, settled. windows: int64 [count, seq_len], to train on; calibration: the
+    same of the text that GPTQ starts from."""
 
     source: Source
     scope: Scope
     windows: Tensor
+    calibration: Tensor | None
     plan: Plan
     teacher: str | Path | None
     distillation: Distillation
@@ -197,7 +201,23 @@ class _Run:
         return HoldZeros(include=pruned) if pruned else None
 
     def _fake(self, model: nn.Module) -> Any:
-        return None
+        """What rounds the weights; None elsewhere. A training that goes on has its start in its
+        checkpoint."""
+        job, qat = self.job, self.job.qat
+        if qat is None:
+            return None
+        begins = self._last() is None and qat.start == "gptq"
+        if begins:
+            self.bar.say("GPTQ, to start from")
+        make = QuantizationTraining if qat.output == "codes" else _Weights
+        training = make(
+            qat.scheme,
+            scales=qat.scales,
+            start="gptq" if begins else None,
+            scale_dtype=job.source.dtype,
+            include=job.scope.linears,
+        )
+        return training.attach(model, job.calibration if begins else None)
 
     def _trainer(self, model: nn.Module, callbacks: list[Any]) -> Any:
         """A Trainer; where there is a teacher, one that distils."""
@@ -258,6 +278,13 @@ class _Run:
         self.writer.commit(TRAINED, info | {"training": training})
 
 
+class _Weights(QuantizationTraining):
+    """Leaves the weights below the rounding."""
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.finish(quantize=False)
+
+
 class _Steps(TrainerCallback):
     """Moves the bar."""
 
@@ -304,6 +331,8 @@ def _settings(job: _Job) -> dict[str, Any]:
         settings["distillation"] = asdict(job.distillation)
     if job.qat is not None:
         settings["qat"] = asdict(job.qat)
+        if job.calibration is not None:
+            settings["start"] = digest(job.calibration)
     if job.sparsity is not None:
         settings["sparsity"] = str(job.sparsity)
     return settings | machine()

@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 
 def quantize(args: argparse.Namespace) -> None:
-    _check_files(args)
+    check_files(args)
 
     from tersor.steps import Quantize
 
-    report = _run(args, Quantize(**_settings(args, Quantize)))
-    _show(args, report, f"{report.bits_per_weight:.2f} bits per quantized weight")
+    report = run_step(args, Quantize(**settings_of(args, Quantize)))
+    show(args, report, f"{report.bits_per_weight:.2f} bits per quantized weight")
 
 
 def prune(args: argparse.Namespace) -> None:
-    _check_files(args)
+    check_files(args)
     if args.structured is not None:
         _shrink(args)
         return
@@ -37,11 +37,11 @@ def prune(args: argparse.Namespace) -> None:
 
     from tersor.steps import Prune
 
-    report = _run(args, Prune(**_settings(args, Prune)))
+    report = run_step(args, Prune(**settings_of(args, Prune)))
     result = f"{100 * report.sparsity:.1f} % zeros in {len(report.layers)} linears"
     if args.quantize:
         result += f", {report.bits_per_weight:.2f} bits per weight"
-    _show(args, report, result)
+    show(args, report, result)
 
 
 STRUCTURED = (  # options of `prune --structured` alone
@@ -63,10 +63,10 @@ def _shrink(args: argparse.Namespace) -> None:
     settings = {name: getattr(args, name) for name in (*STRUCTURED, "damp")}
     settings = {name: value for name, value in settings.items() if value is not None}
 
-    report = _run(args, _structured(args)(**args.structured, **settings))
+    report = run_step(args, _structured(args)(**args.structured, **settings))
     parts = report.structure or {}
     before, after = parts["parameters_before"], parts["parameters_after"]
-    _show(args, report, f"{before / 1e6:.1f} -> {after / 1e6:.1f} million parameters")
+    show(args, report, f"{before / 1e6:.1f} -> {after / 1e6:.1f} million parameters")
 
 
 # What is cut in a run of its own -> options of --structured that change nothing there.
@@ -97,7 +97,7 @@ def _structured(args: argparse.Namespace) -> type[Surgery]:
     return Slice
 
 
-def _settings(args: argparse.Namespace, step: type[Step]) -> dict[str, Any]:
+def settings_of(args: argparse.Namespace, step: type[Step]) -> dict[str, Any]:
     """The arguments that are settings of the step and were given."""
     from dataclasses import fields
 
@@ -106,7 +106,7 @@ def _settings(args: argparse.Namespace, step: type[Step]) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
 
 
-def _run(args: argparse.Namespace, step: Step) -> Report:
+def run_step(args: argparse.Namespace, step: Step) -> Report:
     from tersor.kernels import thread_count
 
     thread_count()  # or TersorError
@@ -152,7 +152,7 @@ def _measure_speed(args: argparse.Namespace) -> None:
     )
 
 
-def _show(args: argparse.Namespace, report: Report, result: str) -> None:
+def show(args: argparse.Namespace, report: Report, result: str) -> None:
     from tersor.report import table
 
     out = console()
@@ -169,7 +169,7 @@ def _show(args: argparse.Namespace, report: Report, result: str) -> None:
         _measure_speed(args)
 
 
-def _check_files(args: argparse.Namespace) -> None:
+def check_files(args: argparse.Namespace) -> None:
     """The commonest mistakes, before seconds of imports. Beside a folder that an unfinished run has
     left, only the writer can tell."""
     out: str = args.out
