@@ -14,7 +14,6 @@ from tersor.blocks import Call, batches, catch
 from tersor.errors import TersorError
 from tersor.formats import FORMATS
 from tersor.layerwise import (
-    Solved,
     Solver,
     check_arguments,
     compress_block,
@@ -25,7 +24,7 @@ from tersor.linear import QuantLinear
 from tersor.models import FoundArch, find_arch, plain_linears
 from tersor.models.linears import is_conv1d, is_fused
 from tersor.packed_linear import PackedLinear, keep_hooks
-from tersor.qweight import Scheme
+from tersor.qweight import QWeight, Scheme
 from tersor.report import Report, Timings, versions
 from tersor.scope import check_inputs, settle, settle_all
 
@@ -141,8 +140,10 @@ def _compress(
                 for text in texts:
                     text.advance(module)
             for each in solved:
-                if scheme is not None:
-                    _install(model, each, scheme)
+                if scheme is not None and isinstance(each.weight, QWeight):
+                    layer = install(model, each.name, each.weight, scheme)
+                    packed = FORMATS[layer.format].pack(each.weight)
+                    each.report.bytes = sum(tensor.nbytes for tensor in packed.values())
                 report.layers.append(each.report)
                 if each.departure:
                     report.departures[each.name] = each.departure
@@ -208,15 +209,16 @@ def _check_plain(name: str, linear: nn.Module) -> None:
         )
 
 
-def _install(model: nn.Module, solved: Solved, scheme: Scheme) -> None:
-    linear = model.get_submodule(solved.name)
-    layer = QuantLinear(solved.weight, linear.bias, scheme.activation, linear.weight.dtype)
+def install(model: nn.Module, name: str, weight: QWeight, scheme: Scheme) -> QuantLinear:
+    """Puts a QuantLinear with that weight in the place of a linear, with its bias and hooks."""
+    linear = model.get_submodule(name)
+    layer = QuantLinear(weight, linear.bias, scheme.activation, linear.weight.dtype)
     keep_hooks(layer, linear)
-    solved.report.bytes = sum(t.nbytes for t in FORMATS[layer.format].pack(solved.weight).values())
     # A linear that the model uses in several places stays one layer in all of them.
-    places = [name for name, each in model.named_modules(remove_duplicate=False) if each is linear]
-    for name in places:
-        model.set_submodule(name, layer)
+    places = [path for path, each in model.named_modules(remove_duplicate=False) if each is linear]
+    for path in places:
+        model.set_submodule(path, layer)
+    return layer
 
 
 def _inputs(model: nn.Module, calibration: Tensor | Iterable[Any] | None) -> list[Call]:
