@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 def compress(args: argparse.Namespace) -> None:
     from tersor.kernels import thread_count
     from tersor.recipes.recipe import Recipe
+    from tersor.recipes.run import RECIPE_PAGE
     from tersor.recipes.run import compress as run
+    from tersor.recipes.stages import RECIPE_REPORT
 
     thread_count()  # or TersorError
     recipe = _with_options(Recipe.read(args.recipe), args)
@@ -33,10 +35,11 @@ def compress(args: argparse.Namespace) -> None:
         for note in stage.notes:
             out.print(f"not as asked: {stage.name}: {note}", highlight=False)
     first, last = report.stages[0], report.stages[-1]
-    page = "tersor_recipe.html and " if (Path(args.out) / "tersor_recipe.html").exists() else ""
+    page = (Path(args.out) / RECIPE_PAGE).exists()
+    where = RECIPE_PAGE if page else f"{RECIPE_REPORT} (a page too with tersor[report] installed)"
     out.print(
-        f"{args.out}: {first.bytes / 1e6:.1f} MB -> {last.bytes / 1e6:.1f} MB, "
-        f"{first.bytes / last.bytes:.1f} times smaller; details in {page}tersor_recipe.json",
+        f"{args.out}: {first.bytes / 1e6:.2f} MB -> {last.bytes / 1e6:.2f} MB, "
+        f"{first.bytes / last.bytes:.1f} times smaller; details in {where}",
         highlight=False,
     )
 

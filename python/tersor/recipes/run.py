@@ -17,7 +17,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,13 @@ from tersor.durable import disk_errors, durable, sync_folder
 from tersor.errors import TersorError
 from tersor.recipes.checks import Checked, check
 from tersor.recipes.facts import forget_peak, measure_quality, measure_size, peak_bytes
+from tersor.recipes.page import require, write_page
 from tersor.recipes.recipe import Evaluate, Export, Recipe, name_of, settings_of
 from tersor.recipes.stages import RECIPE_REPORT, RecipeReport, Stage
 from tersor.report import Report, versions
 from tersor.steps import Step, Train
 
+RECIPE_PAGE = "tersor_recipe.html"
 STAGES = "stages"  # in the output: models on the way that are kept
 _JOURNAL, _LOCK, _STAGING = "recipe.json", "lock", "out"
 
@@ -214,7 +216,9 @@ class _Run:
             with durable(staging / RECIPE_REPORT) as file:
                 file.write(report.to_json().encode())
             sync_folder(staging)
-        _write_page(report, staging)
+        with suppress(TersorError):  # where matplotlib is not installed, the JSON is all there is
+            require()
+            write_page(report, staging / RECIPE_PAGE)
         with disk_errors(folder):
             os.rename(staging, out)
             sync_folder(out.parent)
@@ -307,7 +311,3 @@ def _machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "isa": usable[0] if usable else "none",
     }
-
-
-def _write_page(report: RecipeReport, folder: Path) -> None:
-    pass

@@ -168,23 +168,21 @@ class _Run:
         self.folder = writer.state_path("training")
 
     def train(self) -> None:
-        job, source = self.job, self.job.source
-        with source.loaded(source.where):
-            model = source.model
-            model.float().requires_grad_(True)
-            before = {
-                name: model.get_submodule(name).weight.detach().clone()
-                for name in (job.scope.linears if job.qat else ())
-            }
-            masks, fake = self._masks(model), self._fake(model)
-            callbacks = [each for each in (masks, fake, _Steps(self.bar)) if each is not None]
-            trainer = self._trainer(model, callbacks)
-            self.bar.expect(job.plan.steps)
-            self.bar.say("training")
-            with self.timings.stage("train"):
-                trainer.train(resume_from_checkpoint=self._last())
-            with self.timings.stage("write"):
-                self._write(model, before, _log(trainer.state.log_history))
+        job = self.job
+        model = job.source.whole().float().requires_grad_(True)
+        before = {
+            name: model.get_submodule(name).weight.detach().clone()
+            for name in (job.scope.linears if job.qat else ())
+        }
+        masks, fake = self._masks(model), self._fake(model)
+        callbacks = [each for each in (masks, fake, _Steps(self.bar)) if each is not None]
+        trainer = self._trainer(model, callbacks)
+        self.bar.expect(job.plan.steps)
+        self.bar.say("training")
+        with self.timings.stage("train"):
+            trainer.train(resume_from_checkpoint=self._last())
+        with self.timings.stage("write"):
+            self._write(model, before, _log(trainer.state.log_history))
 
     def _masks(self, model: nn.Module) -> Any:
         """Where zeros are kept, or made; None elsewhere."""
