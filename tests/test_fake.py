@@ -219,7 +219,7 @@ def test_scales_stay_positive_and_learn_by_the_chain_rule() -> None:
         assert bool((stored > 0).all()) and bool(stored.isfinite().all())
 
 
-def test_weights_near_the_old_ones_that_round_to_the_codes() -> None:
+def test_weights_move_no_further_than_to_their_codes() -> None:
     for spec in SPECS:
         w, q = weights(spec)
         codes = ((q.codes.int() + 1) % spec.levels).to(torch.uint8)
@@ -228,12 +228,13 @@ def test_weights_near_the_old_ones_that_round_to_the_codes() -> None:
             near = into_cells(w, each)
             again = fake_quantize(near, each.scales, each.zeros, spec, torch.float32)
             assert torch.equal(again, each.dequantize())
-            off = (w - each.dequantize()).double().abs() / per_column(q, q.scales)
-            inside = off <= 0.4499
-            assert torch.equal(near[inside], w[inside])
-            moved = (near - each.dequantize()).double().abs() / per_column(q, q.scales)
+            stays = fake_quantize(w, each.scales, each.zeros, spec, torch.float32) == again
+            assert torch.equal(near[stays], w[stays])
+            moved = (near - each.dequantize()).double() / per_column(q, q.scales)
+            side = (w - each.dequantize()).sign().double()
             rounding = 2 * spec.levels * torch.finfo(torch.float32).eps
-            assert bool(((moved[off > 0.4501] - 0.45).abs() <= rounding).all())
+            assert bool(((moved - 0.45 * side)[~stays].abs() <= rounding).all())
+            assert (each is q) <= bool(stays.double().mean() > 0.9)
 
 
 def test_what_a_start_must_be() -> None:

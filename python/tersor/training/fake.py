@@ -72,13 +72,15 @@ def ready(q: QWeight, dtype: torch.dtype | None = None) -> QWeight:
 
 
 def into_cells(w: Tensor, q: QWeight) -> Tensor:
-    """The weights nearest to w [n, k] that round to the codes of q, with a margin; float32.
+    """w [n, k], with the weights that round to another code than that of q moved to the nearest
+    value that rounds to it, with a margin; float32.
 
-    They begin with what q computes and still have what w knew about them: which are the first to
+    So they begin with what q computes and still have what w knew about them: which are the first to
     go to another code, and to which.
     """
     values, reach = q.dequantize(), CELL * q.scales.float()[:, _groups(q)]
-    return torch.maximum(torch.minimum(w.float(), values + reach), values - reach)
+    moved = torch.maximum(torch.minimum(w.float(), values + reach), values - reach)
+    return torch.where(_codes(w, q.spec, q.scales, q.zeros, q.order) == q.codes, w.float(), moved)
 
 
 class _Rounding(torch.autograd.Function):
@@ -190,16 +192,9 @@ class FakeQuantize(nn.Module):
         """The nearest codes of a weight [n, k] (or [k, n] where it is stored so), on the CPU."""
         w = weight.t() if self.transposed else weight
         scales = stored_scales(self.scales, self.dtype)
-        columns = None if self.order is None else _columns(self.order)
-        codes = round_to_grid(
-            (w if columns is None else w[:, columns]).contiguous(), self.spec, scales, self.zeros
-        )
-        if columns is not None:
-            codes = codes[:, torch.argsort(columns)]
+        codes = _codes(w, self.spec, scales, self.zeros, self.order)
         zeros, order = (None if t is None else t.cpu() for t in (self.zeros, self.order))
-        return QWeight(
-            self.spec, codes.cpu().contiguous(), scales.to(self.dtype).cpu(), zeros, order
-        )
+        return QWeight(self.spec, codes.cpu(), scales.to(self.dtype).cpu(), zeros, order)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         mine = self.settings.tolist()
@@ -217,6 +212,17 @@ class FakeQuantize(nn.Module):
         """Follows the model to other devices, but keeps its dtypes, whatever the model's become."""
         super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
         return self
+
+
+def _codes(
+    w: Tensor, spec: QSpec, scales: Tensor, zeros: Tensor | None, order: Tensor | None
+) -> Tensor:
+    """The nearest codes, uint8 [n, k]."""
+    if order is None:
+        return round_to_grid(w.contiguous(), spec, scales, zeros)
+    columns = _columns(order)
+    codes = round_to_grid(w[:, columns], spec, scales, zeros)
+    return codes[:, torch.argsort(columns)].contiguous()
 
 
 def _groups(q: QWeight) -> Tensor:
