@@ -103,9 +103,8 @@ def test_layers_give_what_the_training_gave(scheme: Scheme) -> None:
         assert result.layers[name] == pytest.approx(zero, abs=1e-9)
     if scheme.activation is None:
         with torch.no_grad():
-            torch.testing.assert_close(
-                model(input_ids=IDS).logits, record.logits, rtol=0, atol=1e-5
-            )
+            off = model(input_ids=IDS).logits - record.logits
+        assert float(off.abs().max()) <= 1e-5 * float(record.logits.abs().max())
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "opt", "phi3"])
@@ -206,7 +205,7 @@ def test_it_starts_from_weights_with_an_order_of_columns() -> None:
         torch.testing.assert_close(before, x @ q.dequantize().T + wide.bias)
     training.finish()
     assert torch.equal(model.first.qweight().order, q.order)
-    torch.testing.assert_close(model.first(x), before.detach(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(model.first(x), before, rtol=1e-5, atol=1e-5)
 
 
 # Under a Trainer.
