@@ -24,12 +24,6 @@ def stored_scales(scales: Tensor, dtype: torch.dtype) -> Tensor:
     return scales.clamp(LEAST[dtype], torch.finfo(dtype).max).to(dtype).float()
 
 
-def gradient_scale(spec: QSpec, count: int) -> float:
-    """1 / √(N Q_p), N weights under a scale and Q_p the largest level (Esser et al.)."""
-    largest = spec.levels - 1 - (spec.midpoint if spec.symmetric else 0)
-    return float((count * largest) ** -0.5)
-
-
 def fake_quantize(
     w: Tensor, scales: Tensor, zeros: Tensor | None, spec: QSpec, dtype: torch.dtype
 ) -> Tensor:
@@ -40,9 +34,9 @@ def fake_quantize(
 
     ŵ = clamp(round(v), -Q_n, Q_p) scale, with v = w / scale, Q_n = zero, Q_p = levels - 1 - zero.
     The gradient of w is that of ŵ where round(v) is not clamped, and 0 elsewhere; that of a scale
-    is, as learned step size quantization has it (Esser et al., arXiv:1902.08153),
+    is that of learned step size quantization (Esser et al., arXiv:1902.08153, equation 3),
 
-        1 / √(N Q_p) Σ ∂L/∂ŵ (round(v) - v, or where it is clamped -Q_n or Q_p).
+        Σ ∂L/∂ŵ (round(v) - v, or where it is clamped -Q_n or Q_p).
 
     The paper counts as clamped what is beyond Q_p itself, and not beyond half a step more, which
     would freeze a weight that starts on the last level as soon as its scale shrinks.
@@ -72,13 +66,15 @@ def ready(q: QWeight, dtype: torch.dtype | None = None) -> QWeight:
 
 
 def into_cells(w: Tensor, q: QWeight) -> Tensor:
-    """The weights nearest to w [n, k] that round to the codes of q, with a margin; float32.
+    """w [n, k], with the weights that round to another code than that of q moved to the nearest
+    value that rounds to it, with a margin; float32.
 
-    They begin with what q computes and still have what w knew about them: which are the first to
+    So they begin with what q computes and still have what w knew about them: which are the first to
     go to another code, and to which.
     """
     values, reach = q.dequantize(), CELL * q.scales.float()[:, _groups(q)]
-    return torch.maximum(torch.minimum(w.float(), values + reach), values - reach)
+    moved = torch.maximum(torch.minimum(w.float(), values + reach), values - reach)
+    return torch.where(_codes(w, q.spec, q.scales, q.zeros, q.order) == q.codes, w.float(), moved)
 
 
 class _Rounding(torch.autograd.Function):
@@ -109,8 +105,7 @@ class _Rounding(torch.autograd.Function):
             of_w = torch.where(inside, g, 0).view(w.shape)
         if ctx.needs_input_grad[1]:
             slope = codes.clamp_(0, spec.levels - 1).sub_(zero).sub_(torch.where(inside, steps, 0))
-            total = slope.mul_(g).sum(-1)
-            of_scales = total.mul_(gradient_scale(spec, steps.shape[-1]))
+            of_scales = slope.mul_(g).sum(-1)
         return of_w, of_scales, None, None, None
 
 
@@ -144,10 +139,14 @@ class FakeQuantize(nn.Module):
         columns. Zero points stay as they are.
     learned: scales learn. transposed: W is stored as [k, n].
 
-    A scale is its start * exp(log_bias / unit), with the mean of all starts as unit: it stays
-    positive, and steps of an optimizer that move a weight by some part of its size, move a scale by
-    such a part of its own. (Trainers of transformers give no weight decay to a parameter with
-    "bias" in its name.)
+    A scale is its start * exp(pace * log_bias / unit), unit the mean of all starts, so that it
+    stays positive and moves in proportion to its size. pace is the gradient scale of LSQ,
+    1 / √(N Q_p), N weights under a scale and Q_p the largest level: the gradient of log_bias is
+    that of the paper, and the steps of optimizers that do not see how large a gradient is, such as
+    Adam, are smaller for a scale, which moves N weights at once, than for a weight. (With the full
+    step of a weight, scales cost more than they gain in short trainings.)
+
+    Trainers of transformers give no weight decay to a parameter with "bias" in its name.
     """
 
     start: Tensor  # float32 [n, groups]
@@ -159,6 +158,7 @@ class FakeQuantize(nn.Module):
     def __init__(self, start: QWeight, learned: bool = True, transposed: bool = False) -> None:
         super().__init__()
         self.spec, self.dtype, self.transposed = start.spec, start.scales.dtype, transposed
+        self.k = start.k
         self.resumed = False  # whether a state was loaded
         self.register_buffer("start", start.scales.float())
         self.register_buffer("zeros", None if start.zeros is None else start.zeros.clone())
@@ -173,7 +173,12 @@ class FakeQuantize(nn.Module):
         """As they are learned, before they are rounded to their dtype: float32 [n, groups]."""
         if self.log_bias is None:
             return self.start
-        return self.start * (self.log_bias / self.start.mean()).exp()
+        return self.start * (self.pace / self.start.mean() * self.log_bias).exp()
+
+    @property
+    def pace(self) -> float:
+        largest = self.spec.levels - 1 - (self.spec.midpoint if self.spec.symmetric else 0)
+        return float((self.k // self.start.shape[1] * largest) ** -0.5)
 
     def forward(self, weight: Tensor) -> Tensor:
         w = weight.t() if self.transposed else weight
@@ -190,16 +195,9 @@ class FakeQuantize(nn.Module):
         """The nearest codes of a weight [n, k] (or [k, n] where it is stored so), on the CPU."""
         w = weight.t() if self.transposed else weight
         scales = stored_scales(self.scales, self.dtype)
-        columns = None if self.order is None else _columns(self.order)
-        codes = round_to_grid(
-            (w if columns is None else w[:, columns]).contiguous(), self.spec, scales, self.zeros
-        )
-        if columns is not None:
-            codes = codes[:, torch.argsort(columns)]
+        codes = _codes(w, self.spec, scales, self.zeros, self.order)
         zeros, order = (None if t is None else t.cpu() for t in (self.zeros, self.order))
-        return QWeight(
-            self.spec, codes.cpu().contiguous(), scales.to(self.dtype).cpu(), zeros, order
-        )
+        return QWeight(self.spec, codes.cpu(), scales.to(self.dtype).cpu(), zeros, order)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         mine = self.settings.tolist()
@@ -217,6 +215,17 @@ class FakeQuantize(nn.Module):
         """Follows the model to other devices, but keeps its dtypes, whatever the model's become."""
         super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
         return self
+
+
+def _codes(
+    w: Tensor, spec: QSpec, scales: Tensor, zeros: Tensor | None, order: Tensor | None
+) -> Tensor:
+    """The nearest codes, uint8 [n, k]."""
+    if order is None:
+        return round_to_grid(w.contiguous(), spec, scales, zeros)
+    columns = _columns(order)
+    codes = round_to_grid(w[:, columns], spec, scales, zeros)
+    return codes[:, torch.argsort(columns)].contiguous()
 
 
 def _groups(q: QWeight) -> Tensor:
