@@ -50,7 +50,9 @@ class AdaptedLinear(Linear):  # type: ignore[misc,unused-ignore]
         if asked:
             refuse_variant(asked[0])
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        if not self.lora_A:
+            return
         raise TersorError(
             "merging into a quantized weight rounds it again; use tersor.merge_lora(model), which "
             "does and reports what the rounding cost"
