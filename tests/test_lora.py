@@ -187,7 +187,7 @@ def test_all_linear_takes_those_that_are_not_quantized_too() -> None:
     assert "lm_head" not in names
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "qwen2_moe", "bert"])
+@pytest.mark.parametrize("kind", ["gpt2", "gemma2", "bert"])
 def test_other_architectures(kind: str) -> None:
     plain = base(model=kind)
     names = {n for n, m in plain.named_modules() if isinstance(m, QuantLinear)}
@@ -199,12 +199,20 @@ def test_other_architectures(kind: str) -> None:
     assert torch.equal(logits(model), want)
 
 
-@pytest.mark.filterwarnings("ignore:target_parameters", "ignore:The following")
-def test_linears_that_peft_takes_for_others_are_named() -> None:
-    """Mixtral's experts have had other names in transformers; peft looks for today's."""
-    with pytest.warns(UserWarning, match=r"no adapter on .*experts\.0\.w1 and 23 more"):
-        model = add_lora(base(model="mixtral"), LoraConfig(r=2))
-    assert all("self_attn" in name for name in adapters(model))
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe"])
+def test_experts_have_no_adapters(kind: str, tmp_path: Path) -> None:
+    """peft would look for them under the names of fused experts, and not find them again."""
+    model = add_lora(base(model=kind), LoraConfig(r=2))
+    names = {n for n, m in model.get_base_model().named_modules() if isinstance(m, AdaptedLinear)}
+    assert names and not any("experts." in name.replace("shared_expert.", "") for name in names)
+    assert len(adapters(model)) == 2 * len(names)
+    randomize(model)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(prepare_lora(base(model=kind)), tmp_path)
+    assert torch.equal(logits(again), logits(model))
+    target = "w1" if kind == "mixtral" else "gate_proj"
+    with pytest.raises(TersorError, match=rf"match .*experts\.0\.{target} in an expert"):
+        add_lora(base(model=kind), LoraConfig(target_modules=[target]))
 
 
 def test_two_adapters_and_batches_that_mix_them() -> None:

@@ -5,13 +5,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from tersor.adapters.lora import add_lora, check_free, import_peft
+from tersor.adapters.lora import (
+    add_lora,
+    check_free,
+    import_peft,
+    in_experts,
+    refuse_experts,
+)
 from tersor.adapters.nf4 import NF4, NF4Weight, quantize_nf4
 from tersor.adapters.nf4_linear import NF4Linear
 from tersor.calibrate import GramStats, capture
@@ -173,8 +179,8 @@ def loftq_model(
     if config.target_modules is None:
         config.target_modules = {name for name in names if ranks[name]}
     adapted = add_lora(model, config)
-    left = _set_factors(adapted, factors)  # add_lora has warned of them
-    return adapted, [replace(x, rank=0, error=x.plain) if x.name in left else x for x in done]
+    _set_factors(adapted, factors)
+    return adapted, done
 
 
 def _solver(to: Scheme | NF4, method: str | Solver) -> Solver | None:
@@ -211,15 +217,21 @@ def _layer(q: Any, linear: nn.Linear, to: Scheme | NF4) -> nn.Module:
 
 def _ranks(model: nn.Module, names: Sequence[str], config: Any) -> dict[str, int]:
     """The rank of each linear's adapter, 0 without one."""
-    from peft.tuners.tuners_utils import check_target_module_exists
-    from peft.utils.other import get_pattern_key
+    from peft.tuners.tuners_utils import (  # type: ignore[import-not-found,unused-ignore]
+        check_target_module_exists,
+    )
+    from peft.utils.other import (  # type: ignore[import-not-found,unused-ignore]
+        get_pattern_key,
+    )
 
-    everything = config.target_modules in (None, "all-linear")
+    everything, experts = config.target_modules in (None, "all-linear"), in_experts(model)
     if everything:
         config.target_modules = None
+    else:
+        refuse_experts(config, experts)
     ranks = {}
     for name in names:
-        aimed = everything or bool(check_target_module_exists(config, name))
+        aimed = name not in experts if everything else check_target_module_exists(config, name)
         key = get_pattern_key(config.rank_pattern.keys(), name)
         ranks[name] = config.rank_pattern.get(key, config.r) if aimed else 0
         linear = model.get_submodule(name)
@@ -237,18 +249,11 @@ def _ranks(model: nn.Module, names: Sequence[str], config: Any) -> dict[str, int
 
 
 @torch.no_grad()
-def _set_factors(adapted: Any, factors: dict[str, tuple[Tensor, Tensor]]) -> set[str]:
-    """Returns the linears that should have an adapter and have none."""
-    from tersor.adapters.layer import AdaptedLinear
-
+def _set_factors(adapted: Any, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
     inner = adapted.get_base_model()
-    left = set()
     for name, (b, a) in factors.items():
-        layer = inner.get_submodule(name)
-        if not isinstance(layer, AdaptedLinear) or not layer.lora_A:
-            left.add(name)
-            continue
-        (adapter,) = layer.lora_A.keys()
-        layer.lora_A[adapter].weight.copy_(a)
-        layer.lora_B[adapter].weight.copy_(b / layer.scaling[adapter])
-    return left
+        if b.shape[1]:
+            layer = inner.get_submodule(name)
+            (adapter,) = layer.lora_A.keys()
+            layer.lora_A[adapter].weight.copy_(a)
+            layer.lora_B[adapter].weight.copy_(b / layer.scaling[adapter])

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from tersor.errors import TersorError
+from tersor.models import ExpertList
 from tersor.packed_linear import PackedLinear
 
 
@@ -26,8 +27,8 @@ def add_lora(model: nn.Module, config: Any = None, adapter_name: str = "default"
     model: with QuantLinear, SparseLinear or NF4Linear layers; changed in place. Its own parameters
         are frozen.
     config: a peft.LoraConfig, which is not changed; None: its defaults. Where it has no
-        target_modules, or "all-linear", adapters go on every quantized linear, and with
-        "all-linear" on every other nn.Linear but the head as well.
+        target_modules, or "all-linear", adapters go on every quantized linear outside the experts
+        of a mixture, and with "all-linear" on every other nn.Linear but the head as well.
     The adapters are float32, whatever the dtype of the model. With none active
     (model.disable_adapter()) outputs are those of the model before, to the bit.
 
@@ -44,21 +45,12 @@ def add_lora(model: nn.Module, config: Any = None, adapter_name: str = "default"
         raise TersorError(f"config is a peft.LoraConfig, not a {type(config).__name__}")
     check_settings(config)
     check_free(model)
-    targets = _settle_targets(model, config)
+    _settle_targets(model, config)
     prepare_lora(model)
     with warnings.catch_warnings():
         # That the model has layers of peft's is what prepare_lora did.
         warnings.filterwarnings("ignore", "You are trying to modify a model with PEFT")
-        adapted = peft.get_peft_model(model, config, adapter_name)
-    left = [name for name in targets if not model.get_submodule(name).lora_A]
-    if left:
-        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
-        warnings.warn(
-            f"peft has put no adapter on {left[0]}{more}: it takes these names for those of "
-            "modules that transformers has fused since, and looks for them there",
-            stacklevel=2,
-        )
-    return adapted
+        return peft.get_peft_model(model, config, adapter_name)
 
 
 def prepare_lora(model: nn.Module) -> nn.Module:
@@ -91,14 +83,27 @@ def prepare_lora(model: nn.Module) -> nn.Module:
 
 
 def quantized_linears(model: nn.Module) -> dict[str, nn.Module]:
-    """By path, in every place, the quantized linears of a model that are in no adapted layer."""
+    """By path, in every place, the quantized linears of a model that can be adapted and are not
+    yet."""
     from tersor.adapters.nf4_linear import NF4Linear
 
-    kinds = (PackedLinear, NF4Linear)
+    kinds, experts = (PackedLinear, NF4Linear), in_experts(model)
     return {
         path: module
         for path, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, kinds) and not path.endswith(".base_layer")
+        if isinstance(module, kinds) and not path.endswith(".base_layer") and path not in experts
+    }
+
+
+def in_experts(model: nn.Module) -> set[str]:
+    """Paths of modules in the experts of a mixture. transformers has fused them since, and peft
+    looks for adapters on them, and loads them, under the names that they have there."""
+    lists = (name for name, module in model.named_modules() if isinstance(module, ExpertList))
+    return {
+        f"{name}.{path}"
+        for name in lists
+        for path, _ in model.get_submodule(name).named_modules()
+        if path
     }
 
 
@@ -135,9 +140,8 @@ def check_free(model: nn.Module) -> None:
             )
 
 
-def _settle_targets(model: nn.Module, config: Any) -> list[str]:
-    """Fills in target_modules where they are left open, and checks those that are given. Returns
-    the quantized linears that are meant."""
+def _settle_targets(model: nn.Module, config: Any) -> None:
+    """Fills in target_modules where they are left open, and checks those that are given."""
     from peft.tuners.tuners_utils import check_target_module_exists
 
     from tersor.adapters.layer import AdaptedLinear
@@ -146,7 +150,7 @@ def _settle_targets(model: nn.Module, config: Any) -> list[str]:
         *quantized_linears(model),
         *(name for name, m in model.named_modules() if isinstance(m, AdaptedLinear)),
     ]
-    given = config.target_modules
+    experts, given = in_experts(model), config.target_modules
     everything = isinstance(given, str) and given.lower() == "all-linear"
     if given is None or everything:
         head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -155,14 +159,26 @@ def _settle_targets(model: nn.Module, config: Any) -> list[str]:
             for name, module in model.named_modules()
             if everything and isinstance(module, nn.Linear) and module is not head
         ]
-        config.target_modules = {*quantized, *plain}
-        given = None
+        config.target_modules = {*quantized, *plain} - experts
+        return
     names = [name for name, _ in model.named_modules() if name]
-    for target in [given] if isinstance(given, str) else sorted(given or ()):
+    for target in [given] if isinstance(given, str) else sorted(given):
         one = copy.copy(config)
         one.target_modules = target if isinstance(given, str) else {target}
         one.exclude_modules = None
         if not any(check_target_module_exists(one, name) for name in names):
             example = f"; modules are called like {quantized[0]}" if quantized else ""
             raise TersorError(f"target_modules: {target!r} matches no module of the model{example}")
-    return [name for name in quantized if check_target_module_exists(config, name)]
+    refuse_experts(config, experts)
+
+
+def refuse_experts(config: Any, experts: set[str]) -> None:
+    """TersorError where target_modules name something in an expert."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    inside = next((n for n in sorted(experts) if check_target_module_exists(config, n)), None)
+    if inside:
+        raise TersorError(
+            f"target_modules match {inside} in an expert, and peft cannot load adapters on those "
+            "again; leave them out (exclude_modules), or target_modules for all but experts"
+        )

@@ -190,15 +190,13 @@ def _merged(
         except TersorError as error:
             raise TersorError(f"{name}: {error}") from error
     made.train(layer.training)
-    error = _dense_weight(made) - wanted
+    off = _dense_weight(made) - wanted
     total = _squares(wanted) or 1.0
     output = None
     if stats is not None and stats.tokens:
-        output = stats.loss(error) / (stats.loss(wanted) or 1.0)
+        output = stats.loss(off) / (stats.loss(wanted) or 1.0)
     changed = None if dense else _changed(base, made)
-    merged = MergedLayer(
-        name, how, _squares(delta) / total, _squares(error) / total, output, changed
-    )
+    merged = MergedLayer(name, how, _squares(delta) / total, _squares(off) / total, output, changed)
     return made, merged
 
 

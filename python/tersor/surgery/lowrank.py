@@ -143,7 +143,7 @@ def factorize_model(
 
 
 def save_factorized(model: Any, folder: str | Path) -> None:
-    """Writes a model of transformers with LowRankLinear layers, for load_factorized and tersor.load.
+    """Writes a model of transformers with LowRankLinear layers; tersor.load reads it.
 
     An ordinary folder, in which those linears have `down` and `up`. config.json gives their ranks,
     and "tersor_factorized" for the model's type: plain transformers refuses such a folder.
@@ -176,8 +176,8 @@ def load_factorized(folder: str | Path, dtype: torch.dtype | None = None) -> Any
     ranks = entry.get("ranks") if isinstance(entry, dict) else None
     if not isinstance(entry, dict) or not isinstance(ranks, dict) or not ranks:
         raise TersorError(
-            f"config.json of {checkpoint.folder} has no ranks under {ENTRY}, so it is no factorized "
-            "model; load it with transformers, or by tersor.load where it is quantized"
+            f"config.json of {checkpoint.folder} has no ranks under {ENTRY}, so it is no "
+            "factorized model; load it with transformers, or by tersor.load where it is quantized"
         )
     model: Any = build_skeleton(config | {"model_type": entry.get("model_type")}, dtype)
     for name, rank in ranks.items():
