@@ -43,6 +43,7 @@ from tersor.models import (
 )
 from tersor.models.arch import Arch
 from tersor.sparse_linear import swap_sparse_linears
+from tersor.surgery.lowrank import ENTRY, load_factorized
 
 METHOD = "tersor"
 # Of these a quantized linear has at least one of the first two; a plain one has the last.
@@ -51,7 +52,8 @@ _NAMES = ("weight_scale", "weight_packed", "weight")
 
 def load(folder: str | Path, dtype: torch.dtype | None = None) -> Any:
     """The transformers model of a quantized folder, with a QuantLinear for every quantized linear;
-    or of one that is pruned to 2:4, with a SparseLinear where that is faster (see use_sparse).
+    or of one that is pruned to 2:4, with a SparseLinear where that is faster (see use_sparse); or
+    of one that is factorized (see tersor.surgery.lowrank).
 
     folder: a compressed-tensors checkpoint, written by tersor, llm-compressor or the like, or an
         ordinary one whose linears have 2:4 zeros.
@@ -63,6 +65,8 @@ def load(folder: str | Path, dtype: torch.dtype | None = None) -> Any:
     TersorError names the tensor that is missing, left over or damaged, or what is not supported.
     """
     checkpoint = Checkpoint.open(folder)
+    if ENTRY in checkpoint.config:
+        return load_factorized(folder, dtype)
     if dtype is not None:
         dtype_code(dtype)
     model: Any = build_skeleton(checkpoint.config, dtype)
