@@ -110,16 +110,16 @@ def test_stopped_after_the_last_batch(tmp_path: Path) -> None:
 def _write_settings(model: Any, tokenizer: Any, partial: Path, given: dict[str, Any]) -> None:
     """Those of an unfinished run, taken from one that is stopped before it writes anything."""
 
-    class Stop(Exception):
+    class StopError(Exception):
         pass
 
     def stop(*what: Any, **how: Any) -> None:
-        raise Stop
+        raise StopError
 
     plain = sequences.complete
     sequences.complete = stop
     try:
-        with pytest.raises(Stop):
+        with pytest.raises(StopError):
             generate_corpus(model, tokenizer, PROMPTS, partial.parent / "e.jsonl", **given)
     finally:
         sequences.complete = plain

@@ -134,10 +134,11 @@ class CorpusRows(Dataset):
             raise TersorError(f"length is {length}; a row needs at least 2 tokens")
         self.path, self.length = Path(path), length
         self.places: list[tuple[int, int]] = []
-        start = 0
+        start, number = 0, 0
         try:
             with self.path.open("rb") as file:
-                for number, line in enumerate(file, 1):
+                for line in file:
+                    number += 1
                     record = json.loads(line)
                     count, total = record["prompt_tokens"], len(record["ids"])
                     if not 0 < count <= total:
