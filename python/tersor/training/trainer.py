@@ -7,7 +7,6 @@ checkpoints, logs, evaluation.
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -17,12 +16,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from tersor.durable import durable
 from tersor.errors import TersorError
-from tersor.tensorfile import TensorFile, write_tensors
+from tersor.training import beside
 from tersor.training.features import FeatureLoss, Features
 from tersor.training.finite import StopAtNaN, check_loss, check_rows
 from tersor.training.fused import IGNORED, distill
@@ -112,7 +110,8 @@ class DistillTrainer(Trainer):
                     "features of different widths need projections, which one process trains; use "
                     "one, or compare values alone, whose relations need none"
                 )
-            self.add_callback(_Forget(self._features))
+            assert self._features is not None
+            self.add_callback(beside.Forget(self._features))
         self._tally = Tally()
 
     def get_batch_samples(
@@ -219,47 +218,24 @@ class DistillTrainer(Trainer):
     def create_optimizer(self, *given: Any, **named: Any) -> Any:
         made = self.optimizer is None
         optimizer = super().create_optimizer(*given, **named)
-        if made and self._projections():
-            parameters = list(self._projections().values())
-            optimizer.add_param_group({"params": parameters, "weight_decay": 0.0})
+        if made and self._features is not None:
+            beside.add_to(optimizer, self._features)
         return optimizer
 
     def _save_checkpoint(self, model: nn.Module, trial: Any, *given: Any, **named: Any) -> None:
         if self._projections() and self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-            folder.mkdir(parents=True, exist_ok=True)
-            with durable(folder / _PROJECTIONS) as file:
-                write_tensors(file, self._projections())
+            beside.save(folder / _PROJECTIONS, self._projections())
         super()._save_checkpoint(model, trial, *given, **named)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        ours = self._projections()
-        if not ours:
-            return
-        path = Path(resume_from_checkpoint, _PROJECTIONS)
-        if not os.path.isfile(path):
-            raise TersorError(f"{path} is missing; go on from a checkpoint with these features")
-        file = TensorFile.open(path)
-        if {n: m.shape for n, m in file.tensors.items()} != {n: p.shape for n, p in ours.items()}:
-            raise TersorError(f"{path} is of other features; use those that it was begun with")
-        with torch.no_grad():
-            for name, parameter in ours.items():
-                parameter.copy_(file.read(file.tensors[name]))
+        if self._projections():
+            path = Path(resume_from_checkpoint, _PROJECTIONS)
+            beside.load(path, self._projections(), "features")
 
     def _projections(self) -> dict[str, Tensor]:
         return {} if self._features is None else dict(self._features.named_parameters())
-
-
-class _Forget(TrainerCallback):
-    """After a step the Trainer forgets the gradients of the student alone."""
-
-    def __init__(self, features: nn.Module | None) -> None:
-        self.features = features
-
-    def on_step_end(self, *given: Any, **named: Any) -> None:
-        if self.features is not None:
-            self.features.zero_grad()
 
 
 def _nothing(model: nn.Module, side: int) -> Any:
