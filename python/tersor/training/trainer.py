@@ -27,7 +27,7 @@ from tersor.training.fused import IGNORED, distill
 from tersor.training.losses import Distillation, find_loss
 from tersor.training.offline import TeacherCache
 from tersor.training.on_policy import OWN_TEXT, OnPolicy, check_on_policy
-from tersor.training.reading import Reader
+from tersor.training.reading import Reader, vocabulary_of
 from tersor.training.sparse_targets import check_kept, distill_sparse
 from tersor.training.tally import Tally
 
@@ -255,24 +255,16 @@ def _check_models(
         )
     if teacher is student:
         raise TersorError("teacher and student are one object; give a copy, copy.deepcopy(model)")
-    ours = _vocabulary(student)
+    ours = vocabulary_of(student)
     if isinstance(teacher, TeacherCache):
         if features is not None:
             raise TersorError("a cache holds no features; give the teacher itself, or no features")
         check_kept(find_loss(settings.loss), settings.temperature, teacher.keep)
         theirs: int = teacher.vocabulary
     else:
-        theirs = _vocabulary(teacher)
+        theirs = vocabulary_of(teacher)
     if ours != theirs:
         raise TersorError(
             f"the student's vocabulary has {ours} tokens and the teacher's {theirs}; choose a "
             "teacher with the student's tokenizer, or resize_token_embeddings where one is padded"
         )
-
-
-def _vocabulary(model: nn.Module) -> int:
-    config = getattr(model, "config", None)
-    found = getattr(config, "vocab_size", None)
-    if found is None:
-        raise TersorError(f"{type(model).__name__} is no language model with one vocabulary")
-    return int(found)
