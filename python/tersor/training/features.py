@@ -1,5 +1,5 @@
 """What a student's layers hold, made like what the teacher's hold: hidden states, relations between
-values, the embedding.
+values, attention maps, the embedding.
 
 Read with hooks on the very modules that are compared, for one forward pass; nothing else is kept.
 """
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tersor.errors import TersorError
 from tersor.models import find_arch
+from tersor.training.attention import KINDS, attention_loss, check_maps, maps_of
 from tersor.training.losses import working
 
 _VALUES = ("v_proj", "value", "v_lin")  # what modules are called that make values alone
@@ -36,6 +37,11 @@ class Features:
         al., arXiv:2002.10957): see relation_loss.
     heads: of the relations, dividing both models' widths of values (MiniLMv2, arXiv:2012.15828);
         None: as many as the student has heads of values.
+    attention: weight of the attention maps of the blocks' queries, averaged over the pairs of
+        `layers`; both models must be loaded with attn_implementation="eager".
+    attention_kind: "kl" or "mse", see attention_loss.
+    attention_heads: head of the student -> head of the teacher, in every block; None: one by one,
+        or where their numbers differ the mean over the heads of each.
     """
 
     layers: Mapping[int, int] | None = None
@@ -44,14 +50,23 @@ class Features:
     embedding: float = 0.0
     values: float = 0.0
     heads: int | None = None
+    attention: float = 0.0
+    attention_kind: str = "kl"
+    attention_heads: Mapping[int, int] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("hidden", "embedding", "values"):
+        names = ("hidden", "embedding", "values", "attention")
+        for name in names:
             if not getattr(self, name) >= 0:
                 raise TersorError(f"the weight {name} is {getattr(self, name)!r}; give at least 0")
-        if not self.hidden and not self.embedding and not self.values:
+        if not any(getattr(self, name) for name in names):
             raise TersorError(
-                "no feature has a weight; give one to hidden, embedding or values, or no Features"
+                "no feature has a weight; give one to hidden, embedding, values or attention, or "
+                "no Features"
+            )
+        if self.attention_kind not in KINDS:
+            raise TersorError(
+                f"there is no attention_kind {self.attention_kind!r}; choose {' or '.join(KINDS)}"
             )
         if self.kind not in ("mse", "cosine"):
             raise TersorError(f"there is no kind {self.kind!r}; choose mse or cosine")
@@ -152,12 +167,17 @@ class FeatureLoss(nn.Module):
                         f"{self.heads} heads do not divide the {width} features of {path}; give "
                         "heads that divide the values of student and teacher"
                     )
+        if features.attention:
+            check_maps(student, teacher, features.attention_heads)
 
     @contextmanager
     def recorded(self, model: nn.Module, side: int) -> Iterator[dict[str, Tensor]]:
         """Keeps what the model (side 0: student, 1: teacher) computes at the paths of the pairs."""
         paths = {pair[side] for pair in self.pairs.values()}
-        with recording(model, paths) as found:
+        with ExitStack() as stack:
+            found = stack.enter_context(recording(model, paths))
+            if self.features.attention:
+                stack.enter_context(maps_of(model, found))
             yield found
 
     def forward(
@@ -180,6 +200,10 @@ class FeatureLoss(nn.Module):
                 s = projection(s.to(projection.weight.dtype))
             weight = features.embedding if what == "embedding" else features.hidden / count
             losses.append(weight * hidden_loss(s, t, real, features.kind))
+        for i, j in self.layers.items() if features.attention else ():
+            maps = student[f"attention_{i}"], teacher[f"attention_{j}"].detach()
+            loss = attention_loss(*maps, real, features.attention_kind, features.attention_heads)
+            losses.append(features.attention / len(self.layers) * loss)
         return torch.stack(losses).sum()
 
 

@@ -71,7 +71,7 @@ def cache_teacher(
         "format": _FORMAT,
         "version": _VERSION,
         "keep": asdict(keep),
-        "teacher": fingerprint or _digest_of(teacher),
+        "teacher": fingerprint or digest_of_weights(teacher),
         "text": hashlib.blake2b(
             windows.cpu().contiguous().numpy().tobytes(), digest_size=16
         ).hexdigest(),
@@ -195,7 +195,7 @@ def _hash(ids: Tensor) -> hashlib.blake2b:
     return hashlib.blake2b(ids.cpu().to(torch.int32).contiguous().numpy(), digest_size=16)
 
 
-def _digest_of(teacher: Callable[..., Any]) -> str:
+def digest_of_weights(teacher: Callable[..., Any]) -> str:
     """Of all weights and buffers, by name."""
     if not isinstance(teacher, nn.Module):
         raise TersorError(

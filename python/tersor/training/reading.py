@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tersor.errors import TersorError
 from tersor.training.features import recording
 from tersor.training.fused import Head, Logits
 
@@ -81,3 +82,12 @@ class Reader:
         half = hidden.dtype not in (torch.float32, torch.float64)
         bound = 2e-2 if half or torch.is_autocast_enabled(hidden.device.type) else 1e-4
         return bool((made - given).abs().max() <= bound * given.abs().max())
+
+
+def vocabulary_of(model: nn.Module) -> int:
+    """The rows of the model's output; TersorError where it is no language model."""
+    config = getattr(model, "config", None)
+    found = getattr(config, "vocab_size", None)
+    if found is None:
+        raise TersorError(f"{type(model).__name__} is no language model with one vocabulary")
+    return int(found)

@@ -6,30 +6,32 @@ checkpoints, logs, evaluation.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from tersor.durable import durable
 from tersor.errors import TersorError
-from tersor.tensorfile import TensorFile, write_tensors
+from tersor.training import beside
 from tersor.training.features import FeatureLoss, Features
-from tersor.training.fused import IGNORED, Parts, distill
+from tersor.training.finite import StopAtNaN, check_loss, check_rows
+from tersor.training.fused import IGNORED, distill
 from tersor.training.losses import Distillation, find_loss
 from tersor.training.offline import TeacherCache
-from tersor.training.reading import Reader
+from tersor.training.on_policy import OWN_TEXT, OnPolicy, check_on_policy
+from tersor.training.reading import Reader, vocabulary_of
 from tersor.training.sparse_targets import check_kept, distill_sparse
+from tersor.training.tally import Tally
 
 _PROJECTIONS = "feature_projections.safetensors"
-_LOGGED = ("distillation", "cross_entropy", "features")
 
 
 class DistillTrainer(Trainer):
@@ -45,11 +47,13 @@ class DistillTrainer(Trainer):
         device and into evaluation mode; or a TeacherCache of the very windows in the batches, those
         of evaluation included.
     features: what layers are compared; needs a teacher that runs.
+    on_policy: which batches the student writes itself; needs a teacher that runs.
     given: as for transformers.Trainer. Batches hold `labels`, with -100 where a token does not
         count. compute_loss_func and label smoothing are refused: the loss is this class's own.
 
     Logs have, beside the loss, what it is made of: distillation, cross_entropy and features, means
-    over the tokens since the last log; eval_... in evaluation. Losses are divided by the tokens of
+    over the tokens since the last log (the cross-entropy over those that the student has not
+    written itself); eval_... in evaluation. Losses are divided by the tokens of
     all accumulated batches, so accumulation changes nothing. What a mixture of experts adds to its
     own loss to balance its routers is left out.
 
@@ -57,7 +61,8 @@ class DistillTrainer(Trainer):
     beside it, and not part of the model that is saved.
 
     Raises TersorError, before training, where vocabularies differ, the cache does not fit the
-    settings, or the engine cannot do it.
+    settings, the data set is empty, or the engine cannot do it; and in training for a loss or a
+    gradient that is not finite, before it reaches the weights.
     """
 
     def __init__(
@@ -66,11 +71,14 @@ class DistillTrainer(Trainer):
         teacher: nn.Module | TeacherCache,
         distillation: Distillation | None = None,
         features: Features | None = None,
+        on_policy: OnPolicy | None = None,
         **given: Any,
     ) -> None:
         self.distillation = distillation or Distillation()
         _check_models(model, teacher, self.distillation, features)
+        check_rows(given.get("train_dataset"))
         super().__init__(model, **given)
+        self.add_callback(StopAtNaN())
         if self.compute_loss_func is not None or self.label_smoother is not None:
             raise TersorError(
                 "compute_loss_func and label_smoothing_factor would replace the distillation loss; "
@@ -86,6 +94,9 @@ class DistillTrainer(Trainer):
         sharded = engine not in ("NO", "MULTI_GPU", "MULTI_CPU")
         student = _without_adapters(model)
         self._student = Reader(student, sharded)
+        self._on_policy = on_policy
+        if on_policy is not None:
+            check_on_policy(model, teacher, sharded)
         self._causal = type(student).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
         self._whole_outputs = False
         self._features: FeatureLoss | None = None
@@ -101,8 +112,25 @@ class DistillTrainer(Trainer):
                     "features of different widths need projections, which one process trains; use "
                     "one, or compare values alone, whose relations need none"
                 )
-            self.add_callback(_Forget(self._features))
-        self._sums: dict[bool, Tensor] = {}  # in training or not -> totals of _LOGGED, and tokens
+            assert self._features is not None
+            self.add_callback(beside.Forget(self._features))
+        self._tally = Tally()
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> Any:
+        """The batches of a step, those that the student writes written."""
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        if self._on_policy is not None:
+            when = self.args.seed, self.state.global_step
+            with self.accelerator.autocast():
+                batches = [
+                    self._on_policy.written(
+                        self._student.model, batch, (*when, place), self.args.process_index
+                    )
+                    for place, batch in enumerate(batches)
+                ]
+        return super().get_batch_samples(iter(batches), num_batches, device)
 
     def compute_loss(
         self,
@@ -114,6 +142,8 @@ class DistillTrainer(Trainer):
         count = num_items_in_batch if self.model_accepts_loss_kwargs else None
         with self.accelerator.autocast():  # the heads and the teacher too, not the model alone
             loss, outputs = self._loss(model, inputs, count)
+        if model.training:
+            check_loss(loss, self.state.global_step, self.args.output_dir)
         if count is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # whose gradients will be averaged
         return (loss, outputs) if return_outputs else loss
@@ -121,7 +151,9 @@ class DistillTrainer(Trainer):
     def _loss(self, model: nn.Module, inputs: Mapping[str, Any], count: Any) -> tuple[Tensor, Any]:
         """The loss of a batch, and the student's outputs. count: as in fused.distill."""
         labels = self._labels(inputs)
-        fed = {k: v for k, v in inputs.items() if k not in ("labels", "shift_labels")}
+        fed = {k: v for k, v in inputs.items() if k not in ("labels", "shift_labels", OWN_TEXT)}
+        own = OWN_TEXT in inputs
+        settings = replace(self.distillation, alpha=1.0) if own else self.distillation
         tokens = (labels != IGNORED).sum()
         divisor = tokens if count is None else count
         recorded = self._features.recorded if self._features is not None else _nothing
@@ -129,18 +161,25 @@ class DistillTrainer(Trainer):
             student, outputs = self._student.read(model, fed, self._whole_outputs)
         if isinstance(self.teacher, TeacherCache):
             targets = self.teacher.targets(fed["input_ids"])
-            parts = distill_sparse(student, targets, self.distillation, labels, divisor)
+            parts = distill_sparse(student, targets, settings, labels, divisor)
         else:
             with recorded(self.teacher, 1) as theirs, torch.no_grad():
                 teacher, _ = self._teacher.read(self.teacher, fed)
-            parts = distill(student, teacher, self.distillation, labels, divisor)
+            parts = distill(student, teacher, settings, labels, divisor)
         loss, extra = parts.loss, torch.zeros_like(parts.distillation)
         if self._features is not None:
             mask = fed.get("attention_mask")
             real = torch.ones_like(fed["input_ids"]) if mask is None else mask
             extra = self._features(ours, theirs, real.bool()) * (tokens / divisor)
             loss = loss + extra
-        self._add(model.training, parts, extra.detach(), tokens, divisor)
+        answered = 0 if own else tokens
+        said = {
+            "distillation": (parts.distillation * divisor, tokens),
+            "cross_entropy": (parts.cross_entropy * (0 if own else divisor), answered),
+        }
+        if self._features is not None:
+            said["features"] = (extra * divisor, tokens)
+        self._tally.add(model.training, **said)
         return loss, outputs
 
     def _labels(self, inputs: Mapping[str, Any]) -> Tensor:
@@ -157,27 +196,12 @@ class DistillTrainer(Trainer):
             labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
         return labels.flatten()
 
-    def _add(
-        self, training: bool, parts: Parts, features: Tensor, tokens: Tensor, divisor: Any
-    ) -> None:
-        means = torch.stack([parts.distillation, parts.cross_entropy, features])
-        row = torch.cat([means.float() * divisor, tokens.float().unsqueeze(0)]).detach()
-        before = self._sums.get(training)
-        self._sums[training] = row if before is None else before + row
-
     def log(self, logs: dict[str, float], *given: Any, **named: Any) -> None:
-        prefix = next((key[:-4] for key in logs if key == "loss" or key.endswith("_loss")), None)
-        if prefix is not None and "train_loss" not in logs:
-            sums = self._sums.pop(prefix == "", None)
-            if sums is not None:
-                *totals, tokens = self.accelerator.reduce(sums, "sum").tolist()
-                for name, total in zip(_LOGGED, totals, strict=True):
-                    if name != "features" or self._features is not None:
-                        logs[prefix + name] = total / tokens
+        self._tally.into(logs, self.accelerator)
         super().log(logs, *given, **named)
 
     def evaluation_loop(self, *given: Any, **named: Any) -> Any:
-        self._sums.pop(False, None)  # of a prediction, which logs nothing
+        self._tally.forget_evaluation()  # of a prediction, which logs nothing
         return super().evaluation_loop(*given, **named)
 
     def prediction_step(
@@ -196,47 +220,24 @@ class DistillTrainer(Trainer):
     def create_optimizer(self, *given: Any, **named: Any) -> Any:
         made = self.optimizer is None
         optimizer = super().create_optimizer(*given, **named)
-        if made and self._projections():
-            parameters = list(self._projections().values())
-            optimizer.add_param_group({"params": parameters, "weight_decay": 0.0})
+        if made and self._features is not None:
+            beside.add_to(optimizer, self._features)
         return optimizer
 
     def _save_checkpoint(self, model: nn.Module, trial: Any, *given: Any, **named: Any) -> None:
         if self._projections() and self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-            folder.mkdir(parents=True, exist_ok=True)
-            with durable(folder / _PROJECTIONS) as file:
-                write_tensors(file, self._projections())
+            beside.save(folder / _PROJECTIONS, self._projections())
         super()._save_checkpoint(model, trial, *given, **named)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        ours = self._projections()
-        if not ours:
-            return
-        path = Path(resume_from_checkpoint, _PROJECTIONS)
-        if not os.path.isfile(path):
-            raise TersorError(f"{path} is missing; go on from a checkpoint with these features")
-        file = TensorFile.open(path)
-        if {n: m.shape for n, m in file.tensors.items()} != {n: p.shape for n, p in ours.items()}:
-            raise TersorError(f"{path} is of other features; use those that it was begun with")
-        with torch.no_grad():
-            for name, parameter in ours.items():
-                parameter.copy_(file.read(file.tensors[name]))
+        if self._projections():
+            path = Path(resume_from_checkpoint, _PROJECTIONS)
+            beside.load(path, self._projections(), "features")
 
     def _projections(self) -> dict[str, Tensor]:
         return {} if self._features is None else dict(self._features.named_parameters())
-
-
-class _Forget(TrainerCallback):
-    """After a step the Trainer forgets the gradients of the student alone."""
-
-    def __init__(self, features: nn.Module | None) -> None:
-        self.features = features
-
-    def on_step_end(self, *given: Any, **named: Any) -> None:
-        if self.features is not None:
-            self.features.zero_grad()
 
 
 def _without_adapters(model: nn.Module) -> nn.Module:
@@ -263,24 +264,16 @@ def _check_models(
         )
     if teacher is student:
         raise TersorError("teacher and student are one object; give a copy, copy.deepcopy(model)")
-    ours = _vocabulary(student)
+    ours = vocabulary_of(student)
     if isinstance(teacher, TeacherCache):
         if features is not None:
             raise TersorError("a cache holds no features; give the teacher itself, or no features")
         check_kept(find_loss(settings.loss), settings.temperature, teacher.keep)
         theirs: int = teacher.vocabulary
     else:
-        theirs = _vocabulary(teacher)
+        theirs = vocabulary_of(teacher)
     if ours != theirs:
         raise TersorError(
             f"the student's vocabulary has {ours} tokens and the teacher's {theirs}; choose a "
             "teacher with the student's tokenizer, or resize_token_embeddings where one is padded"
         )
-
-
-def _vocabulary(model: nn.Module) -> int:
-    config = getattr(model, "config", None)
-    found = getattr(config, "vocab_size", None)
-    if found is None:
-        raise TersorError(f"{type(model).__name__} is no language model with one vocabulary")
-    return int(found)

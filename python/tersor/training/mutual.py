@@ -1,0 +1,191 @@
+"""Models that learn from each other while all of them learn (deep mutual learning, Zhang et al.,
+arXiv:1706.00384): none has to be trained first."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from tersor.errors import TersorError
+from tersor.training.finite import StopAtNaN, check_loss, check_rows
+from tersor.training.fused import IGNORED, Head, Logits, distill
+from tersor.training.losses import Distillation
+from tersor.training.reading import Reader, vocabulary_of
+from tersor.training.tally import Tally
+
+
+class MutualTrainer(Trainer):
+    """Trains several language models in the same steps, each on
+
+        alpha · mean of its distillations from the others + (1 - alpha) · cross-entropy
+
+        MutualTrainer({"small": a, "large": b}, Distillation(alpha=0.5), args=args, ...)
+
+    models: name -> a causal or masked language model; all of one vocabulary, of any sizes. The
+        loss is the sum of theirs, and no gradient of one's loss reaches another. One optimizer
+        trains all at one learning rate.
+    given: as for transformers.Trainer, with labels in the batches. One process.
+
+    save_model writes each model to a folder of its name, an ordinary checkpoint. Logs have, by
+    name, what each loss is made of: small_distillation, small_cross_entropy and so on.
+
+    Raises TersorError for fewer than two models, one that is there twice, vocabularies that differ,
+    and as DistillTrainer does.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, nn.Module],
+        distillation: Distillation | None = None,
+        **given: Any,
+    ) -> None:
+        _check(models)
+        self.distillation = distillation or Distillation()
+        check_rows(given.get("train_dataset"))
+        super().__init__(_Peers(models), **given)
+        if self.args.world_size > 1 or self.args.n_gpu > 1:
+            raise TersorError("models that learn from each other need one process; use one")
+        if self.compute_loss_func is not None or self.label_smoother is not None:
+            raise TersorError(
+                "compute_loss_func and label_smoothing_factor would replace the distillation loss; "
+                "leave them out"
+            )
+        self.models = dict(models)
+        self._readers = {name: Reader(model) for name, model in models.items()}
+        first = next(iter(models.values()))
+        self._causal = type(first).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+        self._whole_outputs = False
+        self._tally = Tally()
+        self.add_callback(StopAtNaN())
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        if "labels" not in inputs:
+            raise TersorError("the batches have no labels, which say what tokens count")
+        fed = {name: value for name, value in inputs.items() if name != "labels"}
+        labels: Tensor = inputs["labels"]
+        if self._causal:
+            labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        labels = labels.flatten()
+        tokens = (labels != IGNORED).sum()
+        said: dict[str, Any] = {}
+        losses = []
+        with self.accelerator.autocast():
+            made = {
+                name: reader.read(self.models[name], fed, self._whole_outputs)
+                for name, reader in self._readers.items()
+            }
+            for name, (ours, _) in made.items():
+                others = [logits for other, (logits, _) in made.items() if other != name]
+                parts = [
+                    distill(ours, _fixed(theirs), self.distillation, labels) for theirs in others
+                ]
+                losses.append(torch.stack([part.loss for part in parts]).mean())
+                distillation = torch.stack([part.distillation for part in parts]).mean()
+                said[f"{name}_distillation"] = (distillation * tokens, tokens)
+                said[f"{name}_cross_entropy"] = (parts[0].cross_entropy * tokens, tokens)
+        loss = torch.stack(losses).sum()
+        if num_items_in_batch is not None and self.model_accepts_loss_kwargs:
+            loss = loss * (tokens / num_items_in_batch)
+        self._tally.add(model.training, **said)
+        if model.training:
+            check_loss(loss, self.state.global_step, self.args.output_dir)
+        if not return_outputs:
+            return loss
+        return loss, {"loss": loss} | {name: outputs.logits for name, (_, outputs) in made.items()}
+
+    def log(self, logs: dict[str, float], *given: Any, **named: Any) -> None:
+        self._tally.into(logs, self.accelerator)
+        super().log(logs, *given, **named)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> Any:
+        self._whole_outputs = not prediction_loss_only
+        try:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        finally:
+            self._whole_outputs = False
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        for name, model in self.models.items():
+            model.save_pretrained(folder / name)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder / name)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        for name, model in self.models.items():
+            folder = Path(resume_from_checkpoint, name)
+            if not folder.is_dir():
+                raise TersorError(
+                    f"{resume_from_checkpoint} has no model {name!r}; go on with the models, and "
+                    "the names, that it was begun with"
+                )
+            saved = type(model).from_pretrained(folder, dtype=model.dtype)
+            theirs, ours = saved.state_dict(), model.state_dict()
+            if {n: t.shape for n, t in theirs.items()} != {n: t.shape for n, t in ours.items()}:
+                raise TersorError(f"{folder} is of another model; use that which it was begun with")
+            model.load_state_dict(theirs)
+
+
+class _Peers(nn.Module):
+    """What the Trainer sees as one model: its weights are optimized, its mode is set."""
+
+    def __init__(self, models: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.models = nn.ModuleList(models.values())
+        # By which a Trainer counts the tokens of a batch.
+        self.loss_type = getattr(self.models[0], "loss_type", None)
+        # And by which it chooses the columns of a data set: those that all models take.
+        takes = [inspect.signature(model.forward) for model in models.values()]
+        common = set.intersection(*(set(each.parameters) for each in takes))
+        kept = [value for name, value in takes[0].parameters.items() if name in common]
+
+        def forward(**given: Any) -> Any:
+            return [model(**given) for model in self.models]
+
+        forward.__signature__ = takes[0].replace(parameters=kept)  # type: ignore[attr-defined]
+        self.__dict__["forward"] = forward
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **given: Any) -> Any:
+        raise AssertionError("each instance has its own")
+
+
+def _fixed(logits: Logits) -> Logits:
+    """Without a gradient."""
+    if isinstance(logits, Tensor):
+        return logits.detach()
+    bias = None if logits.bias is None else logits.bias.detach()
+    return Head(logits.hidden.detach(), logits.weight.detach(), bias, logits.softcap)
+
+
+def _check(models: Mapping[str, nn.Module]) -> None:
+    if not isinstance(models, Mapping) or len(models) < 2:
+        raise TersorError("give at least two models by name, such as {'small': a, 'large': b}")
+    if len({id(model) for model in models.values()}) < len(models):
+        raise TersorError("two of the models are one object; give a copy, copy.deepcopy(model)")
+    bad = [name for name in models if not name.isidentifier()]
+    if bad:
+        raise TersorError(f"{bad[0]!r} cannot name a folder and its logs; use letters and digits")
+    sizes = {name: vocabulary_of(model) for name, model in models.items()}
+    if len(set(sizes.values())) > 1:
+        told = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        raise TersorError(f"the vocabularies differ ({told}); choose models of one tokenizer")

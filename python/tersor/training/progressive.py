@@ -1,0 +1,129 @@
+"""Chains of students, each the teacher of the next: a large gap in small steps (teacher assistants,
+Mirzadeh et al., arXiv:1902.03393).
+
+    out/
+      stage-1/            the first student, an ordinary checkpoint, and stage.json
+      stage-2/            the next one
+      stage-3.training/   what the training of a stage keeps until it is done
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from tersor.durable import disk_errors, sync_folder
+from tersor.errors import TersorError
+from tersor.tensorfile import loose_json
+from tersor.training.losses import Distillation
+from tersor.training.offline import digest_of_weights
+from tersor.training.students import student_of
+from tersor.training.trainer import DistillTrainer
+
+# Trains a student, in place, from a teacher, and may keep what it needs to go on in the folder.
+Train: TypeAlias = Callable[[PreTrainedModel, PreTrainedModel, Path], Any]
+_STAGE = "stage.json"
+
+
+def progressive(
+    teacher: PreTrainedModel,
+    students: Sequence[int | Callable[[PreTrainedModel], PreTrainedModel]],
+    train: Train | Sequence[Train],
+    out: str | Path,
+) -> PreTrainedModel:
+    """Trains the students one after the other and returns the last one, in evaluation mode.
+
+    students: from large to small; each the number of its teacher's blocks that it keeps (see
+        student_of), or a function that makes it of its teacher.
+    train: what trains a student, such as by_distillation(...); one for all stages or one for each.
+    out: a folder for all stages. Those that are finished there are not done again; one that was
+        killed goes on where its `train` can.
+
+    Raises TersorError where a finished stage is of another teacher or kind of student, and for
+    sizes that do not become smaller.
+    """
+    if not students:
+        raise TersorError("a chain needs students; give their numbers of blocks, such as [6, 4, 2]")
+    sizes = [each for each in students if isinstance(each, int)]
+    if sorted(set(sizes), reverse=True) != sizes:
+        raise TersorError(f"the sizes {sizes} are to become smaller from student to student")
+    ways = [train] * len(students) if callable(train) else list(train)
+    if len(ways) != len(students):
+        raise TersorError(f"there are {len(students)} students and {len(ways)} ways to train them")
+    out = Path(out)
+    with disk_errors(out.parent):
+        out.mkdir(parents=True, exist_ok=True)
+    for number, (kind, way) in enumerate(zip(students, ways, strict=True), 1):
+        teacher = _stage(teacher, kind, way, out / f"stage-{number}")
+    return teacher
+
+
+def by_distillation(
+    distillation: Distillation, train_dataset: Any, given: dict[str, Any] | None = None, **args: Any
+) -> Train:
+    """For progressive: a DistillTrainer with TrainingArguments(folder, **args), which goes on from
+    the last checkpoint in the folder. given: more for the DistillTrainer."""
+
+    def train(student: PreTrainedModel, teacher: PreTrainedModel, folder: Path) -> None:
+        trainer = DistillTrainer(
+            student,
+            teacher,
+            distillation,
+            args=TrainingArguments(str(folder), **args),
+            train_dataset=train_dataset,
+            **(given or {}),
+        )
+        last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        trainer.train(resume_from_checkpoint=last)
+
+    return train
+
+
+def _stage(teacher: PreTrainedModel, kind: Any, train: Train, folder: Path) -> PreTrainedModel:
+    made = {
+        "teacher": digest_of_weights(teacher),
+        "student": kind if isinstance(kind, int) else getattr(kind, "__name__", repr(kind)),
+    }
+    done = _read(folder)
+    if done is not None and done != made:
+        changed = ", ".join(key for key in made if done.get(key) != made[key])
+        raise TersorError(
+            f"{folder} was made with another {changed}; use that again, or remove the folder and "
+            "the stages after it"
+        )
+    student = student_of(teacher, kind) if isinstance(kind, int) else kind(teacher)
+    if student is teacher:
+        raise TersorError("a student is its teacher itself; make a model of its own")
+    if done is None:
+        work = folder.with_name(f"{folder.name}.training")
+        student.train()
+        train(student, teacher, work)
+        partial = folder.with_name(f"{folder.name}.partial")
+        with disk_errors(folder.parent):
+            shutil.rmtree(partial, ignore_errors=True)
+            student.save_pretrained(partial)
+            (partial / _STAGE).write_text(json.dumps(made, indent=2) + "\n")
+            os.rename(partial, folder)
+            sync_folder(folder.parent)
+            shutil.rmtree(work, ignore_errors=True)
+    loaded: PreTrainedModel = type(student).from_pretrained(folder, dtype=student.dtype)
+    return loaded.to(student.device).eval()
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    """What a finished stage was made of, or None where there is none."""
+    if not folder.exists():
+        return None
+    try:
+        return loose_json((folder / _STAGE).read_bytes())
+    except (OSError, ValueError) as error:
+        raise TersorError(
+            f"{folder} is no stage of a chain ({error}); move it away, or choose another folder"
+        ) from error

@@ -1,0 +1,123 @@
+"""Chains of students: who teaches whom, and that a chain goes on where it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import tiny
+
+pytest.importorskip("accelerate")
+
+from tersor import TersorError
+from tersor.training import Distillation
+from tersor.training.progressive import by_distillation, progressive
+from test_distill_trainer import examples, weights
+
+HOW: dict[str, Any] = {
+    "max_steps": 2,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-2,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "report_to": [],
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "lr_scheduler_type": "constant",  # so that fewer steps are the first of more
+}
+
+
+def teacher() -> Any:
+    return tiny.model("llama", num_hidden_layers=4)
+
+
+def distil(**changes: Any) -> Any:
+    return by_distillation(Distillation(), examples(), **(HOW | changes))
+
+
+def test_chain(tmp_path: Path) -> None:
+    """Each student is made of, and trained from, the one before, as it was saved."""
+    seen = []
+    plain = distil()
+
+    def train(student: Any, source: Any, folder: Path) -> None:
+        seen.append((weights(student), weights(source)))
+        plain(student, source, folder)
+
+    first = teacher()
+    last = progressive(first, [3, 1], train, tmp_path / "chain")
+    assert sorted(path.name for path in (tmp_path / "chain").iterdir()) == ["stage-1", "stage-2"]
+    middle = AutoModelForCausalLM.from_pretrained(tmp_path / "chain" / "stage-1")
+    torch.testing.assert_close(seen[0][1], weights(first), rtol=0, atol=0)
+    torch.testing.assert_close(seen[1][1], weights(middle), rtol=0, atol=0)
+    begun = seen[1][0]["model.layers.0.mlp.up_proj.weight"]
+    assert torch.equal(begun, middle.model.layers[0].mlp.up_proj.weight)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "chain" / "stage-2")
+    torch.testing.assert_close(weights(again), weights(last), rtol=0, atol=0)
+    assert not torch.equal(begun, last.model.layers[0].mlp.up_proj.weight)
+    assert not last.training and last.config.num_hidden_layers == 1
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_killed(tmp_path: Path, stage: int) -> None:
+    """In the training of a stage, after a checkpoint: what is done stays, the rest goes on."""
+    whole = progressive(teacher(), [3, 1], distil(), tmp_path / "whole")
+    calls: list[int] = []
+
+    class KilledError(Exception):
+        pass
+
+    def train(student: Any, source: Any, folder: Path) -> None:
+        calls.append(student.config.num_hidden_layers)
+        if len(calls) == stage:
+            distil(max_steps=1)(student, source, folder)
+            raise KilledError
+        distil()(student, source, folder)
+
+    with pytest.raises(KilledError):
+        progressive(teacher(), [3, 1], train, tmp_path / "again")
+    assert (tmp_path / "again" / f"stage-{stage}.training" / "checkpoint-1").is_dir()
+    assert (tmp_path / "again" / "stage-1").exists() == (stage == 2)
+    calls.clear()
+    last = progressive(teacher(), [3, 1], distil(), tmp_path / "again")
+    torch.testing.assert_close(weights(last), weights(whole), rtol=0, atol=0)
+    assert not list((tmp_path / "again").glob("*.training"))
+
+    def never(student: Any, source: Any, folder: Path) -> None:
+        raise AssertionError("all stages are done")
+
+    last = progressive(teacher(), [3, 1], never, tmp_path / "again")
+    torch.testing.assert_close(weights(last), weights(whole), rtol=0, atol=0)
+
+
+def test_students_of_ones_own(tmp_path: Path) -> None:
+    def narrow(source: Any) -> Any:
+        return tiny.model("llama", num_hidden_layers=2, hidden_size=32)
+
+    ways = [distil(), distil(learning_rate=1e-3)]
+    last = progressive(teacher(), [3, narrow], ways, tmp_path / "chain")
+    assert last.config.hidden_size == 32
+    with pytest.raises(TersorError, match=r"stage-1 was made with another teacher"):
+        progressive(tiny.model("llama", num_hidden_layers=5), [3, narrow], ways, tmp_path / "chain")
+    with pytest.raises(TersorError, match=r"stage-1 was made with another student"):
+        progressive(teacher(), [2, narrow], ways, tmp_path / "chain")
+
+
+def test_refusals(tmp_path: Path) -> None:
+    for students, train, message in (
+        ([], distil(), "a chain needs students"),
+        ([2, 3], distil(), "are to become smaller"),
+        ([2, 2], distil(), "are to become smaller"),
+        ([3, 2], [distil()], "2 students and 1 ways"),
+        ([9], distil(), "layers is 9"),
+        ([lambda model: model], distil(), "its teacher itself"),
+    ):
+        with pytest.raises(TersorError, match=message):
+            progressive(teacher(), students, train, tmp_path / "chain")
+    (tmp_path / "chain" / "stage-1").mkdir(parents=True)
+    with pytest.raises(TersorError, match="is no stage of a chain"):
+        progressive(teacher(), [2], distil(), tmp_path / "chain")
