@@ -14,8 +14,10 @@ from tersor.blocks import Call, batches, catch
 from tersor.errors import TersorError
 from tersor.formats import FORMATS
 from tersor.layerwise import (
+    EVERY,
     Solved,
     Solver,
+    Treatment,
     check_arguments,
     compress_block,
     find_solver,
@@ -85,7 +87,8 @@ def _compress(
     ignore: Sequence[str],
     sequential: bool,
 ) -> Report:
-    check_arguments(scheme, ignore)
+    treatment = Treatment(solver, scheme)
+    check_arguments({EVERY: treatment}, ignore)
     if isinstance(model, nn.Linear):
         raise TersorError(
             "a bare nn.Linear cannot be replaced within itself; use QuantLinear.from_linear"
@@ -125,18 +128,17 @@ def _compress(
             model=type(model).__name__,
             fingerprint="in memory",
             architecture=found.how if found else "every nn.Linear of the module",
-            settings=settings_of(scheme, solver, ignore, sequential),
+            settings=settings_of({EVERY: treatment}, ignore, sequential),
             versions=versions(),
             calibration={"inputs": len(inputs)} if inputs else None,
             kept=scope.kept,
             departures=scope.departures,
         )
+        treatments = dict.fromkeys(scope.linears, treatment)
         for block in scope.blocks:
             module = model.get_submodule(block.path)
             passes = partial(_passes, texts, module) if texts else None
-            solved = list(
-                compress_block(model, block, solver, scheme, passes, sequential, Timings())
-            )
+            solved = list(compress_block(model, block, treatments, passes, sequential, Timings()))
             if block is not scope.blocks[-1]:
                 for text in texts:
                     text.advance(module)
