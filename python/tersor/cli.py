@@ -32,6 +32,8 @@ EXAMPLES = {
     "quantize": "tersor quantize ./Llama-3.2-1B --out ./Llama-3.2-1B-INT4 --calibration text.txt",
     "prune": "tersor prune ./Llama-3.2-1B --out ./Llama-3.2-1B-2of4 --pattern 2:4 --calibration "
     "text.txt",
+    "search": "tersor search ./Llama-3.2-1B --out ./Llama-3.2-1B-mixed --constraint "
+    "'size<=0.3x,latency<=0.6x' --calibration text.txt",
     "eval": "tersor eval ./Llama-3.2-1B-INT4 --baseline ./Llama-3.2-1B --text held-out.txt",
     "inspect": "tersor inspect ./Llama-3.2-1B-INT4",
     "generate": 'tersor generate ./Llama-3.2-1B-INT4 "Once upon a time"',
@@ -207,6 +209,16 @@ def build_parser() -> argparse.ArgumentParser:
         help="new values for what reads heads and channels, or a new bias where it has one; "
         "default: least-squares",
     )
+
+    sub = command(
+        "search",
+        commands.search,
+        "choose bits and zeros for each layer of a checkpoint, under bounds on size and latency",
+        stopped="stopped; the same command again goes on and measures nothing twice",
+    )
+    commands.add_search_options(sub)
+    _add_grid(sub)
+    _add_text(sub, bos)
 
     add = command(
         "eval", commands.evaluate, "measure the quality of a model on a text"

@@ -8,6 +8,7 @@ on that measures every model it tries (`evolve`), or logits that are trained (`d
 from __future__ import annotations
 
 from tersor.search.constraints import Constraint, parse_constraints
+from tersor.search.differentiable import Differentiable
 from tersor.search.evolve import Effort
 from tersor.search.front import Front, Point
 from tersor.search.run import search_checkpoint
@@ -16,6 +17,7 @@ from tersor.search.space import Candidate, Space
 __all__ = [
     "Candidate",
     "Constraint",
+    "Differentiable",
     "Effort",
     "Front",
     "Point",

@@ -80,7 +80,8 @@ class Constraint:
         return self.bound * original if self.relative else self.bound
 
     def __str__(self) -> str:
-        number = f"{self.bound:g}x" if self.relative else show(self.name, self.bound)
+        """As `parse` reads it; up to the twelfth digit the same bound."""
+        number = f"{self.bound:.12g}x" if self.relative else show(self.name, self.bound, 12)
         return f"{self.name}{SIGNS[self.name]}{number}"
 
 
@@ -99,11 +100,11 @@ def limits(constraints: Sequence[Constraint], original: Mapping[str, float]) -> 
     return {each.name: each.limit(original[each.name]) for each in constraints}
 
 
-def show(name: str, amount: float) -> str:
+def show(name: str, amount: float, digits: int = 4) -> str:
     """An amount of a cost, as people write it: of size in MB, of latency in ms, of sparsity the
     share of zeros."""
     if name == "size":
-        return f"{amount / 1e6:.4g}MB"
+        return f"{amount / 1e6:.{digits}g}MB"
     if name == "latency":
-        return f"{1e3 * amount:.4g}ms"
-    return f"{amount:.4g}"
+        return f"{1e3 * amount:.{digits}g}ms"
+    return f"{amount:.{digits}g}"

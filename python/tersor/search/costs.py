@@ -92,7 +92,8 @@ def _call_of(candidate: Candidate, shape: Shape, dtype: torch.dtype) -> _Call:
     zeros = sparsity is not None and sparsity.pattern == PATTERN
     n, k = shape
     if scheme is None:
-        rows = explain_values(0, n, k, dtype, dtype, PATTERN) if zeros else []
+        served = zeros and dtype in sparse.VALUES
+        rows = explain_values(0, n, k, dtype, dtype, PATTERN) if served else []
         return _Call(None, None, any(reason is None for _, reason in rows))
     spec = replace(scheme.weight, bits=max(4, scheme.weight.bits))
     zeros = zeros and spec.symmetric and sparse.serves(n, k, spec, scheme.activation)

@@ -223,7 +223,8 @@ def table(front: Front, rows: int = 16) -> Table:
     from rich.table import Table
 
     count = len(front.points)
-    numbers = sorted({round(i * (count - 1) / max(1, rows - 1)) for i in range(min(rows, count))})
+    rows = min(rows, count)
+    numbers = sorted({round(i * (count - 1) / max(1, rows - 1)) for i in range(rows)})
     if front.chosen is not None:
         numbers = sorted({*numbers, front.chosen})
     pruned = any(point.zeros > 0 for point in front.points)

@@ -159,15 +159,18 @@ def divergence(reference: Tensor, logits: Tensor) -> float:
     return total
 
 
-def _rounding(activation: ActSpec) -> Any:
-    """A hook that rounds a linear's input as QuantLinear does in the call (see ActSpec)."""
+def round_tokens(x: Tensor, activation: ActSpec) -> Tensor:
+    """What the inputs of a linear stand for once they are quantized in the call (see ActSpec);
+    computed in float32, in the dtype of x."""
     half = 2 ** (activation.bits - 1)
+    values = x.float()
+    step = values.abs().amax(-1, keepdim=True) / (half - 0.5)
+    step = torch.where(step > 0, step, 1.0)
+    return ((values / step).round().clamp(-half, half - 1) * step).to(x.dtype)
 
-    def round_tokens(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        x = args[0].float()
-        step = x.abs().amax(-1, keepdim=True) / (half - 0.5)
-        step = torch.where(step > 0, step, 1.0)
-        rounded = (x / step).round().clamp(-half, half - 1) * step
-        return rounded.to(args[0].dtype), *args[1:]
 
-    return round_tokens
+def _rounding(activation: ActSpec) -> Any:
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return round_tokens(args[0], activation), *args[1:]
+
+    return hook

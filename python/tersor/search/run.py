@@ -34,6 +34,7 @@ from tersor.runs import text_windows
 from tersor.scope import Scope, check_inputs, settle
 from tersor.search.constraints import Constraint, parse_constraints
 from tersor.search.costs import ORIGINAL, Costs, LinearCosts, Shape, add_up, measure
+from tersor.search.differentiable import Differentiable, descend
 from tersor.search.evolve import Effort, Measured, evolve, require_optuna
 from tersor.search.front import Front, Point, non_dominated
 from tersor.search.problem import Choice, Evaluations, Problem
@@ -55,6 +56,7 @@ def search_checkpoint(
     calibration: Calibration,
     space: Space | None = None,
     effort: Effort | None = None,
+    differentiable: Differentiable | None = None,
     ignore: Sequence[str] = (),
     sequential: bool = False,
     progress: bool | None = None,
@@ -70,6 +72,7 @@ def search_checkpoint(
     constraints: such as "size<=0.3x,latency<=0.8x" (see Constraint).
     calibration: the text. KL is measured on `effort.windows` more windows of it.
     space: what a linear may become. effort: how hard to look.
+    differentiable: train logits (see that class) in place of `effort.trials`; for small models.
     ignore, sequential: as in quantize_checkpoint.
 
     Every candidate of every linear is solved once, on what the original model gives, and put into
@@ -86,7 +89,7 @@ def search_checkpoint(
     work = Path(f"{out}.search")
     if not work.exists():
         refuse_existing(out)
-    search = Search.open(model, work, calibration, space, effort, ignore)
+    search = Search.open(model, work, calibration, space, effort, differentiable, ignore)
     with Progress(progress) as bar:
         front = search.find(wanted, bar)
     best = front.best()
@@ -150,6 +153,7 @@ class Search:
     units: tuple[Unit, ...]
     windows: Tensor
     held: Tensor
+    differentiable: Differentiable | None = None
     problem: Problem = field(init=False)
     costs: Costs = field(init=False)
     _points: dict[Choice, Point] = field(default_factory=dict)
@@ -162,11 +166,12 @@ class Search:
         calibration: Calibration,
         space: Space | None = None,
         effort: Effort | None = None,
+        differentiable: Differentiable | None = None,
         ignore: Sequence[str] = (),
     ) -> Search:
         """work: the folder of the search, made where it is not there."""
         space, effort = space or Space(), effort or Effort()
-        if effort.trials:
+        if effort.trials and differentiable is None:
             require_optuna()
         source = Source.open(model)
         if not source.found.arch.causal:
@@ -203,6 +208,7 @@ class Search:
             space.units(scope),
             windows[: calibration.samples],
             held,
+            differentiable,
         )
 
     def find(self, constraints: tuple[Constraint, ...], bar: Progress) -> Front:
@@ -233,7 +239,12 @@ class Search:
             uniform=uniform,
             evaluated=len(measured),
             constraints=[str(each) for each in constraints],
-            settings={"granularity": self.space.granularity, **asdict(effort), **machine()},
+            settings={
+                "granularity": self.space.granularity,
+                **asdict(effort),
+                "differentiable": self.differentiable and asdict(self.differentiable),
+                **machine(),
+            },
         )
 
     @property
@@ -262,9 +273,27 @@ class Search:
         for choice in first:
             self._measure(choice, "additive", constraints)
             bar.step()
-        if effort.trials > len(first):
+        if self.differentiable is not None:
+            self._descend(self.differentiable, solutions, constraints, bar)
+        elif effort.trials > len(first):
             bar.say("searching")
             self._evolve(first, constraints, bar)
+
+    def _descend(
+        self,
+        settings: Differentiable,
+        solutions: Mapping[str, Solutions],
+        constraints: tuple[Constraint, ...],
+        bar: Progress,
+    ) -> None:
+        self.problem.assemble((ORIGINAL,) * len(self.units))
+        bar.expect(settings.steps * len(settings.strengths))
+        bar.say("training the shares of the candidates")
+        for choice in descend(
+            *(self.source.model, self.units, self.space.candidates, solutions, self.windows),
+            *(self.costs, settings, bar.step),
+        ):
+            self._measure(choice, "differentiable", constraints)
 
     def _evolve(
         self, first: Sequence[Choice], constraints: tuple[Constraint, ...], bar: Progress
