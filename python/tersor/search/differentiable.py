@@ -39,10 +39,10 @@ class Differentiable:
 
     strengths: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
     costs: tuple[str, ...] = ("size",)
-    steps: int = 80
+    steps: int = 60
     windows: int = 1
-    rate: float = 0.15
-    temperatures: tuple[float, float] = (4.0, 0.3)
+    rate: float = 0.2
+    temperatures: tuple[float, float] = (3.0, 0.3)
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -97,7 +97,7 @@ def evolve(
     told = hasattr(optuna.trial.Trial, "set_constraint")
     settings: dict[str, Any] = {"seed": effort.seed}
     if effort.sampler == "nsga2":
-        settings["population_size"] = effort.population
+        settings["population_size"] = max(2, len(first))
     if not told:
         settings["constraints_func"] = lambda trial: trial.user_attrs["excess"]
 
@@ -112,9 +112,20 @@ def evolve(
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what optuna calls experimental, and will remove
-        sampler = getattr(optuna.samplers, SAMPLERS[effort.sampler])(**settings)
+        kind = getattr(optuna.samplers, SAMPLERS[effort.sampler])
+        sampler = _beginning_with(first, kind)(**settings)
         goals = len(measure(first[0]).goals)
         study = optuna.create_study(directions=["minimize"] * goals, sampler=sampler)
-        for choice in first[: effort.trials]:
-            study.enqueue_trial({f"u{unit}": number for unit, number in enumerate(choice)})
         study.optimize(objective, n_trials=effort.trials, timeout=effort.seconds)
+
+
+def _beginning_with(first: Sequence[Choice], sampler: Any) -> Any:
+    """The class of a sampler whose first trials are these. (Trials that are put into the queue of a
+    study are in no generation of the evolution.)"""
+
+    def sample_independent(self: Any, study: Any, trial: Any, name: str, values: Any) -> Any:
+        if trial.number < len(first):
+            return first[trial.number][int(name.removeprefix("u"))]
+        return sampler.sample_independent(self, study, trial, name, values)
+
+    return type(sampler.__name__, (sampler,), {"sample_independent": sample_independent})

@@ -14,6 +14,7 @@ from tersor.search.costs import Costs
 
 Array = Any  # numpy's, whose types differ too much between its releases
 Choice = tuple[int, ...]
+NOISE = 0.5
 MARGINS = (1.0, 0.97, 0.94, 0.9)  # of the bounds, since losses do not quite add up
 
 
@@ -53,7 +54,8 @@ def spread(
     losses: Array, costs: Costs, constraints: tuple[Constraint, ...], count: int, zeros: bool
 ) -> list[Choice]:
     """Up to `count` different choices: the best within the constraints and a little inside them,
-    then, for bounds on each cost alone that rise evenly from the least to the most, the best.
+    then, for each cost alone, the cheapest ones for sums of losses that fall evenly, in their
+    logarithm, from those of the least cost on.
 
     zeros: a bound on the share of zeros is one of the costs.
     """
@@ -66,15 +68,29 @@ def spread(
                 raise
     names = ["size", "latency"] + ["sparsity"] * zeros
     sums = [undominated(losses, [costs.table(name)]) for name in names]
-    each = max(2, -(-(count - len(found)) // len(names)))
-    for i in range(each):
-        for name, front in zip(names, sums, strict=True):
-            spent = front.costs[:, 0]
-            low, high = float(spent.min()), float(spent.max())
-            bound = low * (high / low) ** (i / (each - 1)) if low > 0 else high
-            within_bound = np.flatnonzero(spent <= bound * (1 + 1e-9))
-            best = within_bound[front.losses[within_bound].argmin()]
-            found[tuple(int(number) for number in front.choices[best])] = None
-            if name == "latency" and low == high:
-                break  # nothing of the space is faster than anything else
+    rows = max(2, -(-(count - len(found)) // len(names)))
+    for i in range(rows):
+        for front in sums:
+            worst = float(front.losses.max())
+            least = float(front.losses[front.losses > 0].min(initial=worst))
+            limit = worst * (least / worst) ** (i / (rows - 1)) if worst > 0 else 0.0
+            good = np.flatnonzero(front.losses <= limit * (1 + 1e-9))
+            cheapest = good[front.costs[good, 0].argmin()]
+            found[tuple(int(number) for number in front.choices[cheapest])] = None
     return list(found)[:count]
+
+
+def perturbed(
+    losses: Array, costs: Costs, constraints: tuple[Constraint, ...], count: int, seed: int
+) -> list[Choice]:
+    """Up to `count` different choices within the constraints, each the best one for losses that are
+    multiplied by noise (log-normal, by half a power of e): where losses do not add up, one of them
+    may be better than the best for the losses as they are."""
+    draw = np.random.default_rng(seed)
+    found: dict[Choice, None] = {}
+    for _ in range(2 * count):
+        if len(found) == count:
+            break
+        noisy = losses * np.exp(draw.normal(0.0, NOISE, losses.shape))
+        found[within(noisy, costs, constraints)] = None
+    return list(found)

@@ -38,7 +38,7 @@ from tersor.search.differentiable import Differentiable, descend
 from tersor.search.evolve import Effort, Measured, evolve, require_optuna
 from tersor.search.front import Front, Point, non_dominated
 from tersor.search.problem import Choice, Evaluations, Problem
-from tersor.search.proposals import spread, within
+from tersor.search.proposals import perturbed, spread, within
 from tersor.search.solutions import Solutions, solve_all
 from tersor.search.space import Space, Unit
 from tersor.shards import refuse_existing
@@ -143,6 +143,7 @@ class Search:
     """A search in its folder. `open` checks what can be checked before any work; `find` does it.
 
     windows: for calibration, and held: to measure on; int64 [count, length].
+    points: all that were measured, by choice, in the order in which they were.
     """
 
     source: Source
@@ -156,7 +157,7 @@ class Search:
     differentiable: Differentiable | None = None
     problem: Problem = field(init=False)
     costs: Costs = field(init=False)
-    _points: dict[Choice, Point] = field(default_factory=dict)
+    points: dict[Choice, Point] = field(default_factory=dict)
 
     @classmethod
     def open(
@@ -228,7 +229,7 @@ class Search:
             with self.problem.restored():
                 self.problem.remember()
                 self._try(constraints, solutions, bar)
-        measured = list(self._points.values())
+        measured = list(self.points.values())
         uniform = [point for point in measured if point.origin == "uniform"]
         return Front(
             model=source.checkpoint.folder.resolve().name,
@@ -268,6 +269,10 @@ class Search:
         losses = self._losses(solutions, bar)
         count = max(2, min(effort.population, effort.trials or effort.population))
         first = spread(losses, self.costs, constraints, count, self._zeros)
+        if constraints:
+            half = first[: count - count // 2]
+            noisy = perturbed(losses, self.costs, constraints, count // 2, effort.seed)
+            first = list(dict.fromkeys([*half, *noisy]))
         bar.expect(max(len(first), effort.trials))
         bar.say("measuring what the sensitivities propose")
         for choice in first:
@@ -301,7 +306,7 @@ class Search:
         original = self.costs.original | {"sparsity": 1.0}
 
         def measure_trial(choice: Choice) -> Measured:
-            new = choice not in self._points
+            new = choice not in self.points
             point = self._measure(choice, self.effort.sampler, constraints)
             if new:
                 bar.step()
@@ -314,13 +319,13 @@ class Search:
         evolve(len(self.units), len(self.space.candidates), first, measure_trial, self.effort)
 
     def _measure(self, choice: Choice, origin: str, constraints: tuple[Constraint, ...]) -> Point:
-        if choice not in self._points:
+        if choice not in self.points:
             nbytes, seconds, zeros = self.costs.of(choice)
             point = Point(choice, nbytes, seconds, self.problem.kl(choice), zeros, origin)
             original = self.costs.original | {"sparsity": 1.0}
             feasible = point.keeps(constraints, original)
-            self._points[choice] = replace(point, feasible=feasible)
-        return self._points[choice]
+            self.points[choice] = replace(point, feasible=feasible)
+        return self.points[choice]
 
     def _losses(self, solutions: Mapping[str, Solutions], bar: Progress) -> Array:
         """The sensitivity of every unit to every candidate, float64 [units, candidates]."""
