@@ -20,6 +20,7 @@ from tersor.options import (
     add_files,
     add_grid,
     add_plan,
+    add_search_options,
     add_settings,
     add_teacher,
     add_text,
@@ -50,6 +51,8 @@ EXAMPLES = {
     "--calibration text.txt",
     "compress": "tersor compress ./Llama-3.2-1B --recipe mobile --out ./Llama-3.2-1B-mobile "
     "--calibration text.txt --text held-out.txt",
+    "search": "tersor search ./Llama-3.2-1B --out ./Llama-3.2-1B-mixed --constraint "
+    "'size<=0.3x,latency<=0.6x' --calibration text.txt",
     "eval": "tersor eval ./Llama-3.2-1B-INT4 --baseline ./Llama-3.2-1B --text held-out.txt",
     "inspect": "tersor inspect ./Llama-3.2-1B-INT4",
     "generate": 'tersor generate ./Llama-3.2-1B-INT4 "Once upon a time"',
@@ -289,6 +292,16 @@ def build_parser() -> argparse.ArgumentParser:
     add("--teacher", metavar="MODEL", help="for steps that train; default: the model itself")
     add("--keep", choices=("last", "all"), help="which stages' models are kept; default: the last")
     add_text(sub, bos, sequential=False)
+
+    sub = command(
+        "search",
+        commands.search,
+        "choose bits and zeros for each layer of a checkpoint, under bounds on size and latency",
+        stopped="stopped; the same command again goes on and measures nothing twice",
+    )
+    add_search_options(sub)
+    add_grid(sub)
+    add_text(sub, bos)
 
     add = command(
         "eval", commands.evaluate, "measure the quality of a model on a text"

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from tersor.errors import TersorError
 from tersor.formats import FORMATS
 from tersor.layerwise import (
+    EVERY,
     Solver,
+    Treatment,
     check_arguments,
     compress_block,
     find_solver,
@@ -80,7 +82,8 @@ def _compress(
     ignore: Sequence[str],
     sequential: bool,
 ) -> Report:
-    check_arguments(scheme, ignore)
+    treatment = Treatment(solver, scheme)
+    check_arguments({EVERY: treatment}, ignore)
     check_model(model)
     if scheme is None and (odd := _not_plain(model)):
         raise TersorError(
@@ -101,17 +104,16 @@ def _compress(
             model=type(model).__name__,
             fingerprint="in memory",
             architecture=walk.how,
-            settings=settings_of(scheme, solver, ignore, sequential),
+            settings=settings_of({EVERY: treatment}, ignore, sequential),
             versions=versions(),
             calibration={"inputs": len(inputs)} if inputs else None,
             kept=scope.kept,
             departures=scope.departures,
         )
+        treatments = dict.fromkeys(scope.linears, treatment)
         for block in scope.blocks:
             passes = partial(walk.passes, block) if walk.texts else None
-            solved = list(
-                compress_block(model, block, solver, scheme, passes, sequential, Timings())
-            )
+            solved = list(compress_block(model, block, treatments, passes, sequential, Timings()))
             walk.advance(block)
             for each in solved:
                 if scheme is not None and isinstance(each.weight, QWeight):

@@ -63,18 +63,55 @@ def find_solver(method: str | Solver) -> Solver:
     return SOLVERS[method]()
 
 
-def check_arguments(scheme: Scheme | None, ignore: Sequence[str]) -> None:
+@dataclass(frozen=True)
+class Treatment:
+    """What is done to a linear. scheme: None where its weight stays in 16 bits."""
+
+    solver: Solver
+    scheme: Scheme | None = None
+
+
+EVERY = "*"  # the pattern of a treatment that all linears get
+
+
+def check_arguments(treatments: Mapping[str, Treatment | None], ignore: Sequence[str]) -> None:
     """TersorError for what a caller without a type checker gets wrong."""
-    if not isinstance(scheme, (Scheme, type(None))):
-        raise TersorError(f"scheme is a Scheme(QSpec(...)), not {scheme!r}")
+    for treatment in treatments.values():
+        if treatment is not None and not isinstance(treatment.scheme, (Scheme, type(None))):
+            raise TersorError(f"scheme is a Scheme(QSpec(...)), not {treatment.scheme!r}")
     if isinstance(ignore, str):
         raise TersorError(f"ignore is a list of patterns; write [{ignore!r}]")
 
 
 def settings_of(
-    scheme: Scheme | None, solver: Solver, ignore: Sequence[str], sequential: bool
+    treatments: Mapping[str, Treatment | None], ignore: Sequence[str], sequential: bool
 ) -> dict[str, Any]:
-    """Everything that a result depends on beside the model and the text, for a report."""
+    """Everything that a result depends on beside the model and the text, for a report.
+
+    treatments: by pattern; that of EVERY alone is given line by line.
+    """
+    uniform = treatments.get(EVERY) if len(treatments) == 1 else None
+    if uniform is not None:
+        how = _settings_of(uniform)
+    else:
+        methods = {each.solver.name for each in treatments.values() if each}
+        how = {
+            "method": ", ".join(sorted(methods)),
+            "treatments": {
+                pattern: _settings_of(each) if each else None
+                for pattern, each in treatments.items()
+            },
+        }
+    return {
+        **how,
+        "sequential": sequential,
+        "ignore": sorted(set(ignore)),
+        **machine(),
+    }
+
+
+def _settings_of(treatment: Treatment) -> dict[str, Any]:
+    scheme, solver = treatment.scheme, treatment.solver
     return {
         "bits": scheme.weight.bits if scheme else None,
         "group": scheme.weight.group if scheme else None,
@@ -82,9 +119,6 @@ def settings_of(
         "activations": scheme.activation.bits if scheme and scheme.activation else None,
         "method": solver.name,
         **asdict(solver),
-        "sequential": sequential,
-        "ignore": sorted(set(ignore)),
-        **machine(),
     }
 
 
@@ -110,20 +144,15 @@ class Solved:
 def compress_block(
     model: nn.Module,
     block: BlockScope,
-    solver: Solver,
-    scheme: Scheme | None,
+    treatments: Mapping[str, Treatment],
     passes: Callable[[], Iterable[object]] | None,
     sequential: bool,
     timings: Timings,
-    ratios: Mapping[str, float] | None = None,
 ) -> Iterator[Solved]:
     """Compresses the linears of a block in place and yields them in the order of its taps.
 
-    scheme: None where weights stay in 16 bits. ratios: the sparsity of linears by name, in place of
-    the solver's.
-
-    passes: gives the forward passes of the calibration text through the block, as the block is when
-    they are made; None where there is no text.
+    treatments: of each of them, by name. passes: gives the forward passes of the calibration text
+    through the block, as the block is when they are made; None where there is no text.
     """
     for taps in block.rounds(sequential):
         stats: dict[str, GramStats] = {}
@@ -133,13 +162,13 @@ def compress_block(
         for tap in taps:
             seen = stats.pop(tap[0], None)  # freed before the next one is factored
             for name in tap:
-                own = solver if ratios is None else _with_ratio(solver, ratios[name])
                 with timings.stage("solve"):
-                    solved = compress_linear(name, model.get_submodule(name), seen, own, scheme)
+                    linear = model.get_submodule(name)
+                    solved = compress_linear(name, linear, seen, treatments[name])
                 yield solved
 
 
-def _with_ratio(solver: Solver, ratio: float) -> Solver:
+def with_ratio(solver: Solver, ratio: float) -> Solver:
     """The solver with a sparsity of its own for one linear; 0 is the least that there is."""
     made: Solver = replace(solver, sparsity=Sparsity(max(ratio, 1e-9)))
     return made
@@ -147,14 +176,20 @@ def _with_ratio(solver: Solver, ratio: float) -> Solver:
 
 @torch.no_grad()
 def compress_linear(
-    name: str, linear: nn.Linear, stats: GramStats | None, solver: Solver, scheme: Scheme | None
+    name: str,
+    linear: nn.Linear,
+    stats: GramStats | None,
+    treatment: Treatment,
+    in_place: bool = True,
 ) -> Solved:
     """Solves for the linear's weight and puts what comes of it in its place.
 
     stats: of the linear's input; None or without a token where there are none, and then a solver
     that needs them gives way to another one, which is a departure.
+    in_place: False leaves the linear as it is.
     Raises TersorError naming the layer where the weight cannot be solved.
     """
+    solver, scheme = treatment.solver, treatment.scheme
     seen = stats if stats is not None and stats.tokens else None
     departure = None
     if solver.needs is not None and seen is None:
@@ -165,7 +200,7 @@ def compress_linear(
     except TersorError as error:
         raise TersorError(f"{name}: {error}") from error
     n, k = linear.weight.shape
-    loss, zeros = _replace(linear, q, seen)
+    loss, zeros = _replace(linear.weight, q, seen, in_place)
     report = LayerReport(
         name=name,
         shape=(n, k),
@@ -181,19 +216,22 @@ def compress_linear(
     return Solved(name, q, report, departure)
 
 
-def _replace(linear: nn.Linear, q: QWeight | Tensor, stats: GramStats | None) -> tuple[float, int]:
-    """Writes q's values into the linear; returns tr(E H Eᵀ) / tr(W H Wᵀ), E = W - Q (H = 1 without
+def _replace(
+    weight: Tensor, q: QWeight | Tensor, stats: GramStats | None, in_place: bool
+) -> tuple[float, int]:
+    """Writes q's values into the weight; returns tr(E H Eᵀ) / tr(W H Wᵀ), E = W - Q (H = 1 without
     statistics), and how many are zero."""
     lost = total = 0.0
     zeros = 0
-    for i in range(0, linear.weight.shape[0], ROWS):
+    for i in range(0, weight.shape[0], ROWS):
         rows = slice(i, i + ROWS)
-        old = linear.weight[rows].float()
+        old = weight[rows].float()
         new = q.rows(rows).dequantize() if isinstance(q, QWeight) else q[rows].float()
         lost += _energy(old - new, stats)
         total += _energy(old, stats)  # before old, which may be a view, is overwritten
         zeros += new.numel() - int(new.count_nonzero())
-        linear.weight[rows] = new.to(linear.weight.dtype)
+        if in_place:
+            weight[rows] = new.to(weight.dtype)
     return (lost / total if total > 0 else 0.0), zeros
 
 

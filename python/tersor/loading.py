@@ -77,9 +77,10 @@ def load(folder: str | Path, dtype: torch.dtype | None = None) -> Any:
     model.tie_weights()
     used = {place.name for place in where.values()} | _complete(model, deferred, checkpoint)
     check_all_used(model, set(checkpoint.names) - used)
+    sparse = swap_sparse_linears(model)
     if quantization:
         model.config.quantization_config = quantization
-    elif not swap_sparse_linears(model):
+    elif not sparse:
         raise TersorError(
             f"{checkpoint.folder} is not quantized, and no linear of it is in bfloat16 or float16 "
             "with 2:4 zeros (see dtype); quantize it (tersor quantize), prune it to 2:4 (tersor "

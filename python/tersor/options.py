@@ -13,6 +13,8 @@ LOSSES = (  # as in tersor.training, which imports torch
     *("forward_kl", "reverse_kl", "generalized_js", "skewed_kl", "skewed_reverse_kl"),
     *("total_variation", "logit_mse", "cosine"),
 )
+GRANULARITIES = ("linear", "input", "block", "kind")  # as in tersor.search, which imports torch
+SAMPLERS = ("nsga2", "tpe")
 SPEED = "measure tokens per second before and after; both models are loaded whole for it"
 
 
@@ -85,6 +87,82 @@ def add_plan(sub: argparse.ArgumentParser) -> None:
         "--sparsity", type=float, metavar="R", help="share of weights to mask in the training"
     )
     masks.add_argument("--pattern", metavar="N:M", help="the same as a pattern, such as 2:4")
+
+
+def add_search_options(sub: argparse.ArgumentParser) -> None:
+    """All but those for text and grids, which other commands have too."""
+    add = sub.add_argument
+    add("model", metavar="MODEL", help="folder of a causal language model; it is loaded whole")
+    add("--out", metavar="DIR", required=True, help="folder to make; front.json is in it as well")
+    add(
+        "--constraint",
+        metavar="COST<=BOUND,...",
+        required=True,
+        help="size of the checkpoint and latency of its linears, of the original's (0.3x) or in "
+        "units (500MB, 4ms), and sparsity>=0.5: size<=0.3x,latency<=0.8x",
+    )
+    add("--ignore", nargs="+", default=[], metavar="GLOB", help="modules to leave as they are")
+    group = sub.add_argument_group("what a linear may become")
+    add = group.add_argument
+    add(
+        "--bits",
+        type=int,
+        nargs="*",
+        default=[2, 3, 4, 8],
+        choices=(2, 3, 4, 8),
+        help="of a weight, beside staying in 16; default: 2 3 4 8",
+    )
+    add("--pattern", nargs="+", default=[], metavar="N:M", help="zeros such as 2:4, beside none")
+    add("--sparsity", type=float, nargs="+", default=[], metavar="R", help="shares of zeros")
+    add(
+        "--method",
+        nargs="+",
+        default=["gptq", "sparsegpt"],
+        metavar="NAME",
+        help="of tersor.solvers, for weights with zeros and without; several of a sort are tried "
+        "against each other; default: gptq sparsegpt",
+    )
+    add(
+        "--granularity",
+        default="linear",
+        choices=GRANULARITIES,
+        help="what is chosen on its own: a linear, those that read the same input, a block, or "
+        "those of one name; default: linear",
+    )
+    group = sub.add_argument_group("how to look")
+    add = group.add_argument
+    add(
+        "--trials",
+        type=whole(0),
+        default=200,
+        metavar="N",
+        help="models to measure beside the sensitivities; 0: what these propose alone; "
+        "default: 200",
+    )
+    add("--sampler", default="nsga2", choices=SAMPLERS, help="of trials; default: nsga2")
+    add("--seconds", type=float, metavar="S", help="begin no trial after that long")
+    add(
+        "--sensitivity",
+        default="kl",
+        choices=("kl", "error"),
+        help="of a layer: the KL of the model with it alone changed, or the error of its outputs; "
+        "default: kl",
+    )
+    add(
+        "--held-out",
+        type=whole(0),
+        default=8,
+        metavar="N",
+        help="windows of the text that KL is measured on, beyond --samples; default: 8",
+    )
+    add(
+        "--latency-tokens",
+        type=whole(0),
+        default=1,
+        metavar="M",
+        help="tokens in a call that is timed; default: 1",
+    )
+    add("--differentiable", action="store_true", help="train logits in place of trials")
 
 
 def add_grid(sub: argparse.ArgumentParser) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -17,12 +18,22 @@ from tersor.calibrate import Calibration
 from tersor.errors import TersorError
 from tersor.formats import FORMATS, quantization_config
 from tersor.formats.config import default_format
-from tersor.layerwise import Solver, check_arguments, compress_block, find_solver, settings_of
+from tersor.layerwise import (
+    EVERY,
+    Solver,
+    Treatment,
+    check_arguments,
+    compress_block,
+    find_solver,
+    settings_of,
+    with_ratio,
+)
+from tersor.models.arch import spellings
 from tersor.progress import Progress
 from tersor.qweight import QWeight, Scheme
 from tersor.report import REPORT, TIMINGS, LayerReport, Report, Timings, versions
 from tersor.runs import Run, describe, identity, text_windows
-from tersor.scope import BlockScope, Scope, check_inputs, settle
+from tersor.scope import BlockScope, Scope, assign, check_inputs, settle
 from tersor.shards import ShardWriter, refuse_existing
 from tersor.source import Source
 
@@ -34,7 +45,7 @@ def quantize_checkpoint(
     model: str | Path,
     out: str | Path,
     *,
-    scheme: Scheme,
+    scheme: Scheme | Mapping[str, Scheme | None],
     method: str | Solver = "gptq",
     calibration: Calibration | None = None,
     ignore: Sequence[str] = (),
@@ -48,7 +59,9 @@ def quantize_checkpoint(
     out: the folder to make. While the run lasts its work is in `<out>.partial`: started again with
         the same arguments it goes on after the last whole block, with the same bits in the end;
         with others it begins anew, unless that would throw away a whole block.
-    scheme: what every linear becomes.
+    scheme: what every linear becomes; or what linears become by shell patterns over their paths, as
+        in {"*.down_proj": Scheme(QSpec(8)), "*": Scheme(QSpec(4))}. The first pattern that matches
+        counts, None leaves a linear in 16 bits, and so does no pattern.
     method: "gptq", "rtn", or a solver with settings of its own, such as GPTQ(act_order=True).
     calibration: the text; None for methods that need none. Each block is calibrated on what the
         quantized blocks before it give.
@@ -64,9 +77,37 @@ def quantize_checkpoint(
     Raises TersorError for bad input, before any work where that can be known.
     """
     refuse_existing(out)
-    return _compress(
-        model, out, scheme, find_solver(method), calibration, ignore, sequential, strict, progress
+    solver = find_solver(method)
+    schemes = scheme if isinstance(scheme, Mapping) else {EVERY: scheme}
+    return compress_checkpoint(
+        *(model, out),
+        treatments={p: Treatment(solver, s) if s else None for p, s in schemes.items()},
+        calibration=calibration,
+        ignore=ignore,
+        sequential=sequential,
+        strict=strict,
+        progress=progress,
     )
+
+
+def compress_checkpoint(
+    model: str | Path,
+    out: str | Path,
+    *,
+    treatments: Mapping[str, Treatment | None],
+    calibration: Calibration | None = None,
+    ignore: Sequence[str] = (),
+    sequential: bool = False,
+    strict: bool = False,
+    progress: bool | None = None,
+) -> Report:
+    """quantize_checkpoint and prune_checkpoint in one, with a solver and a scheme for each linear.
+
+    treatments: by shell patterns over the paths of linears, as `scheme` is in quantize_checkpoint.
+    The rest is as there.
+    """
+    refuse_existing(out)
+    return _compress(model, out, treatments, calibration, ignore, sequential, strict, progress)
 
 
 def prune_checkpoint(
@@ -110,17 +151,16 @@ def prune_checkpoint(
             "owl counts outliers with text to calibrate on; give --calibration FILE, or use "
             "--allocation uniform or global"
         )
+    treatments = {EVERY: Treatment(method, scheme)}
     return _compress(
-        *(model, out, scheme, method, calibration, ignore, sequential, strict, progress),
-        allocation,
+        *(model, out, treatments, calibration, ignore, sequential, strict, progress), allocation
     )
 
 
 def _compress(
     model: str | Path,
     out: str | Path,
-    scheme: Scheme | None,
-    solver: Solver,
+    treatments: Mapping[str, Treatment | None],
     calibration: Calibration | None,
     ignore: Sequence[str],
     sequential: bool,
@@ -128,22 +168,27 @@ def _compress(
     progress: bool | None,
     allocation: str = "uniform",
 ) -> Report:
-    check_arguments(scheme, ignore)
+    check_arguments(treatments, ignore)
     if not isinstance(calibration, (Calibration, type(None))):
         raise TersorError(
             f"calibration is a tersor.Calibration((FILE, ...)), not {type(calibration).__name__}"
         )
     source = Source.open(model)
     scope = settle(source.model, source.found, ignore)
-    check_inputs(source.model, scope.linears, scheme.weight if scheme else None, solver.sparsity)
-    windows = _windows(source, solver, calibration)
-    settings = settings_of(scheme, solver, ignore, sequential)
-    if solver.sparsity is not None:
+    own = assign(scope, treatments, source.found.arch.aliases)
+    for each in dict.fromkeys(treatments.values()):
+        if each is not None:
+            linears = [name for name, treatment in own.items() if treatment == each]
+            spec = each.scheme.weight if each.scheme else None
+            check_inputs(source.model, linears, spec, each.solver.sparsity)
+    windows = _windows(source, [each.solver for each in own.values()], calibration)
+    settings = settings_of(treatments, ignore, sequential)
+    if any(each.solver.sparsity for each in own.values()):
         settings["allocation"] = allocation
     report = Report(
         model=source.checkpoint.folder.resolve().name,
         fingerprint=source.checkpoint.fingerprint(),
-        architecture=_architecture(source, scheme),
+        architecture=_architecture(source, any(each.scheme for each in own.values())),
         settings=settings,
         versions=versions(),
         calibration=describe(calibration, windows),
@@ -159,8 +204,7 @@ def _compress(
             writer=writer,
             bar=bar,
             scope=scope,
-            scheme=scheme,
-            solver=solver,
+            treatments=own,
             sequential=sequential,
         )
         run.write_outside()
@@ -172,17 +216,35 @@ def _compress(
         report.bytes_after = run.nbytes
         files = {REPORT: report.to_json(), TIMINGS: run.timings.to_json()}
         config = source.checkpoint.config
-        if scheme is not None:
-            order = "weight" if report.settings.get("act_order") else None
-            stated = quantization_config(scheme, scope.unquantized, actorder=order)
-            config = config | {"quantization_config": stated}
+        if any(each.scheme for each in own.values()):
+            config = config | {"quantization_config": _stated(scope, own, source)}
         writer.finish(config, source.checkpoint.folder, files)
     return report
 
 
-def _architecture(source: Source, scheme: Scheme | None) -> str:
+def _stated(scope: Scope, treatments: Mapping[str, Treatment], source: Source) -> dict[str, Any]:
+    """The quantization_config: one scheme for every Linear that is not ignored, or where there are
+    several, each with the names of its linears."""
+    aliases = source.found.arch.aliases
+    ordered = any(getattr(each.solver, "act_order", False) for each in treatments.values())
+    ignored = list(scope.unquantized)
+    for name, each in treatments.items():
+        if each.scheme is None:
+            ignored += spellings(name, aliases)
+    schemes = {name: each.scheme for name, each in treatments.items() if each.scheme}
+    stated: Scheme | dict[str, Scheme] = next(iter(schemes.values()))
+    if len(set(schemes.values())) > 1:
+        stated = {
+            spelling: scheme
+            for name, scheme in schemes.items()
+            for spelling in spellings(name, aliases)
+        }
+    return quantization_config(stated, ignored, actorder="weight" if ordered else None)
+
+
+def _architecture(source: Source, quantized: bool) -> str:
     """Where the architecture is from, and what a reader of the folder has to know of it."""
-    if scheme and any(place.transposed for place in source.where.values()):
+    if quantized and any(place.transposed for place in source.where.values()):
         return (
             f"{source.found.how}; load the result with tersor, since transformers with "
             "compressed-tensors leaves its Conv1D layers random"
@@ -190,11 +252,14 @@ def _architecture(source: Source, scheme: Scheme | None) -> str:
     return source.found.how
 
 
-def _windows(source: Source, solver: Solver, calibration: Calibration | None) -> Tensor | None:
+def _windows(
+    source: Source, solvers: Sequence[Solver], calibration: Calibration | None
+) -> Tensor | None:
     """The token ids, int64 [samples, seq_len], or None where there is no text and need be none."""
     if calibration is not None:
         return text_windows(source, calibration)
-    if solver.needs is not None:
+    solver = next((each for each in solvers if each.needs is not None), None)
+    if solver is not None:
         other = f"use --method {'magnitude' if solver.sparsity else 'rtn'}, which needs none"
         if solver.name == "magnitude":
             other = "leave --refit out"
@@ -212,14 +277,12 @@ def _hidden(number: int) -> str:
 @dataclass(kw_only=True)
 class _Run(Run):
     scope: Scope
-    scheme: Scheme | None
-    solver: Solver
+    treatments: dict[str, Treatment]  # of the linears of the scope, by name
     sequential: bool
-    ratios: dict[str, float] | None = None  # of linears by name; None: as the solver has it
 
     def allocate(self, allocation: str, windows: Tensor | None) -> None:
-        """Settles how sparse each linear is to be."""
-        sparsity = self.solver.sparsity
+        """Settles how sparse each linear is to be, where all have one treatment."""
+        sparsity = next(iter(self.treatments.values())).solver.sparsity
         if allocation == "uniform" or sparsity is None or sparsity.ratio is None:
             return
         if ALLOCATED not in self.writer.done:
@@ -236,7 +299,11 @@ class _Run(Run):
                     )
                     ratios = {name: of_block[b.path] for b in blocks for name in b.linears}
             self.writer.commit(ALLOCATED, {"bytes": 0, "ratios": ratios}, quick=True)
-        self.ratios = self.writer.done[ALLOCATED]["ratios"]
+        ratios = self.writer.done[ALLOCATED]["ratios"]
+        self.treatments = {
+            name: replace(each, solver=with_ratio(each.solver, ratios[name]))
+            for name, each in self.treatments.items()
+        }
 
     def _weight(self, name: str) -> Tensor:
         return self.source.where[f"{name}.weight"].read(self.source.checkpoint)
@@ -270,8 +337,7 @@ class _Run(Run):
             with timings.stage("read"):
                 memory.enter_context(self.source.loaded(names))
             for solved in compress_block(
-                *(model, block, self.solver, self.scheme, passes, self.sequential, timings),
-                self.ratios,
+                model, block, self.treatments, passes, self.sequential, timings
             ):
                 solved.report.bytes = self._add(solved.name, solved.weight)
                 layers.append(solved.report)
@@ -305,9 +371,10 @@ class _Run(Run):
             stored = self.source.as_stored(f"{name}.weight", weight)
             self.writer.add(place.saved_as, stored)
             return stored.nbytes
-        assert self.scheme is not None  # or there would be no codes
+        scheme = self.treatments[name].scheme
+        assert scheme is not None  # or there would be no codes
         stem = place.saved_as.removesuffix("weight")
-        packed = FORMATS[default_format(self.scheme)].pack(weight)
+        packed = FORMATS[default_format(scheme)].pack(weight)
         for local, tensor in packed.items():
             self.writer.add(stem + local, tensor)
         return sum(tensor.nbytes for tensor in packed.values())

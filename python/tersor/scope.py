@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import TypeVar
 
 from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
@@ -96,6 +97,48 @@ def settle(model: nn.Module, found: FoundArch, ignore: Sequence[str]) -> Scope:
     return scope
 
 
+Given = TypeVar("Given")
+
+
+def assign(
+    scope: Scope, given: Mapping[str, Given | None], aliases: tuple[tuple[str, str], ...]
+) -> dict[str, Given]:
+    """What each linear of a scope is given, by name: what its own name is, or else the first shell
+    pattern that matches it in any spelling. A linear that is given None, or nothing, stays as it
+    is: it leaves the scope for what is kept.
+
+    Raises TersorError for a pattern that no linear is given anything by, and where none is left.
+    """
+    patterns = _Patterns((name for name in given if name not in set(scope.linears)), aliases)
+    found: dict[str, Given] = {}
+    used: set[str] = set()
+    for name in scope.linears:
+        pattern = name if name in given else patterns.first(name)
+        what = None if pattern is None else given[pattern]
+        if pattern is not None:
+            used.add(pattern)
+        if what is not None:
+            found[name] = what
+            continue
+        scope.kept[name] = f"left as it is, {pattern}" if pattern else "no pattern is for it"
+        scope.unquantized += spellings(name, aliases)
+    if unused := [pattern for pattern in given if pattern not in used]:
+        raise TersorError(
+            f"{unused[0]!r} matches no linear of this model that no pattern before it does; "
+            f"linears are called like {scope.linears[0]}, and the first pattern counts"
+        )
+    if not found:
+        raise TersorError("every linear is left as it is; give at least one of them a scheme")
+    scope.blocks = [
+        BlockScope(
+            block.path,
+            tuple(filter(None, (tuple(n for n in tap if n in found) for tap in block.taps))),
+        )
+        for block in scope.blocks
+    ]
+    return found
+
+
 def settle_all(model: nn.Module, ignore: Sequence[str]) -> Scope:
     """The scope of a module of which nothing is known: every nn.Linear, each with an input of its
     own, all in one block. Raises as `settle` does."""
@@ -171,6 +214,12 @@ class _Patterns:
         self.patterns = tuple(dict.fromkeys(patterns))
         self.unused = list(self.patterns)
         self.aliases = aliases
+
+    def first(self, path: str) -> str | None:
+        """The first pattern that matches the module, or None."""
+        names = spellings(path, self.aliases)
+        hits = (p for p in self.patterns if any(fnmatchcase(name, p) for name in names))
+        return next(hits, None)
 
     def match(self, path: str) -> str | None:
         """Why the module is ignored, or None."""

@@ -6,6 +6,7 @@ Every command imports what it needs when it runs, and checks before that what ne
 from tersor.commands.folders import prune, quantize
 from tersor.commands.measure import bench, demo, evaluate, inspect, kernels
 from tersor.commands.recipe import compress
+from tersor.commands.search import search
 from tersor.commands.train import distill, qat
 from tersor.commands.write import generate
 
@@ -21,4 +22,5 @@ __all__ = (
     "prune",
     "qat",
     "quantize",
+    "search",
 )
