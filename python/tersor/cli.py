@@ -45,13 +45,13 @@ EXAMPLES = {
     "quantize": "tersor quantize ./Llama-3.2-1B --out ./Llama-3.2-1B-INT4 --calibration text.txt",
     "prune": "tersor prune ./Llama-3.2-1B --out ./Llama-3.2-1B-2of4 --pattern 2:4 --calibration "
     "text.txt",
-    "distill": "tersor distill ./small --teacher ./Llama-3.2-1B --out ./small-distilled "
+    "distill": "tersor distill ./student --teacher ./Llama-3.2-1B --out ./distilled "
     "--calibration text.txt",
-    "qat": "tersor qat ./Llama-3.2-1B --teacher ./Llama-3.2-1B --bits 3 --out ./Llama-3.2-1B-INT3 "
+    "qat": "tersor qat ./Llama-3.2-1B --teacher ./Llama-3.2-1B --bits 3 --out ./int3 "
     "--calibration text.txt",
-    "compress": "tersor compress ./Llama-3.2-1B --recipe mobile --out ./Llama-3.2-1B-mobile "
+    "compress": "tersor compress ./Llama-3.2-1B --recipe mobile --out ./small "
     "--calibration text.txt --text held-out.txt",
-    "search": "tersor search ./Llama-3.2-1B --out ./Llama-3.2-1B-mixed --constraint "
+    "search": "tersor search ./Llama-3.2-1B --out ./mixed --constraint "
     "'size<=0.3x,latency<=0.6x' --calibration text.txt",
     "eval": "tersor eval ./Llama-3.2-1B-INT4 --baseline ./Llama-3.2-1B --text held-out.txt",
     "inspect": "tersor inspect ./Llama-3.2-1B-INT4",

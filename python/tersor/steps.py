@@ -358,6 +358,13 @@ class Shrink(Surgery):
     update: str = "least-squares"
     damp: float = 0.01
 
+    @property
+    def reads_text(self) -> bool:
+        ranks = isinstance(self.layers, int) and self.layers > 0
+        by_weights = {self.importance, self.head_importance or "magnitude"} == {"magnitude"}
+        parts = self.heads or self.query_heads or self.ffn
+        return ranks or bool(parts and not (by_weights and self.update == "none"))
+
     def function(self) -> Callable[..., Report]:
         from tersor.surgery.shrink import shrink_checkpoint
 
@@ -387,6 +394,10 @@ class DropExperts(Surgery):
     name: ClassVar[str] = "drop_experts"
     experts: float
     importance: str = "output"
+
+    @property
+    def reads_text(self) -> bool:
+        return self.importance != "magnitude"
 
     def function(self) -> Callable[..., Report]:
         from tersor.surgery.experts import drop_experts

@@ -19,7 +19,8 @@ from tersor.recipes.recipe import Evaluate, Export, Recipe, name_of
 from tersor.runs import text_windows as calibration_windows
 from tersor.scope import check_inputs, settle
 from tersor.source import Source
-from tersor.steps import State, Step, Surgery, Train
+from tersor.steps import Shrink, State, Step, Surgery, Train
+from tersor.surgery.cuts import settle_cuts
 
 Windows = dict[str, Tensor]  # name of a text -> int64 [count, seq_len]
 
@@ -84,6 +85,10 @@ def _shapes(recipe: Recipe, source: Source) -> None:
     """Groups and patterns against the linears, as long as their widths are those of the files."""
     for number, step in enumerate(recipe.steps, 1):
         if isinstance(step, Surgery):
+            if isinstance(step, Shrink):
+                with _named(number, step):
+                    parts = ("heads", "query_heads", "ffn", "layers", "multiple")
+                    settle_cuts(source, **{part: getattr(step, part) for part in parts})
             return
         if not isinstance(step, Step):
             continue

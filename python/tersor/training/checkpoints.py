@@ -193,10 +193,10 @@ class _Run:
         if sparsity is not None:
             warmup, ramp = steps // 10, steps // 2
             schedule = Schedule(warmup, ramp, cooldown=steps - warmup - ramp)
-            return MaskTraining(sparsity, schedule, "magnitude")
+            return MaskTraining(sparsity, schedule, "magnitude").attach(model)
         linears = self.job.scope.linears
         pruned = [name for name in linears if is_pruned(model.get_submodule(name).weight)]
-        return HoldZeros(include=pruned) if pruned else None
+        return HoldZeros(include=pruned).attach(model) if pruned else None
 
     def _fake(self, model: nn.Module) -> Any:
         """What rounds the weights; None elsewhere. A training that goes on has its start in its

@@ -1,0 +1,397 @@
+"""Recipes: read, checked, run, interrupted and run again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tiny
+
+pytest.importorskip("accelerate")
+from tersor import TersorError, cli
+from tersor.calibrate import Calibration
+from tersor.evaluate import evaluate
+from tersor.loading import load_any
+from tersor.qweight import QSpec
+from tersor.recipes import run as running
+from tersor.recipes.recipe import READY, Evaluate, Export, Recipe
+from tersor.recipes.run import RECIPE_PAGE, STAGES, compress
+from tersor.recipes.stages import RECIPE_REPORT, RecipeReport
+from tersor.report import REPORT
+from tersor.sparsity import Sparsity
+from tersor.steps import Distill, Prune, QuantizationAware, Quantize, Shrink, State, Step
+
+SHORT = "steps: 3, batch: 2, learning_rate: 1.0e-3"
+FULL = f"""
+calibration: {{sources: [text.txt], samples: 8, seq_len: 32}}
+evaluate: {{text: {{prose: held/out.txt}}, seq_len: 32, samples: 4}}
+steps:
+  - shrink: {{ffn: 0.3, multiple: 32}}
+  - distill: {{{SHORT}, temperature: 2.0}}
+  - export: {{folder: distilled}}
+  - prune: {{pattern: "2:4"}}
+  - evaluate: {{text: text.txt, seq_len: 32, samples: 2, speed: true}}
+  - qat: {{{SHORT}, bits: 4, group: 32}}
+"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, two texts and a recipe."""
+    home = tmp_path_factory.mktemp("recipe")
+    tiny.save(home / "model", "llama")
+    (home / "text.txt").write_text(tiny.text())
+    (home / "held").mkdir()
+    (home / "held" / "out.txt").write_text(tiny.text(seed=3))
+    (home / "recipe.yaml").write_text(FULL)
+    return home
+
+
+@pytest.fixture(scope="module")
+def done(home: Path) -> Path:
+    """What the recipe makes."""
+    compress(home / "model", home / "done", home / "recipe.yaml")
+    return home / "done"
+
+
+def parse(text: str, home: Path) -> Recipe:
+    path = home / "other.yaml"
+    path.write_text(text)
+    return Recipe.read(path)
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def test_yaml_and_python_are_the_same(home: Path) -> None:
+    recipe = Recipe.read(home / "recipe.yaml")
+    text, held = str(home / "text.txt"), str(home / "held" / "out.txt")
+    training: dict[str, Any] = {"steps": 3, "batch": 2, "learning_rate": 1e-3}
+    assert recipe == Recipe(
+        steps=(
+            Shrink(ffn=0.3, multiple=32),
+            Distill(temperature=2.0, **training),
+            Export("distilled"),
+            Prune(pattern="2:4"),
+            Evaluate({"text": text}, seq_len=32, samples=2, speed=True),
+            QuantizationAware(bits=4, group=32, **training),
+        ),
+        calibration=Calibration((text,), samples=8, seq_len=32),
+        evaluate=Evaluate({"prose": held}, seq_len=32, samples=4),
+        name="recipe.yaml",
+    )
+
+
+def test_yaml_that_is_written_reads_back(home: Path) -> None:
+    made = Recipe(
+        (Shrink(layers=(1,)), Evaluate(speed=True), Prune(pattern="4:8", refit=True), Quantize()),
+        keep="all",
+        name="other.yaml",
+    )
+    assert parse(made.to_yaml(), home) == made
+
+
+@pytest.mark.parametrize("name", READY)
+def test_ready_recipes(name: str) -> None:
+    """Each is of the kind that its name promises, and its steps follow one another."""
+    recipe = Recipe.read(name)
+    state = State()
+    for step in recipe.steps:
+        assert isinstance(step, Step)
+        step.call()
+        state = step.after(state)
+    assert state.quantized is not None and state.quantized.weight == QSpec(4)
+    names = [step.name for step in recipe.steps if isinstance(step, Step)]
+    wanted = {
+        "cloud": (["prune"], Sparsity(0.2)),
+        "edge": (["qat"], None),
+        "realtime": (["shrink", "quantize"], None),
+        "mobile": (["shrink", "distill", "prune", "qat"], Sparsity(pattern=(2, 4))),
+    }
+    assert (names, state.zeros) == wanted[name]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "not a recipe"),
+        ("- a\n- b", "not a recipe"),
+        ("steps: [", "not YAML"),
+        ("steps: []", "steps is a list, of distill"),
+        ("steps: prune", "steps is a list"),
+        ("stages: []", "'stages' is not of a recipe; it has steps, calibration"),
+        ("steps: [melt]", "step 1, melt: there is no such step; there are distill, prune"),
+        ("steps: [quantize: {bitz: 4}]", "step 1, quantize: there is no setting 'bitz'"),
+        ("steps: [quantize: {bits: four}]", "bits is a whole number, not 'four'"),
+        ("steps: [quantize: {bits: true}]", "bits is a whole number, not True"),
+        ("steps: [quantize: {ignore: [1]}]", "ignore is a list of words"),
+        ("steps: [quantize: 4]", "settings are names with values, not 4"),
+        ("steps: [{quantize: {}, prune: {}}]", "step 1 is one name with its settings"),
+        ("steps: [prune: {pattern: 2:4}]", "in quotes where YAML would take it for a number"),
+        ("steps: [slice: {}]", "hidden is missing"),
+        ("steps: [quantize: {bits: 4, bits: 8}]", "'bits' stands twice"),
+        ("steps: [quantize]\nsteps: [prune]", "'steps' stands twice"),
+        ("steps: [export: {folder: a}]", "a recipe needs a step that changes the model"),
+        ("steps: [quantize, export: {folder: ../a}]", "folder is a plain name"),
+        ("steps: [quantize, export: {folder: ''}]", "folder is the name of a folder"),
+        ("steps: [quantize, evaluate: {}]", "evaluate needs text, name: FILE, or speed"),
+        ("steps: [quantize, evaluate: {text: [a]}]", "text of evaluate is a file, or names"),
+        ("steps: [quantize]\nkeep: some", "keep is last or all"),
+        ("steps: [quantize]\ncalibration: /etc/hostname", "not in the folder of the recipe"),
+        ("steps: [quantize]\ncalibration: ../text.txt", "not in the folder of the recipe"),
+        ("steps: [distill: {teacher: ../model}]", "not in the folder of the recipe"),
+        ("steps: [distill: {text: /etc/hostname}]", "not in the folder of the recipe"),
+        ("steps: [quantize]\nevaluate: {text: ../x}", "not in the folder of the recipe"),
+        ("!!python/object/apply:os.system ['true']", "not YAML"),
+    ],
+)
+def test_files_that_are_no_recipes(home: Path, text: str, message: str) -> None:
+    with pytest.raises(TersorError, match=r"other\.yaml") as error:
+        parse(text, home)
+    assert message in str(error.value)
+
+
+def test_a_link_out_of_the_folder_is_refused(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").symlink_to(home / "text.txt")
+    with pytest.raises(TersorError, match="not in the folder of the recipe"):
+        parse("steps: [quantize]\ncalibration: text.txt", tmp_path)
+
+
+def test_no_such_file(tmp_path: Path) -> None:
+    with pytest.raises(TersorError, match="give a YAML file, or cloud, edge, realtime, mobile"):
+        Recipe.read(tmp_path / "none.yaml")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(TersorError, match="not UTF-8"):
+        Recipe.read(tmp_path / "binary")
+
+
+# --- checked before the first step ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ("[quantize: {group: 32}, prune: {pattern: '2:4'}]", "step 2, prune: .* W4A16 codes"),
+        ("[prune: {pattern: '2:4'}, shrink: {ffn: 0.5}]", "step 2, shrink: .*put shrink before"),
+        ("[quantize: {group: 32}, qat: {group: 32}]", "step 2, qat: qat cannot follow quantize"),
+        ("[quantize: {group: 32}, quantize: {bits: 3}]", "step 2, quantize"),
+        ("[quantize]", "step 1, quantize: group 128 does not divide"),
+        ("[qat]", "step 1, qat: group 128 does not divide"),
+        ("[prune: {pattern: '2:128'}]", "step 1, prune: the pattern 2:128 does not divide"),
+        ("[quantize: {group: 32, bits: 5}]", "step 1, quantize: bits must be one of"),
+        ("[shrink: {heads: 0.1}]", "step 1, shrink: "),
+        ("[distill: {steps: 0}]", "step 1, distill: steps is a whole number"),
+        ("[distill: {loss: love}]", "step 1, distill: there is no loss"),
+        ("[distill: {teacher: none}]", "step 1, distill: "),
+        ("[distill: {teacher: other}]", "has a vocabulary of 320 tokens and the model one of 160"),
+        ("[distill: {text: empty.txt}]", "step 1, distill: .*is empty"),
+        ("[distill: {batch: 100000}]", "step 1, distill: the calibration text"),
+        ("[shrink: {ffn: 0.3}, evaluate: {text: gone.txt}]", "step 2, evaluate: "),
+        ("[shrink: {ffn: 0.3}, evaluate: {text: empty.txt}]", "does not fill one window"),
+        ("[shrink: {ffn: 0.3}, evaluate: {text: text.txt, seq_len: 999}]", "beyond the model's 64"),
+        ("[export: {folder: a}, shrink: {ffn: 0.3}]", "nothing to export before the first step"),
+        (
+            "[shrink: {ffn: 0.3}, export: {folder: a}, quantize: {group: 32}, export: {folder: a}]",
+            "a is exported twice",
+        ),
+    ],
+)
+def test_errors_before_the_first_step(
+    home: Path, out: Path, monkeypatch: pytest.MonkeyPatch, steps: str, message: str
+) -> None:
+    (home / "empty.txt").touch()
+    if not (home / "other").exists():
+        tiny.save(home / "other", "llama", vocab_size=320)
+    recipe = parse(f"calibration: {{sources: text.txt, seq_len: 32}}\nsteps: {steps}", home)
+    monkeypatch.setattr(Step, "__call__", lambda *given, **named: pytest.fail("a step was run"))
+    with pytest.raises(TersorError, match=message):
+        compress(home / "model", out, recipe)
+    assert not list(out.parent.iterdir())
+
+
+def test_text_is_asked_for(home: Path, out: Path) -> None:
+    with pytest.raises(TersorError, match="step 1, prune: it needs text; give --calibration"):
+        compress(home / "model", out, Recipe((Prune(pattern="2:4"),)))
+    with pytest.raises(TersorError, match="step 1, quantize: it needs text"):
+        compress(home / "model", out, Recipe((Quantize(group=32),)))
+    report = compress(home / "model", out, Recipe((Quantize(method="rtn", group=32),)))
+    assert [stage.name for stage in report.stages] == ["original", "1 quantize"]
+
+
+# --- running -------------------------------------------------------------------------------------
+
+
+def test_the_stages(home: Path, done: Path) -> None:
+    report = RecipeReport.read(done)
+    names = ["original", "1 shrink", "2 distill", "4 prune", "6 qat"]
+    assert [stage.name for stage in report.stages] == names
+    original, shrunk, distilled, pruned, trained = report.stages
+    assert original.parameters == sum(p.numel() for p in load_any(home / "model").parameters())
+    assert shrunk.parameters == distilled.parameters == trained.parameters < original.parameters
+    assert (original.sparsity, distilled.sparsity) == (0, 0)
+    assert pruned.sparsity == 0.5 and trained.sparsity >= 0.5
+    assert pruned.bits_per_weight == 32 and 4 < trained.bits_per_weight < 5.1
+    assert [len(stage.losses) for stage in report.stages] == [0, 0, 3, 0, 3]
+    assert {layer["method"] for layer in trained.layers} == {"qat"}
+    files = [path.stat().st_size for path in done.glob("*.safetensors")]
+    assert trained.bytes < sum(files) < trained.bytes + 20_000
+    assert (done / RECIPE_PAGE).exists() and (done / REPORT).exists()
+    assert [path.name for path in (done / STAGES).iterdir()] == ["distilled"]
+    assert not done.with_name("done.partial").exists()
+
+
+def test_what_is_measured_is_what_evaluation_says(home: Path, done: Path) -> None:
+    report = RecipeReport.read(done)
+    first, *_, last = report.stages
+    assert first.quality["prose"]["kl"]["mean"] == 0
+    assert [sorted(stage.quality) for stage in report.stages] == [
+        ["prose", "text"],
+        ["prose"],
+        ["prose"],
+        ["prose", "text"],
+        ["prose"],
+    ]
+    assert [stage.speed is None for stage in report.stages] == [False, True, True, False, True]
+    recipe = Recipe.read(home / "recipe.yaml")
+    from tersor.recipes.checks import check
+
+    windows = check(recipe, home / "model").windows[0]["prose"]
+    assert windows.shape == (4, 32)
+    models = {"original": load_any(home / "model"), "last": load_any(done)}
+    found = evaluate(models, windows, "original")["last"]
+    assert found.kl is not None
+    assert last.quality["prose"]["kl"]["mean"] == pytest.approx(found.kl.mean, rel=1e-5)
+    exported = load_any(done / STAGES / "distilled")
+    assert exported(windows).logits.isfinite().all()
+
+
+def test_steps_one_by_one_give_the_same(home: Path, done: Path, tmp_path: Path) -> None:
+    text = Calibration((str(home / "text.txt"),), samples=8, seq_len=32)
+    model = home / "model"
+    for number, step in enumerate(Recipe.read(home / "recipe.yaml").steps):
+        if isinstance(step, Step):
+            made = step.learns_from(home / "model") if hasattr(step, "learns_from") else step
+            made(model, tmp_path / str(number), text)
+            model = tmp_path / str(number)
+    for path in model.glob("*.safetensors"):
+        assert path.read_bytes() == (done / path.name).read_bytes()
+
+
+class Stop(BaseException):
+    pass
+
+
+def stopping(module: Any, name: str, at: int, before: bool) -> Callable[..., Any]:
+    """The function of that name, which stops the run the `at`-th time, before or after it works."""
+    inner, count = getattr(module, name), [0]
+
+    def function(*given: Any, **named: Any) -> Any:
+        count[0] += 1
+        if before and count[0] == at:
+            raise Stop
+        result = inner(*given, **named)
+        if count[0] == at:
+            raise Stop
+        return result
+
+    return function
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "at", "before"),
+    [
+        (running, "measure_size", 1, True),
+        (running, "measure_size", 3, False),
+        (running, "measure_quality", 4, True),
+        (running.shutil, "rmtree", 1, True),
+        (running.shutil, "rmtree", 1, False),
+        (running.os, "rename", 2, True),  # the steps' own: one each
+        (running.os, "rename", 5, True),  # those that put the output together
+        (running.os, "rename", 5, False),
+        (running.os, "rename", 6, False),
+        (running.os, "rename", 7, False),
+        (running._Journal, "clear", 1, True),
+    ],
+)
+def test_a_run_that_is_stopped_goes_on(
+    home: Path, done: Path, out: Path, monkeypatch: pytest.MonkeyPatch,
+    where: Any, name: str, at: int, before: bool,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(where, name, stopping(where, name, at, before))
+    with pytest.raises(Stop):
+        compress(home / "model", out, home / "recipe.yaml")
+    monkeypatch.undo()
+    calls = []
+    step = Step.__call__
+    monkeypatch.setattr(
+        Step, "__call__", lambda self, *a, **k: calls.append(self.name) or step(self, *a, **k)
+    )
+    again = compress(home / "model", out, home / "recipe.yaml")
+    assert len(calls) < 4 or (where, name, at) == (running, "measure_size", 1)
+    assert [stage.name for stage in again.stages] == [
+        stage.name for stage in RecipeReport.read(done).stages
+    ]
+    assert not out.with_name("out.partial").exists()
+    for file in ("model.safetensors", f"{STAGES}/distilled/model.safetensors"):
+        assert (out / file).read_bytes() == (done / file).read_bytes()
+
+
+def test_another_recipe_does_not_go_on(
+    home: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = Recipe((Quantize(method="rtn", group=32), Evaluate(speed=True)))
+    monkeypatch.setattr(running, "measure_quality", stopping(running, "measure_quality", 1, True))
+    with pytest.raises(Stop):
+        compress(home / "model", out, recipe)
+    monkeypatch.undo()
+    other = Recipe((Quantize(method="rtn", bits=3, group=32), Evaluate(speed=True)))
+    with pytest.raises(TersorError, match=r"another steps; .*rm -r"):
+        compress(home / "model", out, other)
+    compress(home / "model", out, recipe)
+    with pytest.raises(TersorError, match="exists already"):
+        compress(home / "model", out, recipe)
+
+
+def test_strangers_are_not_touched(home: Path, out: Path) -> None:
+    partial = out.with_name("out.partial")
+    partial.mkdir()
+    (partial / "diary.txt").write_text("mine")
+    with pytest.raises(TersorError, match=r"holds diary\.txt.*move it away"):
+        compress(home / "model", out, Recipe((Quantize(method="rtn", group=32),)))
+    (partial / "recipe.json").write_text("{")
+    with pytest.raises(TersorError, match="damaged"):
+        compress(home / "model", out, Recipe((Quantize(method="rtn", group=32),)))
+    assert (partial / "diary.txt").read_text() == "mine"
+
+
+def test_all_stages_are_kept(home: Path, out: Path) -> None:
+    steps = (Shrink(ffn=0.3, multiple=32, update="none", importance="magnitude"),)
+    rounded = Quantize(method="rtn", group=32)
+    compress(home / "model", out, Recipe((*steps, rounded), keep="all"))
+    assert [path.name for path in (out / STAGES).iterdir()] == ["1-shrink"]
+    assert "quantization_config" not in json.loads(
+        (out / STAGES / "1-shrink" / "config.json").read_text()
+    )
+    assert "quantization_config" in json.loads((out / "config.json").read_text())
+
+
+def test_command(home: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = cli.main([
+        "compress", str(home / "model"), "--out", str(out), "--recipe", str(home / "recipe.yaml"),
+        "--text", str(home / "held" / "out.txt"), "--seq-len", "32", "--keep", "all",
+        "--calibration", str(home / "text.txt"), "--samples", "4",
+    ])  # fmt: skip
+    shown = capsys.readouterr().out
+    assert code == 0
+    for word in ("original", "1 shrink", "6 qat", "perplexity", "times smaller", RECIPE_PAGE):
+        assert word in shown
+    assert len(list((out / STAGES).iterdir())) == 3
+    report = json.loads((out / RECIPE_REPORT).read_text())
+    assert "out" in report["stages"][0]["quality"]
+    code = cli.main(["compress", str(home / "model"), "--out", str(home / "x"), "--recipe", "nope"])
+    assert code == 2
+    assert "there is no recipe nope" in capsys.readouterr().err
