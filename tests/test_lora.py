@@ -1,4 +1,4 @@
-"""LoRA through peft on quantized linears: the formula in float64, gradients, saving, training."""
+"""LoRA through peft on quantized linears: the formula in float64, gradients, saving, bad input."""
 
 from __future__ import annotations
 
@@ -17,19 +17,15 @@ from torch import Tensor, nn
 import tiny
 
 pytest.importorskip("peft")
-pytest.importorskip("accelerate")
 import peft
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import Trainer, TrainingArguments
 
 import tersor
-from tersor import ActSpec, QSpec, QuantLinear, Scheme, SparseLinear, TersorError
+from tersor import ActSpec, QSpec, QuantLinear, QWeight, Scheme, SparseLinear, TersorError
 from tersor.adapters.layer import AdaptedLinear
 from tersor.adapters.lora import add_lora, prepare_lora
 from tersor.adapters.nf4 import NF4
 from tersor.adapters.nf4_linear import NF4Linear, nf4_model
-from tersor.training import Distillation, Features
-from tersor.training.trainer import DistillTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 
@@ -236,6 +232,21 @@ def test_two_adapters_and_batches_that_mix_them() -> None:
     assert torch.equal(logits(model), each[1])
 
 
+def test_another_adapter_on_other_layers_waits_for_its_turn() -> None:
+    def config(target: str) -> LoraConfig:
+        return LoraConfig(r=2, target_modules=[target], init_lora_weights=False)
+
+    model = add_lora(base(), config("q_proj"), "one").eval()
+    want = logits(model)
+    model.add_adapter("two", config("up_proj"))
+    assert torch.equal(logits(model), want)
+    for name in ("one", "two"):
+        model.set_adapter(name)
+        learning = [n for n, p in model.named_parameters() if p.requires_grad]
+        assert learning and all(f".{name}." in n for n in learning)
+    assert not torch.equal(logits(model), want)
+
+
 def test_a_shared_layer_has_one_adapter() -> None:
     made, _ = linear("w4", n=128)
     model = add_lora(nn.Sequential(made, nn.ReLU(), made), LoraConfig(r=2))
@@ -309,94 +320,6 @@ def test_state_dict_keeps_the_packed_base() -> None:
     assert torch.equal(other(x), model(x))
 
 
-# --- training -------------------------------------------------------------------------------------
-
-
-def arguments(folder: Path, **changes: Any) -> TrainingArguments:
-    settings: dict[str, Any] = {
-        "max_steps": 8,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 2e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
-    return TrainingArguments(str(folder), **(settings | changes))
-
-
-def examples() -> list[dict[str, Tensor]]:
-    ids = torch.randint(0, tiny.VOCAB, (4, 12), generator=torch.manual_seed(4))
-    return [
-        {"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in ids
-    ]
-
-
-@pytest.mark.parametrize("kind", ["w4", "nf4"])
-def test_trains_by_the_trainer(kind: str, tmp_path: Path) -> None:
-    plain = base(kind)
-    frozen = {n: t.clone() for n, t in plain.state_dict().items()}
-    model = add_lora(plain, LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM"))
-    trainer = Trainer(
-        model=model,
-        args=arguments(tmp_path, save_strategy="steps", save_steps=4),
-        train_dataset=examples(),
-    )
-    trainer.train()
-    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    assert losses[-1] < 0.9 * losses[0]
-    after = model.get_base_model().state_dict()
-    for name, tensor in frozen.items():
-        name = name if name in after else ".base_layer.".join(name.rsplit(".", 1))
-        assert torch.equal(after[name], tensor)
-    want = logits(model.eval())
-    again = PeftModel.from_pretrained(prepare_lora(base(kind)), tmp_path / "checkpoint-8")
-    assert torch.equal(logits(again), want)
-
-
-def test_gradient_checkpointing_gives_the_same_gradients() -> None:
-    def gradients(checkpointing: bool) -> dict[str, Tensor]:
-        model = add_lora(base(), LoraConfig(r=2, task_type="CAUSAL_LM"))
-        randomize(model)
-        model.train()
-        if checkpointing:
-            model.enable_input_require_grads()
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        model(IDS, labels=IDS, use_cache=False).loss.backward()
-        return {n: p.grad for n, p in adapters(model).items()}
-
-    one, two = gradients(False), gradients(True)
-    for name, grad in one.items():
-        torch.testing.assert_close(two[name], grad)
-
-
-def test_distils_into_adapters(tmp_path: Path) -> None:
-    """The loss of the first step is that of the formula, so that labels are shifted as a causal
-    model's, and the student comes closer to the teacher."""
-    teacher = tiny.model("llama")
-    model = add_lora(base(), LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM"))
-    randomize(model)
-    rows = examples()
-    ids = torch.stack([row["input_ids"] for row in rows])
-    with torch.no_grad():
-        p, q = (m(ids).logits[:, :-1].double().log_softmax(-1) for m in (teacher, model))
-    want = float((p.exp() * (p - q)).sum(-1).mean())
-    trainer = DistillTrainer(
-        model,
-        teacher,
-        Distillation(temperature=1.0, alpha=1.0),
-        features=Features(hidden=0.01),
-        args=arguments(tmp_path),
-        train_dataset=rows,
-    )
-    trainer.train()
-    losses = [row["distillation"] for row in trainer.state.log_history if "loss" in row]
-    assert losses[0] == pytest.approx(want, rel=1e-3)
-    assert losses[-1] < 0.8 * losses[0]
-    assert all(p.grad is None for n, p in model.named_parameters() if "lora_" not in n)
-
-
 # --- bad input ------------------------------------------------------------------------------------
 
 
@@ -450,6 +373,13 @@ def test_merging_by_peft_points_to_ours() -> None:
         model.merge_and_unload()
     with pytest.raises(TersorError, match=r"tersor\.merge_lora"):
         model.merge_adapter()
+
+
+def test_layers_without_a_weight() -> None:
+    q = linear("w4")[0].qweight()
+    empty = QuantLinear(QWeight(q.spec, q.codes.to("meta"), q.scales.to("meta")))
+    with pytest.raises(TersorError, match="0 has no weight yet; load the model's weights"):
+        add_lora(nn.Sequential(empty))
 
 
 def test_preparing_twice_is_harmless() -> None:

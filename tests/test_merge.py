@@ -65,7 +65,7 @@ def logits(model: Any) -> Tensor:
 
 
 def relative(error: Tensor, of: Tensor) -> float:
-    return float(error.square().sum() / of.square().sum())
+    return float((error.square().sum() / of.square().sum()).detach())
 
 
 # --- requantized ----------------------------------------------------------------------------------
@@ -316,3 +316,14 @@ def test_saving_is_the_inverse_of_loading(kind: str, tmp_path: Path) -> None:
     loaded = tersor.load(tmp_path / "out", torch.float32)
     assert torch.equal(logits(loaded), logits(model))
     assert getattr(model.config, "quantization_config", None) is None
+
+
+def test_saving_a_model_with_adapters_saves_its_base(tmp_path: Path) -> None:
+    base = llama()
+    want = logits(base)
+    targets = ["q_proj", "embed_tokens"]
+    model = adapted(base, config=LoraConfig(target_modules=targets, modules_to_save=["lm_head"]))
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["default"].weight.zero_()
+    save(model, tmp_path / "out")
+    assert torch.equal(logits(tersor.load(tmp_path / "out", torch.float32)), want)

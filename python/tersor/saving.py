@@ -69,7 +69,9 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
         if isinstance(module, nn.Linear) and getattr(module, "stored_transposed", False)
     }
     return {
-        name.replace(".base_layer.", "."): tensor.t().contiguous() if name in turned else tensor
+        name.replace(".base_layer.", ".").replace(".original_module.", "."): (
+            tensor.t().contiguous() if name in turned else tensor
+        )
         for name, tensor in model.state_dict().items()
-        if ".lora_" not in name
+        if ".lora_" not in name and ".modules_to_save." not in name
     }

@@ -37,9 +37,10 @@ class AdaptedLinear(Linear):  # type: ignore[misc,unused-ignore]
 
     def update_layer(self, adapter_name: str, *given: Any, **named: Any) -> None:
         """Adds an adapter or makes it anew."""
-        config = named.get("config")
+        config = named.get("config")  # before 0.19, peft gives the settings one by one
         if config is not None:
             check_settings(config)
+        self.resolve_lora_variant(**named)
         if not self.active_adapters:
             self._active_adapter = adapter_name
         super().update_layer(adapter_name, *given, **named)

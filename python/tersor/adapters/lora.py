@@ -60,7 +60,7 @@ def prepare_lora(model: nn.Module) -> nn.Module:
     It computes what it did before. All its parameters are frozen, as peft's own preparation of
     quantized models does. Its state dict has `base_layer` in the names of quantized linears until
     peft's unload() puts them back.
-    Raises TersorError where it has no quantized linear, or adapters already.
+    Raises TersorError where it has no quantized linear, one without a weight, or adapters already.
     """
     import_peft()
     from tersor.adapters.layer import AdaptedLinear
@@ -73,6 +73,9 @@ def prepare_lora(model: nn.Module) -> nn.Module:
             "the model has no quantized linear; quantize it first (tersor.quantize_model, "
             "tersor.nf4_model, tersor.load), or use peft as it is"
         )
+    for path, linear in found.items():
+        if any(tensor.is_meta for tensor in linear.buffers()):
+            raise TersorError(f"{path} has no weight yet; load the model's weights first")
     made: dict[int, AdaptedLinear] = {}  # a linear in several places stays one layer
     for path, linear in found.items():
         if id(linear) not in made:

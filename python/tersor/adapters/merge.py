@@ -98,7 +98,7 @@ def merge_lora(
         for path, names in _by_block(layers, blocks):
             reached = path is not None and bool(texts)
             stats: dict[str, GramStats] = {}
-            if reached:
+            if reached and names:
                 block = inner.get_submodule(path or "")
                 stats = capture({n: layers[n] for n in names}, _passes(texts, block))
             for name in names:
