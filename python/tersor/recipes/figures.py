@@ -225,7 +225,7 @@ def _panels(
     lines = -(-count // 4)
     height = 0.55 + 0.27 * max(2.0, ends[-1])
     figure = Figure(figsize=(width, lines * height + 0.1), layout="constrained")
-    grid = figure.subplots(lines, -(-count // lines), sharey=True, squeeze=False).ravel()
+    grid: Any = figure.subplots(lines, -(-count // lines), sharey=True, squeeze=False).ravel()
     for axes in grid[count:]:
         axes.set_visible(False)
     for axes in grid[:count]:
