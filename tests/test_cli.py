@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from tersor import calibrate, cli
-from tersor.commands import compress
+from tersor.commands import folders
 from tersor.errors import TersorError
+from tersor.steps import Quantize
 
 
 @pytest.fixture(scope="module")
@@ -301,14 +302,18 @@ def test_a_solver_from_the_table_takes_its_settings(monkeypatch: pytest.MonkeyPa
         damp: float = 0.5
 
     monkeypatch.setitem(solvers.SOLVERS, "mine", Mine)
-    parse = cli.build_parser().parse_args
-    command = ["quantize", "x", "--out", "y", "--method", "mine"]
-    assert compress._solver(parse(command), solvers.SOLVERS) == Mine()
-    assert compress._solver(parse([*command, "--damp", "0.1"]), solvers.SOLVERS) == Mine(0.1)
+
+    def solver(*options: str) -> object:
+        command = ["quantize", "x", "--out", "y", "--method", "mine", *options]
+        args = cli.build_parser().parse_args(command)
+        return Quantize(**folders.settings_of(args, Quantize)).call()[1]["method"]
+
+    assert solver() == Mine()
+    assert solver("--damp", "0.1") == Mine(0.1)
     with pytest.raises(TersorError, match="--clip changes nothing for --method mine"):
-        compress._solver(parse([*command, "--clip"]), solvers.SOLVERS)
+        solver("--clip")
     with pytest.raises(TersorError, match="use rtn or gptq or mine"):
-        compress._solver(parse([*command[:-1], "other"]), solvers.SOLVERS)
+        solver("--method", "other")
 
 
 # --- errors --------------------------------------------------------------------------------------

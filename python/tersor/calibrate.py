@@ -70,13 +70,16 @@ class Calibration:
     def names(self) -> str:
         return ", ".join(self.sources) or "the given texts"
 
-    def windows(self, tokenizer: PreTrainedTokenizerBase, context: int | None = None) -> Tensor:
+    def windows(
+        self, tokenizer: PreTrainedTokenizerBase, context: int | None = None, fewer: bool = False
+    ) -> Tensor:
         """Token ids, int64 [samples, seq_len]; the same for the same text, tokenizer and seed.
 
         The text is taken in pieces of about two windows, in an order drawn from the seed, until
         there is enough: a large file costs no more than the part of it that is used.
 
         context: the most positions that the model has, where it has a limit.
+        fewer: where the text is too short for all samples, as many as it has, at least one.
         Raises TersorError for text that is empty, too short, not UTF-8 or without the field.
         """
         seq_len = self.seq_len or min(DEFAULT_SEQ_LEN, context or DEFAULT_SEQ_LEN)
@@ -99,9 +102,11 @@ class Calibration:
             if len(ids) >= need:
                 break
         else:
-            raise TersorError(self._too_short(len(ids), seq_len, body))
-        inner = torch.tensor(ids[:need]).view(self.samples, body)
-        sides = [torch.tensor(s, dtype=torch.int64).expand(self.samples, -1) for s in (front, back)]
+            need = len(ids) // body * body
+            if not fewer or not need:
+                raise TersorError(self._too_short(len(ids), seq_len, body))
+        inner = torch.tensor(ids[:need]).view(-1, body)
+        sides = [torch.tensor(s, dtype=torch.int64).expand(len(inner), -1) for s in (front, back)]
         return torch.cat([sides[0], inner, sides[1]], dim=1)
 
     def _shuffled(self, piece: int) -> Iterator[str]:

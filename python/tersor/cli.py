@@ -7,7 +7,6 @@ Nothing is imported here that would make --help wait for torch.
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 import warnings
@@ -17,9 +16,22 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from tersor import commands
 from tersor.errors import TersorError
+from tersor.options import (
+    add_files,
+    add_grid,
+    add_plan,
+    add_settings,
+    add_teacher,
+    add_text,
+    group,
+    shares,
+    structured,
+    temperature,
+    whole,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
 BOS = ("auto", "always", "never")  # as in tersor.calibrate, which imports torch
 IMPORTANCES = (  # as in tersor.surgery.shrink and tersor.surgery.experts
@@ -32,6 +44,12 @@ EXAMPLES = {
     "quantize": "tersor quantize ./Llama-3.2-1B --out ./Llama-3.2-1B-INT4 --calibration text.txt",
     "prune": "tersor prune ./Llama-3.2-1B --out ./Llama-3.2-1B-2of4 --pattern 2:4 --calibration "
     "text.txt",
+    "distill": "tersor distill ./small --teacher ./Llama-3.2-1B --out ./small-distilled "
+    "--calibration text.txt",
+    "qat": "tersor qat ./Llama-3.2-1B --teacher ./Llama-3.2-1B --bits 3 --out ./Llama-3.2-1B-INT3 "
+    "--calibration text.txt",
+    "compress": "tersor compress ./Llama-3.2-1B --recipe mobile --out ./Llama-3.2-1B-mobile "
+    "--calibration text.txt --text held-out.txt",
     "eval": "tersor eval ./Llama-3.2-1B-INT4 --baseline ./Llama-3.2-1B --text held-out.txt",
     "inspect": "tersor inspect ./Llama-3.2-1B-INT4",
     "generate": 'tersor generate ./Llama-3.2-1B-INT4 "Once upon a time"',
@@ -117,7 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command(
         "quantize", commands.quantize, "quantize a Hugging Face checkpoint", stopped=again
     )
-    _add_files(sub)
+    add_files(sub)
     add = sub.add_argument
     add(
         "--method",
@@ -126,9 +144,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="gptq (the default), rtn, which needs no text, or another of tersor.solvers.SOLVERS",
     )
     add("--bits", type=int, default=4, choices=(2, 3, 4, 8), help="of a weight; default: 4")
-    _add_grid(sub)
-    _add_text(sub, bos)
-    _add_settings(sub, "act_order", "damp", "clip")
+    add_grid(sub)
+    add_text(sub, bos)
+    add_settings(sub, "act_order", "damp", "clip")
 
     sub = command(
         "prune",
@@ -136,7 +154,7 @@ def build_parser() -> argparse.ArgumentParser:
         "make weights of a Hugging Face checkpoint zero, or cut parts of it out",
         stopped=again,
     )
-    _add_files(sub)
+    add_files(sub)
     add = sub.add_argument
     add(
         "--method",
@@ -151,7 +169,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     how.add_argument(
         "--structured",
-        type=_structured,
+        type=structured,
         metavar="WHAT=N,...",
         help="make the model smaller: heads, query_heads (of each head of keys and values) and ffn "
         "(channels of the MLPs) by a share, layers by a number: heads=0.2,ffn=0.25,layers=2; or, "
@@ -171,9 +189,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="BITS",
         help="quantize what is left, in the same pass",
     )
-    _add_grid(sub)
-    _add_text(sub, bos)
-    _add_settings(sub, "refit", "per", "act_order", "damp", "clip")
+    add_grid(sub)
+    add_text(sub, bos)
+    add_settings(sub, "refit", "per", "act_order", "damp", "clip")
     add = sub.add_argument_group("settings of --structured").add_argument
     add(
         "--importance",
@@ -197,7 +215,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--multiple",
-        type=_whole(1),
+        type=whole(1),
         metavar="N",
         help="of which the channels left are a multiple; default: as the model's, up to 128",
     )
@@ -207,6 +225,70 @@ def build_parser() -> argparse.ArgumentParser:
         help="new values for what reads heads and channels, or a new bias where it has one; "
         "default: least-squares",
     )
+
+    goes_on = "stopped; the same command again goes on after the last checkpoint of the training"
+    sub = command(
+        "distill", commands.distill, "train a model on what a teacher predicts", stopped=goes_on
+    )
+    add_files(sub, ignore=False)
+    add_teacher(sub, required=True)
+    add_text(sub, bos, sequential=False)
+    add_plan(sub)
+
+    sub = command(
+        "qat", commands.qat, "train a model with its weights as they will be once quantized",
+        stopped=goes_on,
+    )  # fmt: skip
+    add_files(sub)
+    sub.add_argument(
+        "--bits", type=int, default=4, choices=(2, 3, 4, 8), help="of a weight; default: 4"
+    )
+    add_grid(sub)
+    add_teacher(sub, required=False)
+    add_text(sub, bos, sequential=False)
+    add_plan(sub)
+    add = sub.add_argument_group("settings of the quantization").add_argument
+    add(
+        "--scales",
+        choices=("learned", "fixed"),
+        help="learned with the weights (the default), or as they are at the start",
+    )
+    add(
+        "--start",
+        choices=("gptq", "rtn"),
+        help="from the solution of GPTQ on the calibration text (the default), or from the weights",
+    )
+    add(
+        "--output",
+        choices=("codes", "weights"),
+        help="codes: a quantized checkpoint (the default); weights: the trained ones, for another "
+        "method to quantize",
+    )
+
+    sub = command(
+        "compress",
+        commands.compress,
+        "run a recipe: several steps in a row, with a report of every stage",
+        stopped="stopped; the same command again goes on where it was",
+    )
+    add_files(sub, ignore=False, speed="measure tokens per second of every stage")
+    add = sub.add_argument
+    add(
+        "--recipe",
+        required=True,
+        metavar="FILE",
+        help="a YAML file, or one of cloud (throughput), edge (memory), realtime (latency), mobile",
+    )
+    add(
+        "--text",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="text that no one calibrated or trained on, to measure every stage on",
+    )
+    add("--teacher", metavar="MODEL", help="for steps that train; default: the model itself")
+    add("--keep", choices=("last", "all"), help="which stages' models are kept; default: the last")
+    add_text(sub, bos, sequential=False)
 
     add = command(
         "eval", commands.evaluate, "measure the quality of a model on a text"
@@ -219,10 +301,8 @@ def build_parser() -> argparse.ArgumentParser:
         required=True,
         help="text that no one calibrated on: plain text, or FILE.jsonl:FIELD",
     )
-    add(
-        "--seq-len", type=_whole(2), metavar="N", help="tokens in a window; default: as in quantize"
-    )
-    add("--samples", type=_whole(1), metavar="N", help="windows; default: all of the text")
+    add("--seq-len", type=whole(2), metavar="N", help="tokens in a window; default: as in quantize")
+    add("--samples", type=whole(1), metavar="N", help="windows; default: all of the text")
     add("--bos", **bos)
     add("--speed", action="store_true", help="measure tokens per second too")
     add("--json", action="store_true", help="print JSON instead of a table")
@@ -237,22 +317,22 @@ def build_parser() -> argparse.ArgumentParser:
     add("prompt", metavar="PROMPT", help="text to go on from")
     add(
         "--max-tokens",
-        type=_whole(1),
+        type=whole(1),
         default=100,
         metavar="N",
         help="the most tokens to write; default: 100",
     )
     add(
         "--temperature",
-        type=_temperature,
+        type=temperature,
         default=0.0,
         metavar="T",
         help="draw tokens at this temperature; default: 0, always the likeliest",
     )
-    add("--seed", type=_whole(0), default=0, metavar="N", help="of the draw; default: 0")
+    add("--seed", type=whole(0), default=0, metavar="N", help="of the draw; default: 0")
     add(
         "--prune-tokens",
-        type=_shares,
+        type=shares,
         default={},
         metavar="LAYER=SHARE,...",
         help="this share of the prompt's tokens, the least attended, leaves after the layer",
@@ -264,14 +344,14 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--shape",
         nargs=3,
-        type=_whole(1),
+        type=whole(1),
         metavar=("M", "N", "K"),
         help="tokens, output and input features of a linear; the other options go with it",
     )
     add("--bits", type=int, default=4, choices=(2, 3, 4, 8), help="of a weight; default: 4")
     add(
         "--group",
-        type=_group,
+        type=group,
         default=128,
         metavar="N",
         help="columns that share a scale, or 'row'; default: 128",
@@ -294,21 +374,21 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--shape",
         nargs=2,
-        type=_whole(1),
+        type=whole(1),
         metavar=("N", "K"),
         help="output and input features of a linear, in place of a model",
     )
     add(
         "--tokens",
         nargs="+",
-        type=_whole(1),
+        type=whole(1),
         default=[1, 8, 128],
         metavar="M",
         help="tokens in a call; default: 1 8 128",
     )
     add(
         "--group",
-        type=_group,
+        type=group,
         default=128,
         metavar="N",
         help="columns that share a scale, or 'row'; default: 128",
@@ -321,153 +401,3 @@ def build_parser() -> argparse.ArgumentParser:
     ).add_argument
     add("--json", type=Path, metavar="FILE", help="write all figures to a file")
     return parser
-
-
-def _add_files(sub: Parser) -> None:
-    add = sub.add_argument
-    add("model", metavar="MODEL", help="folder with config.json and safetensors")
-    add("--out", metavar="DIR", required=True, help="folder to make")
-    add("--ignore", nargs="+", default=[], metavar="GLOB", help="modules to leave as they are")
-    add("--strict", action="store_true", help="fail if a module cannot be treated as asked")
-    add(
-        "--speed",
-        action="store_true",
-        help="measure tokens per second before and after; both models are loaded whole for it",
-    )
-
-
-def _add_grid(sub: Parser) -> None:
-    add = sub.add_argument
-    add(
-        "--group",
-        type=_group,
-        metavar="N",
-        default=argparse.SUPPRESS,
-        help="columns that share a scale, or 'row'; default: 128, or row for W8A8",
-    )
-    add("--asymmetric", action="store_true", help="store a zero point for each group")
-    add("--activations", choices=("int8",), help="quantize activations too, in the call")
-
-
-def _add_text(sub: Parser, bos: dict[str, Any]) -> None:
-    add = sub.add_argument
-    add(
-        "--calibration",
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="text to calibrate on: files of plain text, or FILE.jsonl:FIELD",
-    )
-    add("--samples", type=_whole(1), default=128, metavar="N", help="windows of text; default: 128")
-    add(
-        "--seq-len",
-        type=_whole(2),
-        metavar="N",
-        help="tokens in a window; default: 2048, or the model's context if that is less",
-    )
-    add(
-        "--seed",
-        type=_whole(0),
-        default=0,
-        metavar="N",
-        help="which parts of the text are taken; default: 0",
-    )
-    add("--bos", **bos)
-    add("--sequential", action="store_true", help="observe each input after those before it")
-
-
-# Each is a field of a solver of that name, and None where it is not given.
-SETTINGS: dict[str, dict[str, Any]] = {
-    "act_order": {
-        "action": "store_true",
-        "default": None,
-        "help": "gptq, sparsegpt: the most active columns first",
-    },
-    "damp": {
-        "type": float,
-        "metavar": "D",
-        "help": "damping of the inputs, as a share of their mean square; default: 0.01",
-    },
-    "clip": {
-        "action": argparse.BooleanOptionalAction,
-        "help": "search each group's range for the least error; default: for all but rtn",
-    },
-    "refit": {
-        "action": "store_true",
-        "default": None,
-        "help": "then the best values for the weights that are left, by least squares",
-    },
-    "per": {
-        "choices": ("layer", "row"),
-        "help": "magnitude, wanda: over what --sparsity is kept; default: layer, wanda: row",
-    },
-}
-
-
-def _add_settings(sub: Parser, *names: str) -> None:
-    group = sub.add_argument_group("settings of the method")
-    for name in names:
-        group.add_argument("--" + name.replace("_", "-"), **SETTINGS[name])
-    sub.set_defaults(settings=names)
-
-
-def _structured(text: str) -> dict[str, Any]:
-    shares = ("heads", "query_heads", "ffn", "hidden", "experts")
-    types: dict[str, Any] = dict.fromkeys(shares, float) | {"layers": int}
-    found: dict[str, Any] = {}
-    for part in text.split(","):
-        name, _, value = part.partition("=")
-        if name in found:
-            raise argparse.ArgumentTypeError(f"{name} is given twice")
-        try:
-            found[name] = types[name](value)
-        except (KeyError, ValueError):
-            raise argparse.ArgumentTypeError(
-                f"{part!r} is none of {', '.join(f'{n}=SHARE' for n in shares)}, layers=NUMBER"
-            ) from None
-    return found
-
-
-def _group(text: str) -> int | None:
-    if text == "row":
-        return None
-    if text.isdecimal() and int(text) > 0:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is neither a number of columns nor 'row'")
-
-
-def _whole(least: int) -> Callable[[str], int]:
-    """The type of an option that takes whole numbers from `least` to what an int64 holds."""
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if not least <= value < 2**63:
-            raise argparse.ArgumentTypeError(
-                f"give a whole number from {least} to 2**63 - 1, not {text!r}"
-            )
-        return value
-
-    return parse
-
-
-def _temperature(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"give 0 or a positive number, not {text!r}")
-    return value
-
-
-def _shares(text: str) -> dict[int, float]:
-    try:
-        pairs = (part.split("=") for part in text.split(","))
-        return {int(layer): float(share) for layer, share in pairs}
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"give layers with the share that leaves, such as 8=0.5,16=0.5, not {text!r}"
-        ) from None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import textwrap
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,9 +18,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import CompressedTensorsConfig, GenerationConfig
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig, GenerationConfig
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantizer
+from transformers.utils.logging import disable_progress_bar
 
 from tersor.checkpoint import Checkpoint
 from tersor.errors import TersorError
@@ -41,6 +43,7 @@ from tersor.models import (
 )
 from tersor.models.arch import Arch
 from tersor.sparse_linear import swap_sparse_linears
+from tersor.surgery.lowrank import ENTRY, load_factorized
 
 METHOD = "tersor"
 # Of these a quantized linear has at least one of the first two; a plain one has the last.
@@ -49,7 +52,8 @@ _NAMES = ("weight_scale", "weight_packed", "weight")
 
 def load(folder: str | Path, dtype: torch.dtype | None = None) -> Any:
     """The transformers model of a quantized folder, with a QuantLinear for every quantized linear;
-    or of one that is pruned to 2:4, with a SparseLinear where that is faster (see use_sparse).
+    or of one that is pruned to 2:4, with a SparseLinear where that is faster (see use_sparse); or
+    of one that is factorized (see tersor.surgery.lowrank).
 
     folder: a compressed-tensors checkpoint, written by tersor, llm-compressor or the like, or an
         ordinary one whose linears have 2:4 zeros.
@@ -61,6 +65,8 @@ def load(folder: str | Path, dtype: torch.dtype | None = None) -> Any:
     TersorError names the tensor that is missing, left over or damaged, or what is not supported.
     """
     checkpoint = Checkpoint.open(folder)
+    if ENTRY in checkpoint.config:
+        return load_factorized(folder, dtype)
     if dtype is not None:
         dtype_code(dtype)
     model: Any = build_skeleton(checkpoint.config, dtype)
@@ -83,6 +89,45 @@ def load(folder: str | Path, dtype: torch.dtype | None = None) -> Any:
     if model.can_generate() and (checkpoint.folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(folder))
     return model.eval()
+
+
+def load_any(folder: str | Path) -> Any:
+    """The model of any folder, for evaluation: a quantized one as from load(); any other as
+    transformers has it, but whole, its 2:4 linears on a kernel where that is faster.
+    TersorError for what transformers cannot load, or would fill with random numbers."""
+    if "quantization_config" in Checkpoint.open(folder).config:
+        return load(folder)
+    disable_progress_bar()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            torch_dtype="auto",
+            local_files_only=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # named below
+            output_loading_info=True,
+        )
+    except Exception as error:  # whatever a config.json that it cannot use makes it raise
+        raise refused(folder, error) from error
+    wrong = [f"no tensor for {name}" for name in sorted(info["missing_keys"])]
+    wrong += [f"{name} in another shape" for name, *_ in sorted(info["mismatched_keys"])]
+    if wrong:  # transformers has put random numbers in their place
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise TersorError(
+            f"{folder} has {wrong[0]}{more}; its files are incomplete, or of another model than "
+            "config.json: download it again"
+        )
+    swap_sparse_linears(model)
+    return model.eval()
+
+
+def refused(folder: str | Path, error: Exception) -> TersorError:
+    """What to say where transformers raises while it opens a folder."""
+    cause = textwrap.shorten(f"{type(error).__name__}: {error}", 240, placeholder=" ...")
+    return TersorError(
+        f"transformers cannot load {folder} ({cause}); correct its config.json, or download the "
+        "model again"
+    )
 
 
 class TersorConfig(CompressedTensorsConfig):

@@ -73,6 +73,7 @@ class Report:
     departures: modules that were not treated as asked, each with the reason.
     bytes_before, bytes_after: of all tensors of the checkpoint.
     structure: of a model that was made smaller (see tersor.surgery), what went and what stayed.
+    training: of a model that was trained: steps, tokens, and "log", [step, name -> value].
     """
 
     model: str
@@ -87,6 +88,7 @@ class Report:
     bytes_before: int = 0
     bytes_after: int = 0
     structure: dict[str, Any] | None = None
+    training: dict[str, Any] | None = None
 
     @property
     def bits_per_weight(self) -> float:

@@ -21,14 +21,15 @@ from tersor.source import Source
 OUTSIDE_BYTES = 1 << 30  # of tensors outside the blocks that are written together
 
 
-def text_windows(source: Source, calibration: Calibration) -> Tensor:
-    """The token ids, int64 [samples, seq_len], checked against the model."""
+def text_windows(source: Source, calibration: Calibration, fewer: bool = False) -> Tensor:
+    """The token ids, int64 [samples, seq_len], checked against the model. fewer: see
+    Calibration.windows."""
     if not isinstance(calibration, Calibration):
         raise TersorError(
             f'calibration is a Calibration, such as Calibration(("text.txt",)), not a '
             f"{type(calibration).__name__}"
         )
-    windows = calibration.windows(load_tokenizer(source.checkpoint.folder), source.context)
+    windows = calibration.windows(load_tokenizer(source.checkpoint.folder), source.context, fewer)
     vocabulary = source.model.get_input_embeddings().num_embeddings
     if int(windows.max()) >= vocabulary:
         raise TersorError(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from torch import nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from tersor.errors import TersorError
 from tersor.models import FoundArch, routers_of, taps_of, untapped
@@ -106,7 +107,7 @@ def settle_all(model: nn.Module, ignore: Sequence[str]) -> Scope:
             continue
         if ignored := patterns.match(name):
             scope.kept[name] = ignored
-        elif type(module) is nn.Linear:
+        elif type_before_parametrizations(module) is nn.Linear:
             taps.append((name,))
         else:  # such as nn.MultiheadAttention's, whose weight is read from outside
             scope.departures[name] = f"{type(module).__name__} may do more than a linear does"

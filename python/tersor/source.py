@@ -82,12 +82,20 @@ class Source:
         TersorError where one holds NaN or infinity."""
         names = list(names)
         try:
-            fill(self.model, names, self.where, self.checkpoint, self.dtype)
-            for name in names:
-                check_finite(self.where[name].name, _tensor(self.model, name))
+            self._fill(names)
             yield
         finally:
             empty(self.model, names)
+
+    def whole(self) -> nn.Module:
+        """The model with all its parameters in memory from now on, raising as loaded()."""
+        self._fill(list(self.where))
+        return self.model
+
+    def _fill(self, names: list[str]) -> None:
+        fill(self.model, names, self.where, self.checkpoint, self.dtype)
+        for name in names:
+            check_finite(self.where[name].name, _tensor(self.model, name))
 
     def unchanged(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """These parameters as (name to write, tensor) with the bits and the order of the files."""

@@ -42,9 +42,11 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def widths(linear: nn.Module) -> tuple[int, int]:
-    """(k, n): input and output features of an nn.Linear or Conv1D."""
-    first, second = linear.weight.shape
-    return (first, second) if is_conv1d(linear) else (second, first)
+    """(k, n): input and output features of an nn.Linear, a Conv1D or what is in its place."""
+    if is_conv1d(linear):
+        k, n = linear.weight.shape
+        return k, n
+    return linear.in_features, linear.out_features
 
 
 def linear_from_conv1d(conv: nn.Module) -> nn.Linear:

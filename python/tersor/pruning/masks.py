@@ -101,6 +101,7 @@ class Mask(nn.Module):
         self.transposed = transposed
         self.unit: Unit | None = None  # that learns from the gradient
         self.scores: Scores | None = None  # registered with one of the masks of a unit
+        self.ends = False  # whether a Trainer's callback takes it away after the training
 
     def forward(self, weight: Tensor) -> Tensor:
         keep = self.keep.t() if self.transposed else self.keep
@@ -215,6 +216,13 @@ def original(linear: nn.Module) -> Tensor:
     return linear.weight
 
 
+def masked(linear: nn.Module) -> Tensor:
+    """The weight with its mask, where it has one, before what may come after that."""
+    steps = linear.parametrizations.weight if parametrize.is_parametrized(linear, "weight") else ()
+    weight = original(linear)
+    return steps[0](weight) if steps and isinstance(steps[0], Mask) else weight
+
+
 def as_matrix(linear: nn.Module, weight: Tensor) -> Tensor:
     """[n, k], out of transformers' Conv1D too, which stores [k, n]."""
     return weight if isinstance(linear, nn.Linear) else weight.t()
@@ -225,12 +233,17 @@ def bake(linears: Iterable[nn.Module]) -> None:
     """Writes the zeros into the weights and takes the masks away. The parameters stay the same
     objects, so that an optimizer still knows them."""
     for linear in linears:
-        original(linear).copy_(linear.weight)
+        original(linear).copy_(masked(linear))
         detach(linear)
 
 
 def detach(linear: nn.Module) -> None:
-    """Takes the mask away and leaves the weight as it is below it."""
+    """Takes away what is first on the weight, such as its mask, and leaves the weight as it is
+    below it; with what else is on it."""
+    steps = linear.parametrizations.weight
+    if len(steps) > 1:
+        del steps[0]
+        return
     parametrize.remove_parametrizations(linear, "weight", leave_parametrized=False)
     own = linear._parameters
     for name in [name for name in own if name != "weight"]:  # the weight is first, as it was
@@ -280,5 +293,6 @@ def refuse_masked(names: Iterable[str], model: nn.Module) -> None:
         if parametrize.is_parametrized(model.get_submodule(name), "weight"):
             raise TersorError(
                 f"the weight of {name} is parametrized already; finish() what masks it, or "
-                "torch.nn.utils.parametrize.remove_parametrizations, and attach again"
+                "torch.nn.utils.parametrize.remove_parametrizations, and attach again (masks come "
+                "first in callbacks, QuantizationTraining after them)"
             )

@@ -14,7 +14,7 @@ from tersor.models import QUERIES, FoundArch, Groups, config_value, find_arch
 from tersor.models.arch import spellings
 from tersor.models.linears import is_conv1d, is_fused
 from tersor.packed_linear import PackedLinear
-from tersor.pruning.masks import Layout, as_matrix, refuse_masked
+from tersor.pruning.masks import Layout, as_matrix, original, refuse_masked
 from tersor.scope import settle, settle_all
 from tersor.sparsity import Sparsity
 from tersor.surgery.cuts import structure_of
@@ -49,11 +49,15 @@ class GroupTarget:
     layouts: tuple[Layout, ...]
 
 
-def linear_targets(model: nn.Module, include: Sequence[str], ignore: Sequence[str]) -> list[str]:
-    """Paths of the linears to mask: those in the blocks, or all of a module without blocks.
+def linear_targets(
+    model: nn.Module, include: Sequence[str], ignore: Sequence[str], masked: bool = False
+) -> list[str]:
+    """Paths of the linears to mask, or to quantize in training: those in the blocks, or all of a
+    module without blocks.
 
     include, ignore: shell patterns over module paths; each must match something. Embeddings, the
     output projection and all else outside the blocks stay as they are.
+    masked: there may be masks on them already.
     """
     for option, patterns in (("include", include), ("ignore", ignore)):
         if isinstance(patterns, str):
@@ -61,7 +65,8 @@ def linear_targets(model: nn.Module, include: Sequence[str], ignore: Sequence[st
     _refuse(model)
     found = _found(model)
     names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) or is_conv1d(m)]
-    refuse_masked(names, model)
+    if not masked:
+        refuse_masked(names, model)
     scope = settle(model, found, ignore) if found else settle_all(model, ignore)
     chosen = _included(scope.linears, include, found)
     _refuse_shared(model, chosen)
@@ -151,7 +156,8 @@ def _refuse(model: nn.Module) -> None:
         if is_fused(module):
             raise TersorError(
                 f"{name} holds the weights of many experts in one parameter, which cannot be "
-                "masked in training; prune its folder (tersor.prune_checkpoint)"
+                "masked or quantized in training; prune its folder (tersor.prune_checkpoint) or "
+                "quantize it (tersor.quantize_checkpoint)"
             )
 
 
@@ -170,7 +176,7 @@ def _included(names: Sequence[str], include: Sequence[str], found: FoundArch | N
     for pattern in include:
         if not any(hits(pattern)):
             raise TersorError(
-                f"include {pattern} matches no linear that can be pruned; they are called like "
+                f"include {pattern} matches no linear in the blocks; they are called like "
                 f"{names[0]}"
             )
     wanted = {name for pattern in include for name in hits(pattern)}
@@ -184,12 +190,15 @@ def _refuse_shared(model: nn.Module, names: Sequence[str]) -> None:
         owners.setdefault(id(parameter), []).append(name)
     for name in names:
         linear = model.get_submodule(name)
-        mine = owners[id(linear.weight)]
-        others = [
-            other for other in mine if model.get_submodule(other.rpartition(".")[0]) is not linear
-        ]
+        mine = (_owner(each) for each in owners[id(original(linear))])
+        others = [owner for owner in mine if model.get_submodule(owner) is not linear]
         if others:
             raise TersorError(
-                f"{name} shares its weight with {others[0]}, so a mask cannot be on one of them; "
-                "leave both out with ignore"
+                f"{name} shares its weight with {others[0]}.weight, so one cannot be masked or "
+                "quantized without the other; leave both out with ignore"
             )
+
+
+def _owner(parameter: str) -> str:
+    """The path of the module that it is a parameter of, below a mask or not."""
+    return parameter.partition(".parametrizations.")[0].removesuffix(".weight")

@@ -21,7 +21,17 @@ from tersor.pruning.criteria import (
     Taylor,
     find_criterion,
 )
-from tersor.pruning.masks import Layout, Mask, Unit, as_matrix, bake, choose, detach, original
+from tersor.pruning.masks import (
+    Layout,
+    Mask,
+    Unit,
+    as_matrix,
+    bake,
+    choose,
+    detach,
+    masked,
+    original,
+)
 from tersor.pruning.schedule import Schedule
 from tersor.sparsity import Sparsity
 from tersor.training.mask_targets import (
@@ -109,7 +119,8 @@ class MaskTraining(TrainerCallback):
     def zeros(self) -> float:
         """The share of the weights with masks that is zero now."""
         self._attached()
-        return zeros([linear.weight for unit in self.units for linear in unit.linears])
+        with torch.no_grad():
+            return zeros([masked(linear) for unit in self.units for linear in unit.linears])
 
     def attach(self, model: nn.Module) -> MaskTraining:
         """Puts masks on the model's linears, in place; before or after an optimizer is made.
@@ -165,9 +176,9 @@ class MaskTraining(TrainerCallback):
             )
         linears = self._linears()
         bake(linears.values())
-        layers = {name: zeros([linear.weight]) for name, linear in linears.items()}
+        layers = {name: zeros([original(linear)]) for name, linear in linears.items()}
         result = Pruned(
-            zeros([linear.weight for linear in linears.values()]),
+            zeros([original(linear) for linear in linears.values()]),
             layers,
             {unit.name: unit.pruned for unit in self.units if unit.grouped},
         )
@@ -202,6 +213,9 @@ class MaskTraining(TrainerCallback):
                 f"the schedule has {self.schedule.steps} steps and the training {state.max_steps}; "
                 "shorten the schedule or train longer"
             )
+        for unit in self.units:
+            for mask in unit.masks:
+                mask.ends = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.step()
@@ -303,8 +317,8 @@ class HoldZeros(TrainerCallback):
         if self.model is None:
             raise TersorError("no zeros are held; attach(model) first")
         bake(self.linears.values())
-        layers = {name: zeros([linear.weight]) for name, linear in self.linears.items()}
-        result = Pruned(zeros([linear.weight for linear in self.linears.values()]), layers)
+        layers = {name: zeros([original(linear)]) for name, linear in self.linears.items()}
+        result = Pruned(zeros([original(linear) for linear in self.linears.values()]), layers)
         self.model, self.linears = None, {}
         return result
 
@@ -317,6 +331,8 @@ class HoldZeros(TrainerCallback):
             self.attach(kwargs["model"])
         if self.model is not kwargs["model"]:
             raise TersorError("the trainer trains another model than the one whose zeros are held")
+        for linear in self.linears.values():
+            linear.parametrizations.weight[0].ends = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.finish()

@@ -39,7 +39,8 @@ class DistillTrainer(Trainer):
                                  train_dataset=data)
         trainer.train(resume_from_checkpoint=True)
 
-    model: a causal or masked language model of transformers.
+    model: a causal or masked language model of transformers, or one with adapters of peft on it
+        (tersor.add_lora), which alone are then trained.
     teacher: another one with the same vocabulary, quantized or not, which is put on the student's
         device and into evaluation mode; or a TeacherCache of the very windows in the batches, those
         of evaluation included.
@@ -83,8 +84,9 @@ class DistillTrainer(Trainer):
         self.teacher = teacher
         engine = str(getattr(self.accelerator.distributed_type, "value", ""))
         sharded = engine not in ("NO", "MULTI_GPU", "MULTI_CPU")
-        self._student = Reader(model, sharded)
-        self._causal = type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+        student = _without_adapters(model)
+        self._student = Reader(student, sharded)
+        self._causal = type(student).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
         self._whole_outputs = False
         self._features: FeatureLoss | None = None
         if isinstance(teacher, nn.Module):
@@ -92,7 +94,7 @@ class DistillTrainer(Trainer):
             teacher.eval()
             self._teacher = Reader(teacher)
             if features is not None:
-                self._features = FeatureLoss(model, teacher, features).to(self.args.device)
+                self._features = FeatureLoss(student, teacher, features).to(self.args.device)
         if self._projections():
             if self.args.world_size > 1:
                 raise TersorError(
@@ -235,6 +237,13 @@ class _Forget(TrainerCallback):
     def on_step_end(self, *given: Any, **named: Any) -> None:
         if self.features is not None:
             self.features.zero_grad()
+
+
+def _without_adapters(model: nn.Module) -> nn.Module:
+    """The model of transformers in a PeftModel, whose class says how its outputs are read; or the
+    model itself. Modules are the same, so that hooks on one see what the other computes."""
+    inner: nn.Module = model.get_base_model() if hasattr(model, "peft_type") else model
+    return inner
 
 
 def _nothing(model: nn.Module, side: int) -> Any:

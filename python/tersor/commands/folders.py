@@ -11,66 +11,37 @@ from tersor.errors import TersorError
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Mapping
 
-    from tersor.layerwise import Solver
-    from tersor.qweight import Scheme
+    from tersor.calibrate import Calibration
     from tersor.report import Report
+    from tersor.steps import Step, Surgery
 
 
 def quantize(args: argparse.Namespace) -> None:
-    _check_files(args)
+    check_files(args)
 
-    from tersor.solvers import SOLVERS
+    from tersor.steps import Quantize
 
-    solver = _solver(args, SOLVERS)
-
-    from tersor.pipeline import quantize_checkpoint
-
-    report = quantize_checkpoint(
-        args.model, args.out, scheme=_scheme(args, args.bits), method=solver, **_rest(args)
-    )
-    _show(args, report, f"{report.bits_per_weight:.2f} bits per quantized weight")
+    report = run_step(args, Quantize(**settings_of(args, Quantize)))
+    show(args, report, f"{report.bits_per_weight:.2f} bits per quantized weight")
 
 
 def prune(args: argparse.Namespace) -> None:
-    _check_files(args)
+    check_files(args)
     if args.structured is not None:
         _shrink(args)
         return
     for option in STRUCTURED:
         if getattr(args, option) is not None:
             raise TersorError(f"--{option.replace('_', '-')} is of --structured; leave it out")
-    args.method = args.method or "sparsegpt"
-    if args.quantize is None:
-        for option in ("group", "asymmetric", "activations"):
-            if getattr(args, option, None):
-                raise TersorError(f"--{option} is of a grid; add --quantize BITS, or leave it out")
 
-    from tersor.solvers import PRUNERS
-    from tersor.sparsity import Sparsity
+    from tersor.steps import Prune
 
-    sparsity = Sparsity.parse(args.pattern) if args.pattern else Sparsity(args.sparsity)
-    if args.per and args.pattern:
-        raise TersorError(
-            "--per is what --sparsity is kept over; a pattern is of rows: leave it out"
-        )
-    solver = _solver(args, PRUNERS, sparsity=sparsity)
-
-    from tersor.pipeline import prune_checkpoint
-
-    scheme = _scheme(args, args.quantize) if args.quantize else None
-    report = prune_checkpoint(
-        *(args.model, args.out),
-        method=solver,
-        scheme=scheme,
-        allocation=args.allocation,
-        **_rest(args),
-    )
+    report = run_step(args, Prune(**settings_of(args, Prune)))
     result = f"{100 * report.sparsity:.1f} % zeros in {len(report.layers)} linears"
-    if scheme:
+    if args.quantize:
         result += f", {report.bits_per_weight:.2f} bits per weight"
-    _show(args, report, result)
+    show(args, report, result)
 
 
 STRUCTURED = (  # options of `prune --structured` alone
@@ -92,12 +63,10 @@ def _shrink(args: argparse.Namespace) -> None:
     settings = {name: getattr(args, name) for name in (*STRUCTURED, "damp")}
     settings = {name: value for name, value in settings.items() if value is not None}
 
-    rest = _rest(args)
-    del rest["ignore"], rest["sequential"]
-    report = _structured(args)(args.model, args.out, **args.structured, **settings, **rest)
+    report = run_step(args, _structured(args)(**args.structured, **settings))
     parts = report.structure or {}
     before, after = parts["parameters_before"], parts["parameters_after"]
-    _show(args, report, f"{before / 1e6:.1f} -> {after / 1e6:.1f} million parameters")
+    show(args, report, f"{before / 1e6:.1f} -> {after / 1e6:.1f} million parameters")
 
 
 # What is cut in a run of its own -> options of --structured that change nothing there.
@@ -107,13 +76,13 @@ ALONE = {
 }
 
 
-def _structured(args: argparse.Namespace) -> Callable[..., Report]:
+def _structured(args: argparse.Namespace) -> type[Surgery]:
     """What cuts what --structured names, if that goes together."""
+    from tersor.steps import DropExperts, Shrink, Slice
+
     alone = next((what for what in ALONE if what in args.structured), None)
     if alone is None:
-        from tersor.surgery.shrink import shrink_checkpoint
-
-        return shrink_checkpoint
+        return Shrink
     if len(args.structured) > 1:
         raise TersorError(
             f"{alone} is cut in a run of its own, since that changes what all else is calibrated "
@@ -124,45 +93,34 @@ def _structured(args: argparse.Namespace) -> Callable[..., Report]:
             name = option.replace("_", "-")
             raise TersorError(f"--{name} changes nothing for {alone}; leave it out")
     if alone == "experts":
-        from tersor.surgery.experts import drop_experts
-
-        return drop_experts
-
-    from tersor.surgery.slicing import slice_checkpoint
-
-    return slice_checkpoint
+        return DropExperts
+    return Slice
 
 
-def _scheme(args: argparse.Namespace, bits: int) -> Scheme:
-    from tersor.qweight import ActSpec, QSpec, Scheme
+def settings_of(args: argparse.Namespace, step: type[Step]) -> dict[str, Any]:
+    """The arguments that are settings of the step and were given."""
+    from dataclasses import fields
 
-    group = getattr(args, "group", None if bits == 8 and args.activations else 128)
-    return Scheme(
-        QSpec(bits, group, symmetric=not args.asymmetric), ActSpec() if args.activations else None
-    )
+    names = [field.name for field in fields(step)]  # type: ignore[arg-type]
+    given = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
 
 
-def _rest(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments that quantize and prune have in common."""
-    from tersor.calibrate import Calibration
+def run_step(args: argparse.Namespace, step: Step) -> Report:
     from tersor.kernels import thread_count
 
     thread_count()  # or TersorError
-    calibration = None
-    if args.calibration:
-        calibration = Calibration(
-            tuple(args.calibration),
-            samples=args.samples,
-            seq_len=args.seq_len,
-            seed=args.seed,
-            bos=args.bos,
-        )
-    return {
-        "calibration": calibration,
-        "ignore": args.ignore,
-        "sequential": args.sequential,
-        "strict": args.strict,
-    }
+    return step(args.model, args.out, calibration_of(args), strict=args.strict)
+
+
+def calibration_of(args: argparse.Namespace) -> Calibration | None:
+    from tersor.calibrate import Calibration
+
+    if not args.calibration:
+        return None
+    names = ("samples", "seq_len", "seed", "bos")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    return Calibration(tuple(args.calibration), **given)
 
 
 def _measure_speed(args: argparse.Namespace) -> None:
@@ -194,7 +152,7 @@ def _measure_speed(args: argparse.Namespace) -> None:
     )
 
 
-def _show(args: argparse.Namespace, report: Report, result: str) -> None:
+def show(args: argparse.Namespace, report: Report, result: str) -> None:
     from tersor.report import table
 
     out = console()
@@ -211,7 +169,7 @@ def _show(args: argparse.Namespace, report: Report, result: str) -> None:
         _measure_speed(args)
 
 
-def _check_files(args: argparse.Namespace) -> None:
+def check_files(args: argparse.Namespace) -> None:
     """The commonest mistakes, before seconds of imports. Beside a folder that an unfinished run has
     left, only the writer can tell."""
     out: str = args.out
@@ -222,22 +180,3 @@ def _check_files(args: argparse.Namespace) -> None:
         raise TersorError(f"{out} exists already; remove it or choose another output folder")
     if args.speed:
         check_config(args.model)
-
-
-def _solver(
-    args: argparse.Namespace, solvers: Mapping[str, Callable[..., Solver]], **given: Any
-) -> Solver:
-    """The method with the settings that were given; whichever a method lacks is refused."""
-    from dataclasses import fields
-
-    if args.method not in solvers:
-        names = " or ".join(solvers)
-        raise TersorError(f"--method {args.method} is unknown; use {names}")
-    solver: Any = solvers[args.method]
-    settings = {name: getattr(args, name) for name in args.settings}
-    settings = {name: value for name, value in settings.items() if value is not None}
-    for name in settings.keys() - {field.name for field in fields(solver)}:
-        option = "--" + name.replace("_", "-")
-        raise TersorError(f"{option} changes nothing for --method {args.method}; leave it out")
-    made: Solver = solver(**given, **settings)
-    return made

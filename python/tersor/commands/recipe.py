@@ -1,0 +1,114 @@
+"""compress: several steps in a row."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tersor.commands.folders import calibration_of
+from tersor.commands.opening import console
+from tersor.errors import TersorError
+
+if TYPE_CHECKING:
+    import argparse
+
+    from rich.table import Table
+
+    from tersor.recipes.recipe import Recipe
+    from tersor.recipes.stages import RecipeReport, Stage
+
+
+def compress(args: argparse.Namespace) -> None:
+    from tersor.kernels import thread_count
+    from tersor.recipes.recipe import Recipe
+    from tersor.recipes.run import RECIPE_PAGE
+    from tersor.recipes.run import compress as run
+    from tersor.recipes.stages import RECIPE_REPORT
+
+    thread_count()  # or TersorError
+    recipe = _with_options(Recipe.read(args.recipe), args)
+    report = run(args.model, args.out, recipe, strict=args.strict)
+    out = console()
+    out.print(table(report))
+    for stage in report.stages:
+        for note in stage.notes:
+            out.print(f"not as asked: {stage.name}: {note}", highlight=False)
+    first, last = report.stages[0], report.stages[-1]
+    page = (Path(args.out) / RECIPE_PAGE).exists()
+    where = RECIPE_PAGE if page else f"{RECIPE_REPORT} (a page too with tersor[report] installed)"
+    out.print(
+        f"{args.out}: {first.bytes / 1e6:.2f} MB -> {last.bytes / 1e6:.2f} MB, "
+        f"{first.bytes / last.bytes:.1f} times smaller; details in {where}",
+        highlight=False,
+    )
+
+
+def _with_options(recipe: Recipe, args: argparse.Namespace) -> Recipe:
+    """What the command line says beside the recipe, or in its place."""
+    from tersor.recipes.recipe import Evaluate
+    from tersor.steps import Train
+
+    calibration = calibration_of(args) or recipe.calibration
+    evaluate = recipe.evaluate
+    if args.text:
+        names = {Path(file).stem: file for file in args.text}
+        if len(names) < len(args.text):
+            raise TersorError("two files of --text have the same name; rename one")
+        settings: dict[str, Any] = {"seq_len": args.seq_len, "bos": args.bos}
+        evaluate = Evaluate(names, **settings)
+    if args.speed:
+        evaluate = replace(evaluate, speed=True) if evaluate else Evaluate(speed=True)
+    steps = tuple(
+        replace(step, teacher=args.teacher) if args.teacher and isinstance(step, Train) else step
+        for step in recipe.steps
+    )
+    if args.teacher and steps == recipe.steps:
+        raise TersorError("--teacher is for steps that train, and the recipe has none")
+    return replace(
+        recipe,
+        steps=steps,
+        calibration=calibration,
+        evaluate=evaluate,
+        keep=args.keep or recipe.keep,
+    )
+
+
+def table(report: RecipeReport) -> Table:
+    """One line for each stage; several texts side by side."""
+    from rich.table import Table
+
+    shown = Table()
+    texts = list(dict.fromkeys(name for stage in report.stages for name in stage.quality))
+    title = f" ({' / '.join(texts)})" if len(texts) > 1 else ""
+    shown.add_column("stage")
+    heads = ["MB", "million weights", "bits", "zeros %"]
+    if texts:
+        heads += [f"perplexity{title}", "KL", "top-1 %"]
+    if any(stage.speed for stage in report.stages):
+        heads += ["prefill tok/s", "decode tok/s"]
+    for head in (*heads, "seconds"):
+        shown.add_column(head, justify="right")
+    for stage in report.stages:
+        shown.add_row(*_cells(stage, texts, len(heads) > 7 or "prefill tok/s" in heads))
+    return shown
+
+
+def _cells(stage: Stage, texts: list[str], speed: bool) -> list[str]:
+    cells = [stage.name, f"{stage.bytes / 1e6:.2f}", f"{stage.parameters / 1e6:.2f}"]
+    cells += [f"{stage.bits_per_weight:.2f}", f"{100 * stage.sparsity:.1f}"]
+    if texts:
+        found = [stage.quality.get(text) for text in texts]
+        for show in (
+            lambda q: f"{q['perplexity']['mean']:.2f}",
+            lambda q: f"{q['kl']['mean']:.4f}",
+            lambda q: f"{100 * q['top1']:.1f}",
+        ):
+            cells.append(" / ".join(show(q) if q else "-" for q in found))
+    if speed:
+        both = stage.speed
+        cells += [
+            f"{both[what]:.0f} ({both[what + '_ratio']:.2f}×)" if both else "-"
+            for what in ("prefill", "decode")
+        ]
+    return [*cells, f"{stage.seconds:.1f}" if stage.step else ""]

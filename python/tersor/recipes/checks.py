@@ -1,0 +1,140 @@
+"""Whether a recipe can be run on a model, found out before the first step starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tersor.calibrate import DEFAULT_SEQ_LEN, Calibration, load_tokenizer
+from tersor.checkpoint import Checkpoint
+from tersor.corpus import read_text
+from tersor.errors import TersorError
+from tersor.evaluate import position_limit, text_windows
+from tersor.recipes.recipe import Evaluate, Export, Recipe, name_of
+from tersor.runs import text_windows as calibration_windows
+from tersor.scope import check_inputs, settle
+from tersor.source import Source
+from tersor.steps import State, Step, Surgery, Train
+
+Windows = dict[str, Tensor]  # name of a text -> int64 [count, seq_len]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A recipe with all that it reads. windows: of Recipe.evaluate, and of each Evaluate among the
+    steps, by its number. calibration: the token ids, or None."""
+
+    recipe: Recipe
+    source: Source
+    calibration: Tensor | None
+    windows: dict[int, Windows]  # 0: of the whole recipe
+
+
+def check(recipe: Recipe, model: str | Path) -> Checked:
+    """TersorError for what would go wrong after hours: steps that cannot follow one another,
+    settings that do not go together, groups that do not divide the model's linears, text that is
+    missing or too short, a teacher of another vocabulary."""
+    _order(recipe)
+    source = Source.open(model)
+    _shapes(recipe, source)
+    for number, step in enumerate(recipe.steps, 1):
+        if isinstance(step, Train) and step.teacher not in (None, "original"):
+            with _named(number, step):
+                _teacher(str(step.teacher), source)
+    calibration = None
+    if recipe.calibration is not None:
+        calibration = calibration_windows(source, recipe.calibration)
+    for number, step in enumerate(recipe.steps, 1):
+        if isinstance(step, Train):
+            with _named(number, step):
+                _training_text(step, recipe.calibration, source)
+    windows = {0: _windows(recipe.evaluate, source)} if recipe.evaluate is not None else {}
+    for number, step in enumerate(recipe.steps, 1):
+        if isinstance(step, Evaluate):
+            with _named(number, step):
+                windows[number] = _windows(step, source)
+    return Checked(recipe, source, calibration, windows)
+
+
+def _order(recipe: Recipe) -> None:
+    state, exports = State(), set()
+    for number, step in enumerate(recipe.steps, 1):
+        with _named(number, step):
+            if isinstance(step, Step):
+                step.call()
+                state = step.after(state)
+                if step.reads_text and recipe.calibration is None:
+                    raise TersorError(
+                        "it needs text; give --calibration FILE, or calibration in the recipe"
+                    )
+            if isinstance(step, Export):
+                if step.folder in exports:
+                    raise TersorError(f"{step.folder} is exported twice; choose another folder")
+                if number == 1:
+                    raise TersorError("there is nothing to export before the first step")
+                exports.add(step.folder)
+
+
+def _shapes(recipe: Recipe, source: Source) -> None:
+    """Groups and patterns against the linears, as long as their widths are those of the files."""
+    for number, step in enumerate(recipe.steps, 1):
+        if isinstance(step, Surgery):
+            return
+        if not isinstance(step, Step):
+            continue
+        with _named(number, step):
+            _, settings = step.call()
+            qat = settings.get("qat")
+            scheme = qat.scheme if qat is not None else settings.get("scheme")
+            sparsity = settings.get("sparsity") or getattr(settings.get("method"), "sparsity", None)
+            scope = settle(source.model, source.found, getattr(step, "ignore", ()))
+            check_inputs(source.model, scope.linears, scheme and scheme.weight, sparsity)
+
+
+def _teacher(folder: str, source: Source) -> None:
+    config: dict[str, Any] = Checkpoint.open(folder).config
+    theirs = (config.get("text_config") or config).get("vocab_size")
+    ours = source.model.config.get_text_config().vocab_size
+    if theirs != ours:
+        raise TersorError(
+            f"the teacher {folder} has a vocabulary of {theirs} tokens and the model one of "
+            f"{ours}; choose a teacher with the model's tokenizer"
+        )
+
+
+def _training_text(step: Train, calibration: Calibration | None, source: Source) -> None:
+    """One batch must be there; how much more there is only changes how often it is read."""
+    assert calibration is not None  # checked before
+    sources, texts = (step.text, ()) if step.text else (calibration.sources, calibration.texts)
+    seq_len = step.seq_len or calibration.seq_len
+    first = replace(calibration, sources=sources, texts=texts, samples=step.batch, seq_len=seq_len)
+    calibration_windows(source, first)
+
+
+def _windows(asked: Evaluate, source: Source) -> Windows:
+    """The texts as tokens. None of a name: a speed alone."""
+    folder = source.checkpoint.folder
+    tokenizer = load_tokenizer(folder)
+    limit = position_limit(source.model) or source.context
+    length = asked.seq_len or min(DEFAULT_SEQ_LEN, limit or DEFAULT_SEQ_LEN)
+    if asked.seq_len and limit and asked.seq_len > limit:
+        raise TersorError(f"seq_len {asked.seq_len} is beyond the model's {limit} positions")
+    found = {}
+    for name, file in asked.text.items():
+        whole = text_windows(read_text(file), tokenizer, length, asked.bos)
+        found[name] = whole[: asked.samples]
+    return found
+
+
+@contextmanager
+def _named(number: int, step: Any) -> Iterator[None]:
+    """Says of an error which step it is of."""
+    try:
+        yield
+    except TersorError as error:
+        raise TersorError(f"step {number}, {name_of(step)}: {error}") from None

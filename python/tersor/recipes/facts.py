@@ -1,0 +1,88 @@
+"""What a model on the way is: its size, its quality and speed beside the original's, and the memory
+that a step took."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tersor.checkpoint import Checkpoint
+from tersor.evaluate import evaluate, measure_speed
+from tersor.loading import load_any
+from tersor.recipes.stages import Stage
+from tersor.report import Report, peak_resident_bytes
+from tersor.scope import settle
+from tersor.source import Source
+from tersor.surgery.smaller import parameters
+
+ORIGINAL = "original"
+_PROMPT = 256  # tokens, where no text is read
+_BATCH = 8  # windows in a forward pass
+
+
+def measure_size(stage: Stage, folder: Path, report: Report | None, before: Stage | None) -> None:
+    """Fills in bytes, parameters, bits and zeros. Weights are read one at a time.
+
+    report: of the step that made the folder. before: the stage before, whose number of parameters
+    a quantized model keeps."""
+    checkpoint = Checkpoint.open(folder)
+    stage.bytes = sum(checkpoint.metadata(name).nbytes for name in checkpoint.names)
+    if "quantization_config" in checkpoint.config and report is not None and before is not None:
+        stage.parameters = before.parameters
+        stage.bits_per_weight, stage.sparsity = report.bits_per_weight, report.sparsity
+        return
+    source = Source.open(folder)
+    stage.parameters = parameters(source.model)
+    weights = bits = zeros = 0
+    for name in settle(source.model, source.found, ()).linears:
+        place = source.where[f"{name}.weight"]
+        w = place.read(checkpoint)
+        weights, bits = weights + w.numel(), bits + 8 * w.nbytes
+        zeros += w.numel() - int(w.count_nonzero())
+    stage.bits_per_weight, stage.sparsity = bits / weights, zeros / weights
+
+
+def measure_quality(
+    stage: Stage, folder: Path, original: Path, windows: Mapping[str, Tensor], speed: bool
+) -> None:
+    """Adds quality and speed, in the same run as the original's: pairs of the same windows, and
+    times in turns."""
+    names = [ORIGINAL] if folder == original else [ORIGINAL, stage.name]
+    models = {ORIGINAL: load_any(original)}
+    if folder != original:
+        models[stage.name] = load_any(folder)
+    for text, ids in windows.items():
+        found = evaluate(models, ids, ORIGINAL, batch=_BATCH)[names[-1]]
+        stage.quality[text] = found.to_dict()
+    if speed:
+        prompt = next(iter(windows.values()))[:1] if windows else _random_prompt(models[ORIGINAL])
+        speeds = {name: asdict(each) for name, each in measure_speed(models, prompt).items()}
+        mine, base = speeds[names[-1]], speeds[ORIGINAL]
+        ratios = {f"{what}_ratio": mine[what] / base[what] for what in ("prefill", "decode")}
+        stage.speed = mine | ratios
+
+
+def _random_prompt(model: Any) -> Tensor:
+    vocabulary = model.config.get_text_config().vocab_size
+    return torch.randint(vocabulary, (1, _PROMPT), generator=torch.Generator().manual_seed(0))
+
+
+def forget_peak() -> None:
+    """Begins anew to count the most memory that this process holds, where Linux lets it."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes() -> int:
+    """The most memory that was resident since forget_peak()."""
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        peak = next(line for line in lines if line.startswith("VmHWM:"))
+        return int(peak.split()[1]) * 1024
+    return peak_resident_bytes()

@@ -1,0 +1,313 @@
+"""A recipe, run: a folder in, a folder out, and on the way everything that is done kept.
+
+While it works, all is in a folder beside the output:
+
+    out.partial/
+      recipe.json        what the run depends on, and the stages that are done
+      lock               held by the run that writes
+      1-prune/           the model after step 1; step 2 works in 2-quantize.partial until it is done
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shlex
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tersor import kernels
+from tersor.calibrate import digest
+from tersor.durable import disk_errors, durable, sync_folder
+from tersor.errors import TersorError
+from tersor.recipes.checks import Checked, check
+from tersor.recipes.facts import forget_peak, measure_quality, measure_size, peak_bytes
+from tersor.recipes.page import require, write_page
+from tersor.recipes.recipe import Evaluate, Export, Recipe, name_of, settings_of
+from tersor.recipes.stages import RECIPE_REPORT, RecipeReport, Stage
+from tersor.report import Report, versions
+from tersor.steps import Step, Train
+
+RECIPE_PAGE = "tersor_recipe.html"
+STAGES = "stages"  # in the output: models on the way that are kept
+_JOURNAL, _LOCK, _STAGING = "recipe.json", "lock", "out"
+
+
+def compress(
+    model: str | Path,
+    out: str | Path,
+    recipe: Recipe | str | Path,
+    *,
+    strict: bool = False,
+    progress: bool | None = None,
+) -> RecipeReport:
+    """Runs a recipe on a Hugging Face checkpoint.
+
+    model: its folder. out: the folder to make: the last model, with tersor_recipe.json in it, the
+        page tersor_recipe.html where tersor[report] is installed, and under `stages` the models on
+        the way that the recipe keeps. Until it is there the work is in `<out>.partial`, from which
+        the same call goes on, inside a step too.
+    recipe: a Recipe, a YAML file, or one of recipes.recipe.READY.
+    strict, progress: as in quantize_checkpoint.
+
+    Raises TersorError for bad input, before the first step wherever that can be known.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = Recipe.read(recipe)
+    out = Path(os.path.abspath(out))
+    partial = out.with_name(out.name + ".partial")
+    if os.path.lexists(out) and not (partial / _JOURNAL).exists():
+        raise TersorError(_exists(out))
+    checked = check(recipe, model)
+    with _Journal.open(partial, _identity(checked)) as journal:
+        run = _Run(checked, Path(model), journal, strict, progress)
+        if os.path.lexists(out):  # a run that was stopped while it cleaned up, or something else
+            if len(journal.done) < len(recipe.steps):
+                raise TersorError(_exists(out))
+            journal.remove()
+            return RecipeReport.read(out)
+        return run.finish(out, run.stages())
+
+
+@dataclass
+class _Journal:
+    """What is done, on the disk. stages: in order; numbers: of the steps that they came of."""
+
+    folder: Path
+    identity: dict[str, Any]
+    stages: list[Stage] = field(default_factory=list)
+    done: list[int] = field(default_factory=list)
+
+    @classmethod
+    @contextmanager
+    def open(cls, folder: Path, identity: dict[str, Any]) -> Iterator[_Journal]:
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise TersorError(
+                    f"another run is writing {folder}; wait for it, or choose another output"
+                ) from None
+            journal = cls(folder, json.loads(json.dumps(identity)))
+            journal._read()
+            yield journal
+        finally:
+            os.close(handle)
+
+    def _read(self) -> None:
+        path = self.folder / _JOURNAL
+        if not path.exists():
+            strangers = set(os.listdir(self.folder)) - {_LOCK, _JOURNAL + ".tmp"}
+            if strangers:
+                raise TersorError(
+                    f"{self.folder} is not a partial run of a recipe (it holds {min(strangers)}); "
+                    "move it away"
+                )
+            self.write()
+            return
+        remove = f"remove it to start again: rm -r {shlex.quote(str(self.folder))}"
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            before, self.done = content["identity"], content["done"]
+            self.stages = [Stage(**stage) for stage in content["stages"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise TersorError(f"{path} is damaged ({error}); {remove}") from None
+        if before == self.identity:
+            return
+        if self.done:
+            keys = sorted(before.keys() | self.identity.keys())
+            changed = [key for key in keys if before.get(key) != self.identity.get(key)]
+            raise TersorError(
+                f"{self.folder} holds an unfinished run with another {', '.join(changed)}; to go "
+                f"on with it, use what it was begun with; or {remove}"
+            )
+        self.clear()
+        self.stages = []
+        self.write()
+
+    def write(self) -> None:
+        content = {
+            "identity": self.identity,
+            "done": self.done,
+            "stages": [asdict(stage) for stage in self.stages],
+        }
+        with durable(self.folder / _JOURNAL) as file:
+            file.write((json.dumps(content, indent=2) + "\n").encode())
+
+    def clear(self) -> None:
+        """Removes all but the lock, the journal last."""
+        for name in sorted(os.listdir(self.folder), key=lambda n: (n == _JOURNAL, n)):
+            path = self.folder / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif name != _LOCK:
+                path.unlink()
+
+    def remove(self) -> None:
+        """The work is done, and the folder goes."""
+        with disk_errors(self.folder):
+            self.clear()
+            (self.folder / _LOCK).unlink()
+            self.folder.rmdir()
+
+
+class _Run:
+    def __init__(
+        self, checked: Checked, model: Path, journal: _Journal, strict: bool, progress: bool | None
+    ) -> None:
+        self.checked, self.model, self.journal = checked, model, journal
+        self.strict, self.progress = strict, progress
+        self.recipe = checked.recipe
+
+    def stages(self) -> list[Stage]:
+        """Of the whole recipe, those done before included."""
+        journal = self.journal
+        if not journal.stages:
+            stage = Stage("original", None)
+            measure_size(stage, self.model, None, None)
+            self._measure(stage, self.model, 0)
+            journal.stages.append(stage)
+            journal.write()
+        folder = self.model
+        for number, step in enumerate(self.recipe.steps, 1):
+            if isinstance(step, Step):
+                before, folder = folder, self._folder(number)
+                if number not in journal.done:
+                    self._step(number, step, before, folder)
+                self._forget(before)
+            elif isinstance(step, Evaluate) and number not in journal.done:
+                self._evaluate(number, folder)
+            if number not in journal.done:
+                journal.done.append(number)
+                journal.write()
+        return journal.stages
+
+    def finish(self, out: Path, stages: list[Stage]) -> RecipeReport:
+        """Puts the output together. Killed at any point, it can be repeated."""
+        report = RecipeReport(
+            model=self.model.resolve().name,
+            recipe=self.recipe.name,
+            steps=self.recipe.to_dicts(),
+            versions=versions(),
+            machine=_machine(),
+            stages=stages,
+        )
+        folder, staging = self.journal.folder, self.journal.folder / _STAGING
+        last = self._folder(max(self._writes()))
+        with disk_errors(folder):
+            if not staging.exists():
+                os.rename(last, staging)
+            for number, name in self._kept().items():
+                kept = self._folder(number)
+                if kept.exists():
+                    (staging / STAGES).mkdir(exist_ok=True)
+                    os.rename(kept, staging / STAGES / name)
+            with durable(staging / RECIPE_REPORT) as file:
+                file.write(report.to_json().encode())
+            sync_folder(staging)
+        with suppress(TersorError):  # where matplotlib is not installed, the JSON is all there is
+            require()
+            write_page(report, staging / RECIPE_PAGE)
+        with disk_errors(folder):
+            os.rename(staging, out)
+            sync_folder(out.parent)
+            self.journal.remove()
+        return report
+
+    def _step(self, number: int, step: Step, before: Path, folder: Path) -> None:
+        stage = Stage(f"{number} {step.name}", step.name, settings_of(step))
+        forget_peak()
+        start = time.perf_counter()
+        report = Report.read(folder) if folder.exists() else None
+        if report is None:
+            asked = step.learns_from(self.model) if isinstance(step, Train) else step
+            text = self.recipe.calibration
+            report = asked(before, folder, text, strict=self.strict, progress=self.progress)
+        stage.seconds = round(time.perf_counter() - start, 3)
+        stage.peak_bytes = peak_bytes()
+        measure_size(stage, folder, report, self.journal.stages[-1])
+        stage.layers = [asdict(layer) for layer in report.layers]
+        stage.losses = [tuple(row) for row in (report.training or {}).get("log", [])]
+        stage.notes = [f"{name}: {why}" for name, why in report.departures.items()]
+        self._measure(stage, folder, 0)
+        self.journal.stages.append(stage)
+
+    def _evaluate(self, number: int, folder: Path) -> None:
+        """What an Evaluate among the steps asks for, of the model as it is and of the original."""
+        first, last = self.journal.stages[0], self.journal.stages[-1]
+        self._measure(first, self.model, number)
+        if last is not first:
+            self._measure(last, folder, number)
+
+    def _measure(self, stage: Stage, folder: Path, number: int) -> None:
+        """number: of the Evaluate among the steps; 0: that of the whole recipe."""
+        asked = self.recipe.steps[number - 1] if number else self.recipe.evaluate
+        if isinstance(asked, Evaluate):
+            windows = self.checked.windows[number]
+            measure_quality(stage, folder, self.model, windows, asked.speed)
+
+    def _writes(self) -> list[int]:
+        """Numbers of the steps that write a model."""
+        return [n for n, step in enumerate(self.recipe.steps, 1) if isinstance(step, Step)]
+
+    def _kept(self) -> dict[int, str]:
+        """Step -> the name of its model under `stages`; the last one is the output itself."""
+        numbers = self._writes()
+        kept = {n: self._folder(n).name for n in numbers} if self.recipe.keep == "all" else {}
+        for number, step in enumerate(self.recipe.steps, 1):
+            if isinstance(step, Export):
+                kept[max(n for n in numbers if n < number)] = step.folder
+        return {n: name for n, name in kept.items() if n != numbers[-1]}
+
+    def _forget(self, folder: Path) -> None:
+        """Removes the model before the last, unless it is kept."""
+        kept = [self._folder(number) for number in self._kept()]
+        if folder != self.model and folder not in kept and folder.exists():
+            shutil.rmtree(folder)
+
+    def _folder(self, number: int) -> Path:
+        """Of the model that step `number` makes."""
+        return self.journal.folder / f"{number}-{name_of(self.recipe.steps[number - 1])}"
+
+
+def _identity(checked: Checked) -> dict[str, Any]:
+    """What two runs must have in common for one to go on with the other."""
+    recipe, found = checked.recipe, checked.calibration
+    return {
+        "steps": recipe.to_dicts(),
+        "keep": recipe.keep,
+        "model": checked.source.checkpoint.fingerprint(),
+        "calibration": None if found is None else digest(found),
+        "evaluation": {
+            f"{number} {name}": digest(ids)
+            for number, windows in checked.windows.items()
+            for name, ids in windows.items()
+        },
+        "versions": versions(),
+    }
+
+
+def _exists(out: Path) -> str:
+    return f"{out} exists already; remove it or choose another output folder"
+
+
+def _machine() -> dict[str, Any]:
+    with open("/proc/cpuinfo", encoding="utf-8") as file:
+        names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    usable = [kernel.isa for kernel in kernels.table() if not kernel.unavailable]
+    return {
+        "processor": names[0] if names else "unknown",
+        "threads": torch.get_num_threads(),
+        "isa": usable[0] if usable else "none",
+    }

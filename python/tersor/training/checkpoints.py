@@ -1,0 +1,374 @@
+"""A checkpoint in, a trained one out: distillation, quantization-aware training, masks that are
+learned, and all of them together in one run.
+
+The whole model is in memory, in float32, with its gradients and the state of the optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PrinterCallback, TrainerCallback
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils.logging import disable_progress_bar
+
+from tersor.calibrate import Calibration, digest
+from tersor.checkpoint import Checkpoint, check_finite
+from tersor.errors import TersorError
+from tersor.formats import quantization_config
+from tersor.layerwise import machine
+from tersor.linear import QuantLinear
+from tersor.loading import load_any
+from tersor.progress import Progress
+from tersor.qweight import Scheme
+from tersor.report import REPORT, TIMINGS, LayerReport, Report, Timings, versions
+from tersor.runs import describe, identity, text_windows
+from tersor.scope import Scope, check_inputs, settle
+from tersor.shards import ShardWriter, refuse_existing
+from tersor.source import Source
+from tersor.sparsity import Sparsity
+from tersor.surgery.smaller import is_pruned
+from tersor.training.losses import Distillation
+from tersor.training.plan import Plan, plan_settings
+from tersor.training.qat import QuantizationTraining
+
+BEGUN, TRAINED = "begun", "trained"  # commits
+
+
+@dataclass(frozen=True, kw_only=True)
+class QAT:
+    """Quantization-aware training of a checkpoint, beside its scheme.
+
+    scales: "learned" with the weights, or "fixed". start: "gptq" takes scales (and what it rounds
+        to) from GPTQ on the calibration text, "rtn" from the weights alone.
+    output: "codes" writes a quantized checkpoint; "weights" the trained weights in the dtype of the
+        files, for a solver to quantize afterwards.
+    """
+
+    scheme: Scheme
+    scales: str = "learned"
+    start: str = "gptq"
+    output: str = "codes"
+    ignore: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("scales", ("learned", "fixed")),
+            ("start", ("gptq", "rtn")),
+            ("output", ("codes", "weights")),
+        ):
+            if getattr(self, name) not in known:
+                raise TersorError(f"{name} is {' or '.join(known)}, not {getattr(self, name)!r}")
+
+
+def train_checkpoint(
+    model: str | Path,
+    out: str | Path,
+    *,
+    plan: Plan | None = None,
+    teacher: str | Path | None = None,
+    distillation: Distillation | None = None,
+    qat: QAT | None = None,
+    sparsity: Sparsity | None = None,
+    text: Sequence[str] = (),
+    calibration: Calibration | None = None,
+    strict: bool = False,
+    progress: bool | None = None,
+) -> Report:
+    """Trains a Hugging Face checkpoint of a causal language model, and writes a checkpoint.
+
+    model: a folder with config.json, safetensors and the tokenizer. Where 5 % or more of a linear's
+        weights are zero, those zeros stay.
+    out: the folder to make. While the run lasts its work is in `<out>.partial`: the same call goes
+        on from the last checkpoint of the training, to the same bits.
+    plan: how long and how fast.
+    teacher: the folder of a model with the same vocabulary, quantized or not; None trains on the
+        text alone. distillation: how it is learned from.
+    qat: train with weights as they will be once quantized.
+    sparsity: weights are masked little by little in the course of the training, by magnitude, and
+        are zero in the end.
+    text: files to train on, as in Calibration.sources; by default those of the calibration.
+    calibration: beside text to train on, what GPTQ starts from.
+    The rest is as in quantize_checkpoint.
+
+    Raises TersorError for bad input, before any work where that can be known, and where the loss is
+    no longer a number; what was trained until then is kept.
+    """
+    refuse_existing(out)
+    plan = plan or Plan()
+    if teacher is None and distillation is not None:
+        raise TersorError("distillation needs a teacher; name the folder of a model")
+    if not isinstance(calibration, Calibration):
+        raise TersorError("training needs text; give a tersor.Calibration((FILE, ...))")
+    source = Source.open(model)
+    scope = settle(source.model, source.found, qat.ignore if qat else ())
+    windows = _training_windows(source, calibration, text, plan)
+    distillation = distillation or Distillation()
+    first = text_windows(source, calibration) if qat and qat.start == "gptq" else None
+    job = _Job(source, scope, windows, first, plan, teacher, distillation, qat, sparsity)
+    _check(job)
+    report = Report(
+        model=source.checkpoint.folder.resolve().name,
+        fingerprint=source.checkpoint.fingerprint(),
+        architecture=source.found.how,
+        settings=_settings(job),
+        versions=versions(),
+        calibration=describe(calibration, job.windows),
+        kept=scope.kept if qat else {},
+        departures=scope.departures if qat else {},
+        bytes_before=source.nbytes,
+    )
+    if strict:
+        report.require_strict()
+    with ShardWriter(out, identity(report)) as writer, Progress(progress) as bar:
+        if BEGUN not in writer.done:
+            writer.commit(BEGUN, {"bytes": 0}, quick=True)
+        run = _Run(job, writer, bar)
+        config = source.checkpoint.config
+        if TRAINED not in writer.done:
+            run.train()
+        done = writer.done[TRAINED]
+        report.layers = [LayerReport.from_dict(layer) for layer in done["layers"]]
+        report.training = done["training"]
+        report.bytes_after = done["bytes"]
+        if qat is not None and qat.output == "codes":
+            stated = quantization_config(qat.scheme, scope.unquantized)
+            config = config | {"quantization_config": stated}
+        files = {REPORT: report.to_json(), TIMINGS: run.timings.to_json()}
+        writer.finish(config, source.checkpoint.folder, files)
+    return report
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is asked for, settled. windows: int64 [count, seq_len], to train on; calibration: the
+    same of the text that GPTQ starts from."""
+
+    source: Source
+    scope: Scope
+    windows: Tensor
+    calibration: Tensor | None
+    plan: Plan
+    teacher: str | Path | None
+    distillation: Distillation
+    qat: QAT | None
+    sparsity: Sparsity | None
+
+
+class _Run:
+    """The training, and the writing of what came of it."""
+
+    def __init__(self, job: _Job, writer: ShardWriter, bar: Progress) -> None:
+        self.job, self.writer, self.bar = job, writer, bar
+        self.timings = Timings()
+        self.folder = writer.state_path("training")
+
+    def train(self) -> None:
+        job = self.job
+        model = job.source.whole().float().requires_grad_(True)
+        before = {
+            name: model.get_submodule(name).weight.detach().clone()
+            for name in (job.scope.linears if job.qat else ())
+        }
+        masks, fake = self._masks(model), self._fake(model)
+        callbacks = [each for each in (masks, fake, _Steps(self.bar)) if each is not None]
+        trainer = self._trainer(model, callbacks)
+        self.bar.expect(job.plan.steps)
+        self.bar.say("training")
+        with self.timings.stage("train"):
+            trainer.train(resume_from_checkpoint=self._last())
+        with self.timings.stage("write"):
+            self._write(model, before, _log(trainer.state.log_history))
+
+    def _masks(self, model: nn.Module) -> Any:
+        """Where zeros are kept, or made; None elsewhere."""
+        from tersor.pruning.schedule import Schedule
+        from tersor.training.masking import HoldZeros, MaskTraining
+
+        steps, sparsity = self.job.plan.steps, self.job.sparsity
+        if sparsity is not None:
+            warmup, ramp = steps // 10, steps // 2
+            schedule = Schedule(warmup, ramp, cooldown=steps - warmup - ramp)
+            return MaskTraining(sparsity, schedule, "magnitude")
+        linears = self.job.scope.linears
+        pruned = [name for name in linears if is_pruned(model.get_submodule(name).weight)]
+        return HoldZeros(include=pruned) if pruned else None
+
+    def _fake(self, model: nn.Module) -> Any:
+        """What rounds the weights; None elsewhere. A training that goes on has its start in its
+        checkpoint."""
+        job, qat = self.job, self.job.qat
+        if qat is None:
+            return None
+        begins = self._last() is None and qat.start == "gptq"
+        if begins:
+            self.bar.say("GPTQ, to start from")
+        make = QuantizationTraining if qat.output == "codes" else _Weights
+        training = make(
+            qat.scheme,
+            scales=qat.scales,
+            start="gptq" if begins else None,
+            scale_dtype=job.source.dtype,
+            include=job.scope.linears,
+        )
+        return training.attach(model, job.calibration if begins else None)
+
+    def _trainer(self, model: nn.Module, callbacks: list[Any]) -> Any:
+        """A Trainer; where there is a teacher, one that distils."""
+        from transformers import Trainer
+
+        from tersor.training.trainer import DistillTrainer
+
+        job = self.job
+        rows = [{"input_ids": ids, "labels": ids} for ids in job.windows]
+        given = {"args": job.plan.arguments(self.folder), "train_dataset": rows}
+        given["callbacks"] = callbacks
+        disable_progress_bar()  # of shards, which Trainer writes with every checkpoint
+        if job.teacher is None:
+            trainer = Trainer(model, **given)
+        else:
+            trainer = DistillTrainer(model, load_any(job.teacher), job.distillation, **given)
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    def _last(self) -> str | None:
+        """The last checkpoint that is whole: the state is what a Trainer writes last."""
+        found = [path.parent for path in self.folder.glob("checkpoint-*/trainer_state.json")]
+        return str(max(found, key=lambda p: int(p.name.rpartition("-")[2]))) if found else None
+
+    def _write(self, model: nn.Module, before: Mapping[str, Tensor], log: list[Any]) -> None:
+        source = self.job.source
+        layers: list[LayerReport] = []
+        used = {place.name for place in source.where.values()}
+        for name in source.checkpoint.names:
+            if name not in used:  # a table that no parameter is made of
+                self.writer.add(name, source.checkpoint.load(name))
+        nbytes = 0
+        for name, place in source.where.items():
+            path, _, last = name.rpartition(".")
+            module = model.get_submodule(path)
+            if isinstance(module, QuantLinear) and last == "weight":
+                stem = place.saved_as.removesuffix("weight")
+                tensors = {
+                    stem + local: tensor
+                    for local, tensor in module.state_dict().items()
+                    if local != "bias"
+                }
+                layers.append(_layer(name.removesuffix(".weight"), module, before, tensors))
+            else:
+                value = getattr(module, last).detach()
+                check_finite(name, value, "train with a lower learning_rate")
+                tensors = {place.saved_as: source.as_stored(name, value)}
+            for key, tensor in tensors.items():
+                self.writer.add(key, tensor)
+                nbytes += tensor.nbytes
+        training = {
+            "steps": self.job.plan.steps,
+            "tokens": self.job.plan.windows * self.job.windows.shape[1],
+            "windows": len(self.job.windows),
+            "log": log,
+        }
+        info = {"layers": [asdict(layer) for layer in layers], "bytes": nbytes}
+        self.writer.commit(TRAINED, info | {"training": training})
+
+
+class _Weights(QuantizationTraining):
+    """Leaves the weights below the rounding."""
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.finish(quantize=False)
+
+
+class _Steps(TrainerCallback):
+    """Moves the bar."""
+
+    def __init__(self, bar: Progress) -> None:
+        self.bar = bar
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.step()
+
+
+def _layer(
+    name: str, linear: QuantLinear, before: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+) -> LayerReport:
+    """error: of the weights, against those before the training."""
+    w = before[name]
+    q = linear.qweight().dequantize()
+    return LayerReport(
+        name=name,
+        shape=(w.shape[0], w.shape[1]),
+        scheme=str(linear.scheme),
+        method="qat",
+        error=float((q - w).double().square().sum() / w.double().square().sum()),
+        sparsity=1 - int(q.count_nonzero()) / q.numel(),
+        tokens=0,
+        bytes=sum(tensor.nbytes for tensor in tensors.values()),
+    )
+
+
+def _log(history: Iterable[Mapping[str, float]]) -> list[Any]:
+    """What a Trainer logged, as [step, name -> value], without what depends on the clock."""
+    told = ("loss", "grad_norm", "learning_rate", "distillation", "cross_entropy", "features")
+    rows = []
+    for entry in history:
+        values = {name: float(entry[name]) for name in told if name in entry}
+        if "loss" in values:
+            rows.append([int(entry["step"]), values])
+    return rows
+
+
+def _settings(job: _Job) -> dict[str, Any]:
+    settings: dict[str, Any] = plan_settings(job.plan)
+    if job.teacher is not None:
+        settings["teacher"] = Checkpoint.open(job.teacher).fingerprint()
+        settings["distillation"] = asdict(job.distillation)
+    if job.qat is not None:
+        settings["qat"] = asdict(job.qat)
+        if job.calibration is not None:
+            settings["start"] = digest(job.calibration)
+    if job.sparsity is not None:
+        settings["sparsity"] = str(job.sparsity)
+    return settings | machine()
+
+
+def _training_windows(
+    source: Source, calibration: Calibration, text: Sequence[str], plan: Plan
+) -> Tensor:
+    """As many as the steps read, or as the text has, then every one more than once."""
+    if isinstance(text, str):
+        raise TersorError(f"text is a list of files; write [{text!r}]")
+    given = replace(calibration, samples=plan.windows, seq_len=plan.seq_len or calibration.seq_len)
+    if text:
+        given = replace(given, sources=tuple(text), texts=())
+    windows = text_windows(source, given, fewer=True)
+    if len(windows) < plan.batch:
+        raise TersorError(
+            f"the text has {len(windows)} windows of {windows.shape[1]} tokens, fewer than the "
+            f"{plan.batch} of a batch; give more text, or a smaller batch or seq_len"
+        )
+    return windows
+
+
+def _check(job: _Job) -> None:
+    model = job.source.model
+    if type(model).__name__ not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        raise TersorError(
+            f"{type(model).__name__} does not predict the next token; training from folder to "
+            "folder is for causal language models: use DistillTrainer for others"
+        )
+    scheme = job.qat.scheme if job.qat else None
+    check_inputs(model, job.scope.linears, scheme.weight if scheme else None, job.sparsity)
+    if job.teacher is not None:
+        config = Checkpoint.open(job.teacher).config
+        theirs = (config.get("text_config") or config).get("vocab_size")
+        ours = model.config.get_text_config().vocab_size
+        if theirs != ours:
+            raise TersorError(
+                f"the teacher {job.teacher} has a vocabulary of {theirs} tokens and the model one "
+                f"of {ours}; choose a teacher with the model's tokenizer"
+            )
