@@ -68,6 +68,7 @@ def page(report: RecipeReport) -> str:
         "duration": _duration,
         "count": lambda value: f"{value:,}".replace(",", " "),
         "setting": _setting,
+        "times": _times,
         "markup": Markup,  # of our own figures alone
     }
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
@@ -354,10 +355,15 @@ def _tiles(first: Stage, last: Stage) -> Iterable[_Tile]:
             yield _Tile(f"KL, {texts[0]}", f"{kl[0]:.4f}", same)
     if first.speed and last.speed and first is not last:
         for key in ("decode", "prefill"):
-            before, after = first.speed[key], last.speed[key]
-            yield _Tile(
-                f"{key} speed", f"{after / before:.2f}×", f"{before:.0f} → {after:.0f} tokens/s"
-            )
+            change = f"{first.speed[key]:.0f} → {last.speed[key]:.0f} tokens/s"
+            yield _Tile(f"{key} speed", f"{_times(last, first, key):.2f}×", change)
+
+
+def _times(stage: Stage, first: Stage, key: str) -> float:
+    """How many times as fast as the original; as measured in turns with it, where it was."""
+    assert stage.speed and first.speed
+    ratio = stage.speed.get(f"{key}_ratio")
+    return float(ratio if ratio is not None else stage.speed[key] / first.speed[key])
 
 
 def _texts(stages: Iterable[Stage]) -> list[str]:
