@@ -345,8 +345,10 @@ def _tiles(first: Stage, last: Stage) -> Iterable[_Tile]:
         now = _estimate(last.quality[text], "perplexity")
         was = _estimate(first.quality.get(text), "perplexity")
         if now is not None and was is not None:
-            error = f"± {now[1]:.2f}" if math.isfinite(now[1]) else ""
-            yield _Tile(f"perplexity, {text}", f"{was[0]:.2f} → {now[0]:.2f}", error)
+            digits = 2 if max(was[0], now[0]) < 100 else 1
+            error = f"± {now[1]:.{digits}f}" if math.isfinite(now[1]) else ""
+            change = f"{was[0]:.{digits}f} → {now[0]:.{digits}f}"
+            yield _Tile(f"perplexity, {text}", change, error)
     if texts and last.step is not None:
         measured = last.quality[texts[0]]
         if (kl := _estimate(measured, "kl")) is not None:
