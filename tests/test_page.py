@@ -202,6 +202,17 @@ def test_what_was_not_measured_is_left_out() -> None:
     assert Reader(page(nothing)).within("h2") == ["Stages", "How it was made"]
 
 
+def test_speeds_measured_in_turns_are_compared_as_they_were() -> None:
+    """With the original again beside every stage, not as it was at first."""
+    report = only_sizes()
+    report.stages[0].speed = recipe_reports.speed(1000, 100, 10**7)
+    report.stages[-1].speed = recipe_reports.speed(1000, 150, 10**7) | {"decode_ratio": 1.75}
+    shown = Reader(page(report))
+    assert "1.75×" in shown.within("td") and "1.75×" in shown.within("span")
+    assert "1.00×" in shown.within("td")
+    assert "1.50×" not in shown.within("td")
+
+
 def test_numbers_that_are_none() -> None:
     """One window has no error, as NaN or as null; a training that blew up has no loss."""
     for missing in (None, math.nan):

@@ -15,7 +15,7 @@ from torch import Tensor
 from tersor.checkpoint import Checkpoint
 from tersor.evaluate import evaluate, measure_speed
 from tersor.loading import load_any
-from tersor.recipes.stages import Stage
+from tersor.recipes.stages import Stage, linear_sizes
 from tersor.report import Report, peak_resident_bytes
 from tersor.scope import settle
 from tersor.source import Source
@@ -27,12 +27,14 @@ _BATCH = 8  # windows in a forward pass
 
 
 def measure_size(stage: Stage, folder: Path, report: Report | None, before: Stage | None) -> None:
-    """Fills in bytes, parameters, bits and zeros. Weights are read one at a time.
+    """Fills in bytes, parameters, bits, zeros and what each linear takes. Weights are read one at a
+    time.
 
     report: of the step that made the folder. before: the stage before, whose number of parameters
     a quantized model keeps."""
     checkpoint = Checkpoint.open(folder)
     stage.bytes = sum(checkpoint.metadata(name).nbytes for name in checkpoint.names)
+    stage.linears = linear_sizes(folder)
     if "quantization_config" in checkpoint.config and report is not None and before is not None:
         stage.parameters = before.parameters
         stage.bits_per_weight, stage.sparsity = report.bits_per_weight, report.sparsity

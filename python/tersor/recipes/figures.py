@@ -367,7 +367,7 @@ def front(points: Sequence[tuple[float, float, float | None]]) -> Figure:
         bar.outline.set_visible(False)
         bar.ax.grid(visible=False)
         bar.ax.tick_params(labelsize=8)
-        bar.set_label("ms per token")
+        bar.set_label("latency, ms")
     else:
         axes.scatter(size, kl, 34, color=SERIES[0], edgecolors="white")
     if kl.min() > 0 and kl.max() > 8 * kl.min():

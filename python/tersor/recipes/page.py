@@ -68,6 +68,7 @@ def page(report: RecipeReport) -> str:
         "duration": _duration,
         "count": lambda value: f"{value:,}".replace(",", " "),
         "setting": _setting,
+        "times": _times,
         "markup": Markup,  # of our own figures alone
     }
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
@@ -344,8 +345,10 @@ def _tiles(first: Stage, last: Stage) -> Iterable[_Tile]:
         now = _estimate(last.quality[text], "perplexity")
         was = _estimate(first.quality.get(text), "perplexity")
         if now is not None and was is not None:
-            error = f"± {now[1]:.2f}" if math.isfinite(now[1]) else ""
-            yield _Tile(f"perplexity, {text}", f"{was[0]:.2f} → {now[0]:.2f}", error)
+            digits = 2 if max(was[0], now[0]) < 100 else 1
+            error = f"± {now[1]:.{digits}f}" if math.isfinite(now[1]) else ""
+            change = f"{was[0]:.{digits}f} → {now[0]:.{digits}f}"
+            yield _Tile(f"perplexity, {text}", change, error)
     if texts and last.step is not None:
         measured = last.quality[texts[0]]
         if (kl := _estimate(measured, "kl")) is not None:
@@ -354,10 +357,15 @@ def _tiles(first: Stage, last: Stage) -> Iterable[_Tile]:
             yield _Tile(f"KL, {texts[0]}", f"{kl[0]:.4f}", same)
     if first.speed and last.speed and first is not last:
         for key in ("decode", "prefill"):
-            before, after = first.speed[key], last.speed[key]
-            yield _Tile(
-                f"{key} speed", f"{after / before:.2f}×", f"{before:.0f} → {after:.0f} tokens/s"
-            )
+            change = f"{first.speed[key]:.0f} → {last.speed[key]:.0f} tokens/s"
+            yield _Tile(f"{key} speed", f"{_times(last, first, key):.2f}×", change)
+
+
+def _times(stage: Stage, first: Stage, key: str) -> float:
+    """How many times as fast as the original; as measured in turns with it, where it was."""
+    assert stage.speed and first.speed
+    ratio = stage.speed.get(f"{key}_ratio")
+    return float(ratio if ratio is not None else stage.speed[key] / first.speed[key])
 
 
 def _texts(stages: Iterable[Stage]) -> list[str]:

@@ -60,7 +60,7 @@ class RecipeReport:
     model: name of the original's folder. recipe: name, or file. steps: as written in YAML.
     machine: processor, threads, instruction set. stages: the original first.
     front: points of a search, where there was one (see tersor.search): dicts with at least
-        bytes, kl and latency.
+        bytes, kl and latency (seconds).
     """
 
     model: str

@@ -60,6 +60,9 @@ def lm_eval_tasks(
         tokenizer=load_tokenizer(Path(folder)),
         batch_size=batch,
         device="cpu",
+        # Where one choice is two tokens and another, behind the first of them, is the second alone,
+        # lm-eval 0.4.13 reads the shorter one's probability from the wrong place of its cache.
+        logits_cache=False,
     )
     found = lm_eval.simple_evaluate(
         model=wrapped, tasks=names, task_manager=manager, limit=limit, log_samples=False

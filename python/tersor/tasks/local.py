@@ -3,6 +3,7 @@ what cannot? The same text gives the same tasks."""
 
 from __future__ import annotations
 
+import itertools
 import keyword
 import random
 import re
@@ -14,19 +15,19 @@ from tersor.tasks.items import Item, Task
 
 _LINES, _CHARACTERS = 7, 240  # of a context, at most
 _APART = 3  # lines at least between items of a task
-_FAR = 100  # lines between an item and text that has nothing to do with it
 _INDENTS = (0, 4, 8, 12)
+_BRACKETS = (")", "]", "}")
 _NAME = re.compile(r"(?<![\w\"'])[A-Za-z]\w{2,}")
 
 
-def local_tasks(source: str, count: int = 200, seed: int = 0) -> tuple[Task, ...]:
+def local_tasks(source: str, count: int = 100, seed: int = 0) -> tuple[Task, ...]:
     """Four tasks of `count` items each, made of Python source.
 
-    next_line: which of four lines comes next? The others are from elsewhere, with the same
-        indentation and about as long.
-    name: which of four names, all seen before and about as long, ends here?
+    name: which of four names ends this line? All were seen before, about as often, and are about
+        as long.
     indent: where does the next line begin? Every indentation is right as often.
-    order: which of two lines comes first? Both begin in the same column.
+    bracket: which bracket comes next? Every closing one is right as often.
+    order: which line has its words in their places? In the others, two have changed theirs.
 
     So that nothing is gained without reading: by length, or by how common an answer is. Right
     answers are in every place as often as chance has it.
@@ -34,9 +35,9 @@ def local_tasks(source: str, count: int = 200, seed: int = 0) -> tuple[Task, ...
     """
     lines = _Lines([line.rstrip() for line in source.expandtabs().splitlines()])
     makers: dict[str, Callable[[_Lines, int, random.Random], Item | None]] = {
-        "next_line": _next_line,
         "name": _name,
         "indent": _indent,
+        "bracket": _bracket,
         "order": _order,
     }
     return tuple(
@@ -76,20 +77,26 @@ def _items(
     places = list(range(len(lines.lines)))
     draw.shuffle(places)
     used: set[int] = set()
-    # Of those with a few answers that are not equally common, as many of each.
-    quota = {indent: -(-count // len(_INDENTS)) for indent in _INDENTS}
+    # Where there are a few answers, all that are not equally common: as many of each.
+    answers = {"indent": len(_INDENTS), "bracket": len(_BRACKETS)}.get(name)
+    quota: dict[str, int] = {}
     made = 0
     for at in places:
         if made == count:
             return
-        if used.isdisjoint(range(at - _APART, at + _APART + 1)):
-            if name == "indent" and not quota.get(lines.indent(at)):
+        if not used.isdisjoint(range(at - _APART, at + _APART + 1)):
+            continue
+        if (item := make(lines, at, draw)) is None:
+            continue
+        if answers is not None:
+            right = item.choices[item.answer]
+            kind = right if name == "bracket" else str(lines.indent(at))
+            quota[kind] = quota.get(kind, 0) + 1
+            if quota[kind] > -(-count // answers):
                 continue
-            if (item := make(lines, at, draw)) is not None:
-                quota[lines.indent(at)] = quota.get(lines.indent(at), 0) - 1
-                used.add(at)
-                made += 1
-                yield item
+        used.add(at)
+        made += 1
+        yield item
     if made < count:
         raise TersorError(
             f"the text gives {made} items of {name}, not {count}; give more Python source, or ask "
@@ -101,33 +108,6 @@ def _shuffled(context: str, right: str, wrong: list[str], draw: random.Random) -
     choices = [right, *wrong]
     draw.shuffle(choices)
     return Item(context, tuple(choices), choices.index(right))
-
-
-def _telling(line: str) -> bool:
-    """Whether a line has something to say."""
-    return 8 <= len(line.strip()) <= 60
-
-
-def _next_line(lines: _Lines, at: int, draw: random.Random) -> Item | None:
-    line, context = lines.lines[at], lines.context(at)
-    if context is None or not _telling(line):
-        return None
-    wrong: list[str] = []
-    for _ in range(400):
-        other = draw.randrange(len(lines.lines))
-        text = lines.lines[other]
-        if (
-            abs(other - at) > _FAR
-            and _telling(text)
-            and lines.indent(other) == lines.indent(at)
-            and abs(len(text) - len(line)) <= 4
-            and text not in (line, *wrong)
-            and text.strip() not in context
-        ):
-            wrong.append(text)
-            if len(wrong) == 3:
-                return _shuffled(context, line, wrong, draw)
-    return None
 
 
 def _name(lines: _Lines, at: int, draw: random.Random) -> Item | None:
@@ -144,7 +124,9 @@ def _name(lines: _Lines, at: int, draw: random.Random) -> Item | None:
     )
     if right not in seen or len(others) < 3:
         return None
-    return _shuffled(context, right, draw.sample(others, 3), draw)
+    draw.shuffle(others)
+    others.sort(key=lambda name: abs(context.count(name) - context.count(right)))
+    return _shuffled(context, right, others[:3], draw)
 
 
 def _indent(lines: _Lines, at: int, draw: random.Random) -> Item | None:
@@ -156,11 +138,25 @@ def _indent(lines: _Lines, at: int, draw: random.Random) -> Item | None:
     return _shuffled(context, right, wrong, draw)
 
 
+def _bracket(lines: _Lines, at: int, draw: random.Random) -> Item | None:
+    line, before = lines.lines[at], lines.context(at)
+    # Behind a word: tokenizers join brackets to each other and to quotes.
+    places = [m.end() - 1 for m in re.finditer(r"\w[)\]}]", line)]
+    if before is None or not places:
+        return None
+    place = draw.choice(places)
+    wrong = [bracket for bracket in _BRACKETS if bracket != line[place]]
+    return _shuffled(before + line[:place], line[place], wrong, draw)
+
+
 def _order(lines: _Lines, at: int, draw: random.Random) -> Item | None:
-    if at + 1 >= len(lines.lines):
+    line, context = lines.lines[at], lines.context(at)
+    words = list(re.finditer(r"[A-Za-z]\w*", line))
+    if context is None or not 4 <= len(words) <= 12 or line.lstrip().startswith("#"):
         return None
-    one, two = lines.lines[at], lines.lines[at + 1]
-    context, level = lines.context(at), lines.indent(at) == lines.indent(at + 1)
-    if context is None or not level or one == two or not (_telling(one) and _telling(two)):
-        return None
-    return _shuffled(context, f"{one}\n{two}", [f"{two}\n{one}"], draw)
+    wrong: set[str] = set()
+    for one, two in itertools.combinations(words, 2):
+        between = line[one.end() : two.start()]
+        wrong.add(line[: one.start()] + two.group() + between + one.group() + line[two.end() :])
+    found = sorted(wrong - {line})
+    return _shuffled(context, line, draw.sample(found, 3), draw) if len(found) >= 3 else None
