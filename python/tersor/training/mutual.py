@@ -139,7 +139,7 @@ class MutualTrainer(Trainer):
                     f"{resume_from_checkpoint} has no model {name!r}; go on with the models, and "
                     "the names, that it was begun with"
                 )
-            saved = type(model).from_pretrained(folder, dtype=model.dtype)
+            saved = type(model).from_pretrained(folder)
             theirs, ours = saved.state_dict(), model.state_dict()
             if {n: t.shape for n, t in theirs.items()} != {n: t.shape for n, t in ours.items()}:
                 raise TersorError(f"{folder} is of another model; use that which it was begun with")

@@ -126,7 +126,7 @@ class DistillTrainer(Trainer):
         self._tally = Tally()
 
     def get_batch_samples(
-        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+        self, epoch_iterator: Iterator[Any], num_batches: int, *given: Any
     ) -> Any:
         """The batches of a step, those that the student writes written."""
         batches = list(itertools.islice(epoch_iterator, num_batches))
@@ -139,7 +139,7 @@ class DistillTrainer(Trainer):
                     )
                     for place, batch in enumerate(batches)
                 ]
-        return super().get_batch_samples(iter(batches), num_batches, device)
+        return super().get_batch_samples(iter(batches), num_batches, *given)
 
     def compute_loss(
         self,
