@@ -295,6 +295,7 @@ def _check_models(
         theirs = vocabulary_of(teacher)
         if vocabulary is not None:
             vocabulary.check(ours, theirs)
+            _logger.warning("the teacher has another tokenizer: %s", vocabulary.describe())
             return None
         if ours != theirs and tokenizer is not None and len(tokenizer) <= min(ours, theirs):
             size = min(ours, theirs)
