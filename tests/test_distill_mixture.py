@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -122,10 +125,15 @@ def make(folder: Path, **changes: Any) -> tuple[DistillTrainer, FollowGap]:
     with torch.no_grad():  # a student that knows nothing of one source
         student.model.embed_tokens.weight[100:].mul_(-1)
     follow = FollowGap(mixture, teacher, held_out(), every=2, strength=0.5, least=0.2, batch=2)
-    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "optim": "sgd"}
-    how = args(folder, **(settings | {"learning_rate": 1e-3, "per_device_train_batch_size": 3}))
-    for name, value in changes.items():
-        setattr(how, name, value)
+    settings = {
+        "max_steps": 6,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "optim": "sgd",
+        "learning_rate": 1e-3,
+        "per_device_train_batch_size": 3,
+    }
+    how = args(folder, **(settings | changes))
     trainer = DistillTrainer(student, teacher, args=how, train_dataset=mixture, callbacks=[follow])
     return trainer, follow
 
@@ -214,3 +222,37 @@ def test_refusals(tmp_path: Path) -> None:
     trainer, _ = make(tmp_path, dataloader_num_workers=1)
     with pytest.raises(TersorError, match="set dataloader_num_workers=0"):
         trainer.train()
+
+
+def train(folder: Path, processes: int) -> None:
+    """Six steps of four rows in all; writes the weights, and what was logged of the shares."""
+    trainer, follow = make(
+        folder,
+        per_device_train_batch_size=4 // processes,
+        ddp_backend="gloo" if processes > 1 else None,
+        save_strategy="no",
+    )
+    trainer.train()
+    if trainer.accelerator.is_main_process:
+        shares = torch.tensor([list(share.values()) for _, share in follow.mixture.changes])
+        rows = torch.tensor([row for row, _ in follow.mixture.changes])
+        found = weights(trainer.model) | {"shares": shares, "rows": rows}
+        save_file(found, folder / "result.safetensors")
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(tmp_path: Path) -> None:
+    """The same rows in the same steps, and shares that follow the same gaps."""
+    found = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc_per_node={processes}", __file__, str(folder), str(processes)]
+        subprocess.run(command, check=True, timeout=300, capture_output=True)
+        found.append(load_file(folder / "result.safetensors"))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+    assert found[0]["rows"].tolist() == [0, 12, 20]
+
+
+if __name__ == "__main__":
+    train(Path(sys.argv[1]), int(sys.argv[2]))

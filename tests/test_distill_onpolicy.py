@@ -222,6 +222,8 @@ def test_refusals(tmp_path: Path) -> None:
     )
     with pytest.raises(TersorError, match="set prompt_tokens"):
         trainer.train()
+    with pytest.raises(TersorError, match="say where a row's prompt ends"):
+        OnPolicy(share=1.0).written(student, {"input_ids": windows(1)}, WHEN)
     with pytest.raises(TersorError, match="beyond the model's 64 positions"):
         complete(tiny.model("opt"), [[1] * 60], 5)
     with pytest.raises(TersorError, match="a prompt has no tokens"):

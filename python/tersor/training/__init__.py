@@ -1,5 +1,17 @@
 """What happens while a model is trained: distillation, where a student learns from a teacher's
-predictions and from what its layers hold; and pruning by masks (masking)."""
+predictions and from what its layers hold; and pruning by masks (masking).
+
+The forms of distillation, each in a module of its own:
+
+    trainer       a teacher in memory or a cache of it (offline); features, attention maps
+    on_policy     the student's own text, scored by the teacher; a setting of the trainer
+    sequences     a corpus that the teacher writes
+    mixture       data in shares, which can follow the gap to the teacher
+    exits         a model as its own teacher; early_exit writes text with its exit heads
+    mutual        models that learn from each other
+    progressive   chains of students, each the teacher of the next
+    vocabulary    teachers with another tokenizer; crossing has the loss
+"""
 
 from tersor.training.features import FeatureLoss, Features
 from tersor.training.fused import Head, Parts, distill

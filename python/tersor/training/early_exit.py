@@ -13,6 +13,7 @@ state instead, as in CALM, arXiv:2207.07061, only nears it.) What waits at the e
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -97,7 +98,7 @@ class EarlyExit:
 
     def _generate(self, prompt: list[int], new_tokens: int, compare: bool) -> EarlyText:
         device = next(self.model.parameters()).device
-        cache = DynamicCache(config=self.model.config)
+        cache = _empty(self.model)
         ids = torch.tensor([prompt], device=device)
         logits = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         new = [int(logits[0, -1].argmax())]
@@ -185,7 +186,7 @@ class _Steps:
     def _calls(self, ids: Tensor, past: int) -> tuple[Tensor, list[Call]]:
         """What the model gives its blocks for the tokens from `past` on: the hidden states that
         enter the first one, and for each of them its arguments, with our cache."""
-        known: Any = DynamicCache(config=self.model.config)  # of that length, and nothing in it
+        known = _empty(self.model)  # of that length, and with nothing in it
         nothing = ids.new_zeros(1, 1, past, 1)
         for layer in range(len(self.blocks)):
             known.update(nothing, nothing, layer)
@@ -201,3 +202,10 @@ class _Steps:
             for call in calls
         ]
         return hidden, changed
+
+
+def _empty(model: Any) -> Any:
+    """A cache for all blocks, windowed where they are; transformers before 4.56 asks for none."""
+    if "config" in inspect.signature(DynamicCache.__init__).parameters:
+        return DynamicCache(config=model.config)
+    return DynamicCache()

@@ -181,12 +181,7 @@ class ExitTrainer(Trainer):
                     f"{type(model).__name__} does more to its logits than its head does, and exits "
                     "would predict something else"
                 )
-            teacher = Head(
-                last.hidden.detach(),
-                last.weight.detach(),
-                None if last.bias is None else last.bias.detach(),
-                last.softcap,
-            )
+            teacher = last.detach()
             # The cheapest loss beside a cross-entropy that is wanted alone.
             own = distill(last, teacher, Distillation("logit_mse", alpha=0.0), labels, divisor)
             loss = self.full * own.loss

@@ -55,6 +55,11 @@ class Head:
     def shape(self) -> tuple[int, int]:
         return self.hidden.shape[0], self.weight.shape[0]
 
+    def detach(self) -> Head:
+        """Without a gradient."""
+        bias = None if self.bias is None else self.bias.detach()
+        return Head(self.hidden.detach(), self.weight.detach(), bias, self.softcap)
+
     def logits(self, rows: Tensor, columns: slice = slice(None)) -> Tensor:
         """Of these tokens and this part of the vocabulary, in float32 (float64 for float64)."""
         logits = self.hidden[rows.to(self.hidden.device)] @ self.weight[columns].T

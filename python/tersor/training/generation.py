@@ -73,7 +73,11 @@ def complete(
     if temperature > 0:
         drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     settings = GenerationConfig(
-        max_new_tokens=new_tokens, eos_token_id=ends or None, pad_token_id=pad, **drawn
+        max_new_tokens=new_tokens,
+        eos_token_id=ends or None,
+        pad_token_id=pad,
+        use_cache=True,  # which a Trainer turns off for the model
+        **drawn,
     )
     with _plain(model), torch.random.fork_rng(_devices(device)):
         torch.manual_seed(seed)

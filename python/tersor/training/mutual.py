@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from tersor.errors import TersorError
 from tersor.training.finite import StopAtNaN, check_loss, check_rows
-from tersor.training.fused import IGNORED, Head, Logits, distill
+from tersor.training.fused import IGNORED, distill
 from tersor.training.losses import Distillation
 from tersor.training.reading import Reader, vocabulary_of
 from tersor.training.tally import Tally
@@ -91,7 +91,7 @@ class MutualTrainer(Trainer):
             for name, (ours, _) in made.items():
                 others = [logits for other, (logits, _) in made.items() if other != name]
                 parts = [
-                    distill(ours, _fixed(theirs), self.distillation, labels) for theirs in others
+                    distill(ours, theirs.detach(), self.distillation, labels) for theirs in others
                 ]
                 losses.append(torch.stack([part.loss for part in parts]).mean())
                 distillation = torch.stack([part.distillation for part in parts]).mean()
@@ -139,7 +139,7 @@ class MutualTrainer(Trainer):
                     f"{resume_from_checkpoint} has no model {name!r}; go on with the models, and "
                     "the names, that it was begun with"
                 )
-            saved = type(model).from_pretrained(folder, dtype=model.dtype)
+            saved = type(model).from_pretrained(folder)
             theirs, ours = saved.state_dict(), model.state_dict()
             if {n: t.shape for n, t in theirs.items()} != {n: t.shape for n, t in ours.items()}:
                 raise TersorError(f"{folder} is of another model; use that which it was begun with")
@@ -167,14 +167,6 @@ class _Peers(nn.Module):
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, **given: Any) -> Any:
         raise AssertionError("each instance has its own")
-
-
-def _fixed(logits: Logits) -> Logits:
-    """Without a gradient."""
-    if isinstance(logits, Tensor):
-        return logits.detach()
-    bias = None if logits.bias is None else logits.bias.detach()
-    return Head(logits.hidden.detach(), logits.weight.detach(), bias, logits.softcap)
 
 
 def _check(models: Mapping[str, nn.Module]) -> None:

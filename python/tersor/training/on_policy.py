@@ -83,6 +83,11 @@ class OnPolicy:
         ids: Tensor = batch["input_ids"]
         if self.prompts is not None:
             return [list(map(int, draw.choice(self.prompts))) for _ in ids]
+        if "labels" not in batch:
+            raise TersorError(
+                "the batches have no labels, which say where a row's prompt ends; let the data "
+                "collator make them, or give prompts"
+            )
         mask = batch.get("attention_mask")
         mask = torch.ones_like(ids) if mask is None else mask
         return [

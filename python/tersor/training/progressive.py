@@ -113,8 +113,8 @@ def _stage(teacher: PreTrainedModel, kind: Any, train: Train, folder: Path) -> P
             os.rename(partial, folder)
             sync_folder(folder.parent)
             shutil.rmtree(work, ignore_errors=True)
-    loaded: PreTrainedModel = type(student).from_pretrained(folder, dtype=student.dtype)
-    return loaded.to(student.device).eval()
+    loaded: PreTrainedModel = type(student).from_pretrained(folder)
+    return loaded.to(dtype=student.dtype, device=student.device).eval()
 
 
 def _read(folder: Path) -> dict[str, Any] | None:

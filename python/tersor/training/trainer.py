@@ -7,6 +7,7 @@ checkpoints, logs, evaluation.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -21,16 +22,19 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from tersor.errors import TersorError
 from tersor.training import beside
+from tersor.training.crossing import distill_across, narrowed
 from tersor.training.features import FeatureLoss, Features
 from tersor.training.finite import StopAtNaN, check_loss, check_rows
-from tersor.training.fused import IGNORED, distill
+from tersor.training.fused import IGNORED, Logits, distill
 from tersor.training.losses import Distillation, find_loss
 from tersor.training.offline import TeacherCache
 from tersor.training.on_policy import OWN_TEXT, OnPolicy, check_on_policy
 from tersor.training.reading import Reader, vocabulary_of
 from tersor.training.sparse_targets import check_kept, distill_sparse
 from tersor.training.tally import Tally
+from tersor.training.vocabulary import VocabularyMap
 
+_logger = logging.getLogger(__name__)
 _PROJECTIONS = "feature_projections.safetensors"
 
 
@@ -48,6 +52,10 @@ class DistillTrainer(Trainer):
         of evaluation included.
     features: what layers are compared; needs a teacher that runs.
     on_policy: which batches the student writes itself; needs a teacher that runs.
+    vocabulary: of a teacher with another tokenizer; see align_vocabularies. It reads the text as
+        its own tokens, and learnt are the positions at which both predict the same token. Logs
+        have `outside`, its mean probability of tokens that the student lacks. Where vocabularies
+        differ by padding alone, the tokenizer as processing_class is enough.
     given: as for transformers.Trainer. Batches hold `labels`, with -100 where a token does not
         count. compute_loss_func and label smoothing are refused: the loss is this class's own.
 
@@ -72,10 +80,13 @@ class DistillTrainer(Trainer):
         distillation: Distillation | None = None,
         features: Features | None = None,
         on_policy: OnPolicy | None = None,
+        vocabulary: VocabularyMap | None = None,
         **given: Any,
     ) -> None:
         self.distillation = distillation or Distillation()
-        _check_models(model, teacher, self.distillation, features)
+        tokenizer = given.get("processing_class")
+        self._size = _check_models(model, teacher, self.distillation, tokenizer, vocabulary)
+        _check_features(teacher, features, vocabulary)
         check_rows(given.get("train_dataset"))
         super().__init__(model, **given)
         self.add_callback(StopAtNaN())
@@ -94,7 +105,7 @@ class DistillTrainer(Trainer):
         sharded = engine not in ("NO", "MULTI_GPU", "MULTI_CPU")
         student = _without_adapters(model)
         self._student = Reader(student, sharded)
-        self._on_policy = on_policy
+        self._on_policy, self._vocabulary = on_policy, vocabulary
         if on_policy is not None:
             check_on_policy(model, teacher, sharded)
         self._causal = type(student).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
@@ -117,7 +128,7 @@ class DistillTrainer(Trainer):
         self._tally = Tally()
 
     def get_batch_samples(
-        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+        self, epoch_iterator: Iterator[Any], num_batches: int, *given: Any
     ) -> Any:
         """The batches of a step, those that the student writes written."""
         batches = list(itertools.islice(epoch_iterator, num_batches))
@@ -130,7 +141,7 @@ class DistillTrainer(Trainer):
                     )
                     for place, batch in enumerate(batches)
                 ]
-        return super().get_batch_samples(iter(batches), num_batches, device)
+        return super().get_batch_samples(iter(batches), num_batches, *given)
 
     def compute_loss(
         self,
@@ -159,28 +170,47 @@ class DistillTrainer(Trainer):
         recorded = self._features.recorded if self._features is not None else _nothing
         with recorded(self._student.model, 0) as ours:
             student, outputs = self._student.read(model, fed, self._whole_outputs)
-        if isinstance(self.teacher, TeacherCache):
-            targets = self.teacher.targets(fed["input_ids"])
-            parts = distill_sparse(student, targets, settings, labels, divisor)
+        if self._vocabulary is not None:
+            loss, said = self._across(student, fed, settings, labels, divisor)
         else:
-            with recorded(self.teacher, 1) as theirs, torch.no_grad():
-                teacher, _ = self._teacher.read(self.teacher, fed)
-            parts = distill(student, teacher, settings, labels, divisor)
-        loss, extra = parts.loss, torch.zeros_like(parts.distillation)
+            if isinstance(self.teacher, TeacherCache):
+                targets = self.teacher.targets(fed["input_ids"])
+                parts = distill_sparse(student, targets, settings, labels, divisor)
+            else:
+                with recorded(self.teacher, 1) as theirs, torch.no_grad():
+                    teacher, _ = self._teacher.read(self.teacher, fed)
+                if self._size is not None:
+                    student, teacher = (narrowed(x, self._size) for x in (student, teacher))
+                parts = distill(student, teacher, settings, labels, divisor)
+            loss, said = parts.loss, {"distillation": (parts.distillation * divisor, tokens)}
+            said["cross_entropy"] = parts.cross_entropy * divisor, tokens
+        if own:
+            said["cross_entropy"] = torch.zeros_like(loss), 0
         if self._features is not None:
             mask = fed.get("attention_mask")
             real = torch.ones_like(fed["input_ids"]) if mask is None else mask
             extra = self._features(ours, theirs, real.bool()) * (tokens / divisor)
             loss = loss + extra
-        answered = 0 if own else tokens
-        said = {
-            "distillation": (parts.distillation * divisor, tokens),
-            "cross_entropy": (parts.cross_entropy * (0 if own else divisor), answered),
-        }
-        if self._features is not None:
             said["features"] = (extra * divisor, tokens)
         self._tally.add(model.training, **said)
         return loss, outputs
+
+    def _across(
+        self, student: Logits, fed: dict[str, Any], settings: Distillation, labels: Tensor, of: Any
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """The loss of a batch whose text the teacher reads as its own tokens, and what to log."""
+        assert self._vocabulary is not None and isinstance(self.teacher, nn.Module)
+        teacher = self.teacher
+
+        def read(inputs: dict[str, Tensor]) -> Logits:
+            return self._teacher.read(teacher, inputs)[0]
+
+        found = distill_across(student, read, self._vocabulary, fed, settings, labels, of)
+        return found.loss, {
+            "distillation": (found.distillation * found.used, found.used),
+            "cross_entropy": (found.cross_entropy * of, (labels != IGNORED).sum()),
+            "outside": (found.outside * found.used, found.used),
+        }
 
     def _labels(self, inputs: Mapping[str, Any]) -> Tensor:
         """What each position predicts; int64 [tokens of the batch]."""
@@ -255,8 +285,10 @@ def _check_models(
     student: nn.Module,
     teacher: nn.Module | TeacherCache,
     settings: Distillation,
-    features: Features | None,
-) -> None:
+    tokenizer: Any,
+    vocabulary: VocabularyMap | None,
+) -> slice | None:
+    """What part of both vocabularies is used, where one is padded beyond the tokenizer."""
     if getattr(getattr(student, "config", None), "is_encoder_decoder", False):
         raise TersorError(
             f"{type(student).__name__} has an encoder and a decoder; DistillTrainer is for causal "
@@ -266,14 +298,41 @@ def _check_models(
         raise TersorError("teacher and student are one object; give a copy, copy.deepcopy(model)")
     ours = vocabulary_of(student)
     if isinstance(teacher, TeacherCache):
-        if features is not None:
-            raise TersorError("a cache holds no features; give the teacher itself, or no features")
         check_kept(find_loss(settings.loss), settings.temperature, teacher.keep)
         theirs: int = teacher.vocabulary
     else:
         theirs = vocabulary_of(teacher)
+        if vocabulary is not None:
+            vocabulary.check(ours, theirs)
+            _logger.warning("the teacher has another tokenizer: %s", vocabulary.describe())
+            return None
+        if ours != theirs and tokenizer is not None and len(tokenizer) <= min(ours, theirs):
+            size = min(ours, theirs)
+            _logger.warning(
+                "the student's vocabulary has %d tokens and the teacher's %d, and the tokenizer "
+                "%d: the first %d are compared, the padding behind them is left out",
+                *(ours, theirs, len(tokenizer), size),
+            )
+            return slice(size)
     if ours != theirs:
         raise TersorError(
             f"the student's vocabulary has {ours} tokens and the teacher's {theirs}; choose a "
-            "teacher with the student's tokenizer, or resize_token_embeddings where one is padded"
+            "teacher with the student's tokenizer; give that as processing_class where one "
+            "vocabulary is padded; or give a vocabulary, made by align_vocabularies"
+        )
+    return None
+
+
+def _check_features(
+    teacher: nn.Module | TeacherCache, features: Features | None, vocabulary: VocabularyMap | None
+) -> None:
+    if isinstance(teacher, TeacherCache):
+        if features is not None:
+            raise TersorError("a cache holds no features; give the teacher itself, or no features")
+        if vocabulary is not None:
+            raise TersorError("a cache is of the student's own tokens; give the teacher itself")
+    if features is not None and vocabulary is not None:
+        raise TersorError(
+            "features are compared token by token, and the tokenizers cut the text differently; "
+            "leave features out"
         )
