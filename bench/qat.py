@@ -21,7 +21,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM, PrinterCallback, TrainingArguments
 
 import machine
 import tersor
@@ -53,7 +53,7 @@ class Bench:
             (str(source.calibration),), samples=16 if quick else demo.SAMPLES, seq_len=demo.WINDOW
         )
         self.calibration = text.windows(tokenizer)
-        self.held_out = demo.held_out_windows(source)["code"][: 8 if quick else 128]
+        self.held_out = demo.held_out_windows(source)["code"][: 8 if quick else 64]
         windows = text_windows(source.calibration.read_text(), tokenizer, LENGTH)
         order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))
         self.rows = [{"input_ids": ids, "labels": ids} for ids in windows[order]]
@@ -77,14 +77,16 @@ class Bench:
                 use_cpu=True,
                 disable_tqdm=True,
             )
-            DistillTrainer(
+            trainer = DistillTrainer(
                 model,
                 self.teacher,
                 Distillation(alpha=1.0, temperature=1.0),
                 args=settings,
                 train_dataset=self.rows,
                 callbacks=callbacks,
-            ).train()
+            )
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
 
     def solve(self, model: nn.Module, scheme: Scheme, method: GPTQ | RTN) -> dict[str, QWeight]:
         tersor.quantize_model(model, self.calibration, scheme=scheme, method=method)

@@ -2,8 +2,8 @@
 
     python bench/search.py [--quick]
 
-Searches the model of `tersor demo` (which is trained first where the cache has none) over 2, 3, 4, 8
-and 16 bits for each linear, by sensitivities alone, by evolution and by trained logits, writes the
+Searches the model of `tersor demo` (which is trained first where the cache has none) over 2, 3, 4,
+8 and 16 bits for each linear, by sensitivities alone, by evolution and by trained logits, writes the
 best of the front for the bytes that 3, 4 and 8 bits everywhere take, and compares all with the
 original on held-out text, paired by window. Writes bench/results/search.json.
 """

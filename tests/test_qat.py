@@ -166,6 +166,32 @@ def test_scales_in_the_dtype_they_are_saved_in(dtype: torch.dtype) -> None:
         assert torch.equal(layer.qweight().dequantize(), weights[name])
 
 
+def test_weights_in_bfloat16() -> None:
+    """What the layer holds is what the training computed with, before its rounding to 16 bits."""
+    model = tiny.model("llama", torch.bfloat16, num_hidden_layers=1)
+    training = QuantizationTraining(W4).attach(model)
+    run(model, rate=1e-2)
+    weights = {name: linear.weight.detach() for name, linear in training.linears.items()}
+    assert all(p.dtype == torch.float32 for p in training.parameters())
+    training.finish()
+    for name, layer in linears(model).items():
+        assert weights[name].dtype == layer.qweight().scales.dtype == torch.bfloat16
+        assert torch.equal(layer.qweight().dequantize(torch.bfloat16), weights[name])
+
+
+def test_gradient_checkpointing_teaches_the_same() -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny.model("llama").train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        training = QuantizationTraining(Scheme(QSpec(3, 32), ActSpec())).attach(model)
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        gradients.append([each.grad for each in training.parameters()])
+    assert all(bool(each.any()) for each in gradients[0])
+    torch.testing.assert_close(*gradients)
+
+
 # Where it starts.
 
 
@@ -206,6 +232,17 @@ def test_it_starts_from_weights_with_an_order_of_columns() -> None:
     training.finish()
     assert torch.equal(model.first.qweight().order, q.order)
     torch.testing.assert_close(model.first(x), before, rtol=1e-5, atol=1e-5)
+
+
+def test_a_loop_goes_on_from_a_state() -> None:
+    model, again = tiny.model("llama"), tiny.model("llama")
+    training = QuantizationTraining(W4, start="rtn").attach(model)
+    run(model)
+    other = QuantizationTraining(W4).attach(again)
+    again.load_state_dict(model.state_dict())
+    for name, q in training.qweights().items():
+        mine = other.qweights()[name]
+        assert torch.equal(mine.codes, q.codes) and torch.equal(mine.scales, q.scales)
 
 
 # Under a Trainer.

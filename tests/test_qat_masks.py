@@ -114,8 +114,6 @@ def test_masks_in_the_wrong_order(tmp_path: Path) -> None:
         for callbacks in ([training, masks], [training]):
             with pytest.raises(TersorError, match=r"callbacks=\[masks, quantization\]"):
                 distilled(model, tmp_path, callbacks)
-            for linear in training.linears.values():
-                linear.parametrizations.weight[0].ends = False
         distilled(model, tmp_path, [masks, training], 3)
         assert len(linears(model)) == 14
 

@@ -1,5 +1,6 @@
 """What happens while a model is trained: distillation, where a student learns from a teacher's
-predictions and from what its layers hold; and pruning by masks (masking).
+predictions and from what its layers hold; pruning by masks (masking); training for the grid of a
+quantized model (qat); and all of them from folder to folder (checkpoints).
 
 The forms of distillation, each in a module of its own:
 

@@ -248,7 +248,11 @@ class _Run:
             if name not in used:  # a table that no parameter is made of
                 self.writer.add(name, source.checkpoint.load(name))
         nbytes = 0
+        written: set[str] = set()
         for name, place in source.where.items():
+            if place.saved_as in written:  # tied: the same parameter under another name
+                continue
+            written.add(place.saved_as)
             path, _, last = name.rpartition(".")
             module = model.get_submodule(path)
             if isinstance(module, QuantLinear) and last == "weight":

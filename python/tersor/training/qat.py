@@ -61,8 +61,9 @@ class QuantizationTraining(TrainerCallback):
         ...
         training.finish()
 
-    After the training the linears are QuantLinear: attach before the optimizer is made, so that it
-    knows the scales, which are parameters.
+    After the training the linears are QuantLinear. Attach before an optimizer is made, so that it
+    knows the scales, which are parameters; one learning rate serves them and the weights. Let the
+    weights be float32 (a Trainer may compute with bf16=True): bfloat16 has no steps so small.
 
     scheme: what the linears become. Activations are rounded too where it says so.
     scales: "learned" (LSQ, see training.fake), or "fixed", as they are at the start. Zero points
@@ -144,7 +145,7 @@ class QuantizationTraining(TrainerCallback):
 
     def parameters(self) -> list[nn.Parameter]:
         """The scales that learn, for a group of their own in an optimizer: they want no weight
-        decay."""
+        decay, which would pull them to where they began. (A Trainer gives them none.)"""
         scales = (self._fake(linear).log_bias for linear in self._attached().values())
         return [each for each in scales if each is not None]
 
