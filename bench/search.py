@@ -3,8 +3,8 @@
     python bench/search.py [--quick]
 
 Searches the model of `tersor demo` (which is trained first where the cache has none) over 2, 3, 4,
-8 and 16 bits for each linear, by sensitivities alone, by evolution and by trained logits, writes the
-best of the front for the bytes that 3, 4 and 8 bits everywhere take, and compares all with the
+8 and 16 bits for each linear, in the bytes that 3, 4 and 8 bits everywhere take: by sensitivities
+alone, by evolution and by trained logits. Writes the best of each and compares all with the
 original on held-out text, paired by window. Writes bench/results/search.json.
 """
 
@@ -29,7 +29,7 @@ from tersor.loading import load
 from tersor.pipeline import compress_checkpoint, quantize_checkpoint
 from tersor.progress import Progress
 from tersor.qweight import QSpec, Scheme
-from tersor.search import Differentiable, Effort, Point, Space
+from tersor.search import Constraint, Differentiable, Effort, Point, Space
 from tersor.search import front as fronts
 from tersor.search.run import Search
 
@@ -49,7 +49,7 @@ def main() -> None:
     source = demo_model()
     samples, measured = (16, 2) if quick else (128, 8)
     text = Calibration((str(source.calibration),), samples=samples, seq_len=demo.WINDOW)
-    effort = Effort(trials=40 if quick else 400, windows=measured)
+    effort = Effort(trials=40 if quick else 150, windows=measured)
     trained = Differentiable(steps=5 if quick else 60)
     models = {demo.BASELINE: demo.original(source)}
     sizes: dict[str, int] = {}
@@ -62,25 +62,29 @@ def main() -> None:
             )
             models[name], sizes[name] = load(home / name), report.bytes_after
 
-        start = time.perf_counter()
         search = Search.open(source.folder, home / "work", text, Space(bits=WIDTHS), effort)
-        front = search.find((), bar)
-        seconds = {"evolution": time.perf_counter() - start}
-        points = list(search.points.values())
-        start = time.perf_counter()
-        search.differentiable, search.points = trained, {}
+        seconds: dict[str, float] = {}
+        found: dict[str, list[Point]] = {}
+        for bits in BUDGETS:
+            start, search.points = time.perf_counter(), {}
+            front = search.find((Constraint("size", sizes[f"{bits} bits everywhere"]),), bar)
+            seconds[f"evolution, {bits} bits"] = time.perf_counter() - start
+            found[f"{bits} bits"] = list(search.points.values())
+        start, search.points, search.differentiable = time.perf_counter(), {}, trained
         search.find((), bar)
         seconds["differentiable, sensitivities known"] = time.perf_counter() - start
-        points += [p for p in search.points.values() if p.origin == "differentiable"]
+        shared = [p for p in search.points.values() if p.origin == "differentiable"]
 
         by_origin: list[dict[str, Any]] = []
+        every = [*shared, *(point for points in found.values() for point in points)]
         for bits in BUDGETS:
             most = sizes[f"{bits} bits everywhere"]
+            points = [*found[f"{bits} bits"], *shared]
             for origin in ("uniform", "additive", effort.sampler, "differentiable"):
                 point = best([p for p in points if p.origin == origin], most)
-                found = {"bytes": point.bytes, "kl": point.kl} if point else None
-                by_origin.append({"budget": f"{bits} bits", "origin": origin, "best": found})
-            chosen = best(points, most)
+                record = {"bytes": point.bytes, "kl": point.kl} if point else None
+                by_origin.append({"budget": f"{bits} bits", "origin": origin, "best": record})
+            chosen = best(every, most)
             assert chosen is not None  # the uniform one is among them
             name = f"searched, in the bytes of {bits} bits"
             treatments = {n: each.treatment for n, each in front.assignment(chosen).items()}
@@ -88,6 +92,7 @@ def main() -> None:
                 source.folder, home / name, treatments=treatments, calibration=text
             )
             models[name], sizes[name] = load(home / name), report.bytes_after
+        front.points = fronts.non_dominated(every)
         texts = demo.held_out_windows(source)
         if quick:
             texts = {"code": texts["code"][:20]}
@@ -109,7 +114,8 @@ def main() -> None:
     if not quick:
         content = {
             "tokens": {kind: windows.numel() for kind, windows in texts.items()},
-            "seconds": seconds,
+            "seconds": {name: round(each, 1) for name, each in seconds.items()},
+            "trials": effort.trials,
             "rows": [
                 {
                     "model": name,

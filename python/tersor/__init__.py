@@ -10,6 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tersor.adapters.loftq import LoftQ, loftq_model
+    from tersor.adapters.lora import add_lora, prepare_lora
+    from tersor.adapters.merge import merge_lora
+    from tersor.adapters.nf4 import NF4
+    from tersor.adapters.nf4_linear import NF4Linear, nf4_model
     from tersor.calibrate import Calibration
     from tersor.errors import TersorError
     from tersor.inmemory import prune_model, quantize_model, swap_linears
@@ -18,17 +23,25 @@ if TYPE_CHECKING:
     from tersor.pipeline import prune_checkpoint, quantize_checkpoint
     from tersor.pruning.schedule import Schedule
     from tersor.qweight import ActSpec, QSpec, QWeight, Scheme
+    from tersor.recipes.page import write_page
+    from tersor.recipes.recipe import Recipe
+    from tersor.recipes.run import compress
+    from tersor.saving import save
+    from tersor.search import search_checkpoint
     from tersor.solvers import GPTQ, RTN, Magnitude, SparseGPT, Wanda
     from tersor.sparse import use_sparse
     from tersor.sparse_linear import SparseLinear, swap_sparse_linears
     from tersor.sparsity import Sparsity
     from tersor.surgery.experts import drop_experts
+    from tersor.surgery.lowrank import factorize_model, load_factorized, save_factorized
     from tersor.surgery.shrink import shrink_checkpoint
     from tersor.surgery.slicing import slice_checkpoint
     from tersor.tokens import prune_tokens
     from tersor.training import Distillation, cache_teacher, distill
+    from tersor.training.checkpoints import QAT, train_checkpoint
     from tersor.training.mask_targets import Structured
     from tersor.training.masking import HoldZeros, MaskTraining, prune_by_gradient
+    from tersor.training.qat import QuantizationTraining
     from tersor.training.students import student_of
     from tersor.training.trainer import DistillTrainer
 
@@ -70,21 +83,46 @@ _HOME = {  # module of each public name
     "cache_teacher": "training",
     "DistillTrainer": "training.trainer",
     "student_of": "training.students",
+    "add_lora": "adapters.lora",
+    "prepare_lora": "adapters.lora",
+    "NF4": "adapters.nf4",
+    "NF4Linear": "adapters.nf4_linear",
+    "nf4_model": "adapters.nf4_linear",
+    "LoftQ": "adapters.loftq",
+    "loftq_model": "adapters.loftq",
+    "merge_lora": "adapters.merge",
+    "save": "saving",
+    "factorize_model": "surgery.lowrank",
+    "save_factorized": "surgery.lowrank",
+    "load_factorized": "surgery.lowrank",
+    "QAT": "training.checkpoints",
+    "train_checkpoint": "training.checkpoints",
+    "QuantizationTraining": "training.qat",
+    "Recipe": "recipes.recipe",
+    "compress": "recipes.run",
+    "search_checkpoint": "search",
+    "write_page": "recipes.page",
 }
 
 __all__ = [
     "GPTQ",
+    "NF4",
+    "QAT",
     "RTN",
     "ActSpec",
     "Calibration",
     "DistillTrainer",
     "Distillation",
     "HoldZeros",
+    "LoftQ",
     "Magnitude",
     "MaskTraining",
+    "NF4Linear",
     "QSpec",
     "QWeight",
     "QuantLinear",
+    "QuantizationTraining",
+    "Recipe",
     "Schedule",
     "Scheme",
     "SparseGPT",
@@ -94,23 +132,36 @@ __all__ = [
     "TersorConfig",
     "TersorError",
     "Wanda",
+    "add_lora",
     "cache_teacher",
+    "compress",
     "distill",
     "drop_experts",
+    "factorize_model",
     "get_include",
     "load",
+    "load_factorized",
+    "loftq_model",
+    "merge_lora",
+    "nf4_model",
+    "prepare_lora",
     "prune_by_gradient",
     "prune_checkpoint",
     "prune_model",
     "prune_tokens",
     "quantize_checkpoint",
     "quantize_model",
+    "save",
+    "save_factorized",
+    "search_checkpoint",
     "shrink_checkpoint",
     "slice_checkpoint",
     "student_of",
     "swap_linears",
     "swap_sparse_linears",
+    "train_checkpoint",
     "use_sparse",
+    "write_page",
 ]
 
 

@@ -1,9 +1,7 @@
-"""What a model on the way is: its size, its quality and speed beside the original's, and the memory
-that a step took."""
+"""What a model on the way is: its size, and its quality and speed beside the original's."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +14,7 @@ from tersor.checkpoint import Checkpoint
 from tersor.evaluate import evaluate, measure_speed
 from tersor.loading import load_any
 from tersor.recipes.stages import Stage, linear_sizes
-from tersor.report import Report, peak_resident_bytes
+from tersor.report import Report
 from tersor.scope import settle
 from tersor.source import Source
 from tersor.surgery.smaller import parameters
@@ -73,18 +71,3 @@ def measure_quality(
 def _random_prompt(model: Any) -> Tensor:
     vocabulary = model.config.get_text_config().vocab_size
     return torch.randint(vocabulary, (1, _PROMPT), generator=torch.Generator().manual_seed(0))
-
-
-def forget_peak() -> None:
-    """Begins anew to count the most memory that this process holds, where Linux lets it."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_bytes() -> int:
-    """The most memory that was resident since forget_peak()."""
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        peak = next(line for line in lines if line.startswith("VmHWM:"))
-        return int(peak.split()[1]) * 1024
-    return peak_resident_bytes()

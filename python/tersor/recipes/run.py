@@ -29,11 +29,11 @@ from tersor.calibrate import digest
 from tersor.durable import disk_errors, durable, sync_folder
 from tersor.errors import TersorError
 from tersor.recipes.checks import Checked, check
-from tersor.recipes.facts import forget_peak, measure_quality, measure_size, peak_bytes
+from tersor.recipes.facts import measure_quality, measure_size
 from tersor.recipes.page import require, write_page
 from tersor.recipes.recipe import Evaluate, Export, Recipe, name_of, settings_of
 from tersor.recipes.stages import RECIPE_REPORT, RecipeReport, Stage
-from tersor.report import Report, versions
+from tersor.report import Report, peak_memory, versions
 from tersor.steps import Step, Train
 
 RECIPE_PAGE = "tersor_recipe.html"
@@ -227,15 +227,15 @@ class _Run:
 
     def _step(self, number: int, step: Step, before: Path, folder: Path) -> None:
         stage = Stage(f"{number} {step.name}", step.name, settings_of(step))
-        forget_peak()
         start = time.perf_counter()
         report = Report.read(folder) if folder.exists() else None
-        if report is None:
-            asked = step.learns_from(self.model) if isinstance(step, Train) else step
-            text = self.recipe.calibration
-            report = asked(before, folder, text, strict=self.strict, progress=self.progress)
+        with peak_memory() as peak:
+            if report is None:
+                asked = step.learns_from(self.model) if isinstance(step, Train) else step
+                text = self.recipe.calibration
+                report = asked(before, folder, text, strict=self.strict, progress=self.progress)
         stage.seconds = round(time.perf_counter() - start, 3)
-        stage.peak_bytes = peak_bytes()
+        stage.peak_bytes = peak.bytes
         measure_size(stage, folder, report, self.journal.stages[-1])
         stage.layers = [asdict(layer) for layer in report.layers]
         stage.losses = [tuple(row) for row in (report.training or {}).get("log", [])]

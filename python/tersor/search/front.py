@@ -207,7 +207,8 @@ class Front:
         for point in self.uniform:
             if point.kl > 0:
                 label = str(self.candidates[point.choice[0]])
-                axis.annotate(label, (point.cost(name) / unit, point.kl), fontsize=7)
+                at = (point.cost(name) / unit, point.kl)
+                axis.annotate(label, at, (6, 3), textcoords="offset points", fontsize=7)
         if self.chosen is not None:
             point = self.points[self.chosen]
             axis.plot([point.cost(name) / unit], [point.kl], "k*", markersize=12, label="chosen")

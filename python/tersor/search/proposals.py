@@ -14,7 +14,7 @@ from tersor.search.costs import Costs
 
 Array = Any  # numpy's, whose types differ too much between its releases
 Choice = tuple[int, ...]
-NOISE = 0.5
+NOISE = 0.2  # standard deviation of the logarithm
 MARGINS = (1.0, 0.97, 0.94, 0.9)  # of the bounds, since losses do not quite add up
 
 
@@ -84,8 +84,8 @@ def perturbed(
     losses: Array, costs: Costs, constraints: tuple[Constraint, ...], count: int, seed: int
 ) -> list[Choice]:
     """Up to `count` different choices within the constraints, each the best one for losses that are
-    multiplied by noise (log-normal, by half a power of e): where losses do not add up, one of them
-    may be better than the best for the losses as they are."""
+    multiplied by log-normal noise. Where losses do not add up, one of them may be better than the
+    best for the losses as they are."""
     draw = np.random.default_rng(seed)
     found: dict[Choice, None] = {}
     for _ in range(2 * count):
