@@ -221,6 +221,7 @@ class _Run:
         """A Trainer; where there is a teacher, one that distils."""
         from transformers import Trainer
 
+        from tersor.training.finite import StopAtNaN
         from tersor.training.trainer import DistillTrainer
 
         job = self.job
@@ -229,6 +230,7 @@ class _Run:
         given["callbacks"] = callbacks
         disable_progress_bar()  # of shards, which Trainer writes with every checkpoint
         if job.teacher is None:
+            given["callbacks"] = [*callbacks, StopAtNaN()]
             trainer = Trainer(model, **given)
         else:
             trainer = DistillTrainer(model, load_any(job.teacher), job.distillation, **given)
