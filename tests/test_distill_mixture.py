@@ -23,6 +23,7 @@ pytest.importorskip("accelerate")
 
 from tersor import TersorError
 from tersor.training.mixture import FollowGap, Mixture
+from tersor.training.on_policy import OnPolicy
 from tersor.training.trainer import DistillTrainer
 from test_distill_trainer import args, weights
 
@@ -118,7 +119,9 @@ def held_out() -> dict[str, Tensor]:
     }
 
 
-def make(folder: Path, **changes: Any) -> tuple[DistillTrainer, FollowGap]:
+def make(
+    folder: Path, own: OnPolicy | None = None, **changes: Any
+) -> tuple[DistillTrainer, FollowGap]:
     mixture = Mixture({kind: (labelled(kind), 0.5) for kind in ("low", "high")}, by="tokens")
     teacher = tiny.model("llama")
     student = copy.deepcopy(teacher)
@@ -134,7 +137,8 @@ def make(folder: Path, **changes: Any) -> tuple[DistillTrainer, FollowGap]:
         "per_device_train_batch_size": 3,
     }
     how = args(folder, **(settings | changes))
-    trainer = DistillTrainer(student, teacher, args=how, train_dataset=mixture, callbacks=[follow])
+    given: dict[str, Any] = {"args": how, "train_dataset": mixture, "callbacks": [follow]}
+    trainer = DistillTrainer(student, teacher, on_policy=own, **given)
     return trainer, follow
 
 
@@ -228,6 +232,7 @@ def train(folder: Path, processes: int) -> None:
     """Six steps of four rows in all; writes the weights, and what was logged of the shares."""
     trainer, follow = make(
         folder,
+        OnPolicy(share=0.5, new_tokens=5, temperature=0, prompt_tokens=3),
         per_device_train_batch_size=4 // processes,
         ddp_backend="gloo" if processes > 1 else None,
         save_strategy="no",
@@ -236,13 +241,16 @@ def train(folder: Path, processes: int) -> None:
     if trainer.accelerator.is_main_process:
         shares = torch.tensor([list(share.values()) for _, share in follow.mixture.changes])
         rows = torch.tensor([row for row, _ in follow.mixture.changes])
+        own = sum("cross_entropy" not in log for log in trainer.state.log_history if "loss" in log)
+        assert 0 < own < 6
         found = weights(trainer.model) | {"shares": shares, "rows": rows}
         save_file(found, folder / "result.safetensors")
 
 
 @pytest.mark.slow
 def test_two_processes_are_one(tmp_path: Path) -> None:
-    """The same rows in the same steps, and shares that follow the same gaps."""
+    """The same rows in the same steps, shares that follow the same gaps, and the student's own text
+    in the same batches."""
     found = []
     for processes in (1, 2):
         folder = tmp_path / str(processes)

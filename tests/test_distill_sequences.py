@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,11 @@ def test_refusals(tmp_path: Path) -> None:
         with pytest.raises(TersorError, match=message):
             generate_corpus(**(given | changes))
     assert not list(tmp_path.iterdir())
+    (tmp_path / "c.jsonl.partial").mkdir()
+    with (tmp_path / "c.jsonl.partial" / "text.jsonl").open("ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(TersorError, match="another run is writing"):
+            generate_corpus(model, tokenizer, PROMPTS, out)
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": "no ids"}\n')
     with pytest.raises(TersorError, match="line 1 is none of generate_corpus"):

@@ -226,8 +226,8 @@ def test_the_same_tokenizer_is_plain_distillation(tmp_path: Path) -> None:
         given: dict[str, Any] = {"args": how, "train_dataset": data}
         DistillTrainer(student, teacher, vocabulary=mapped, **given).train()
         found.append(weights(student))
-    # All tokens but the beginning's are shared, the end of a text by its role.
-    torch.testing.assert_close(*found, rtol=2e-2, atol=2e-4)
+    # All tokens are shared, and sums are rounded in another order.
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
 
 
 def test_learning_and_own_text(tmp_path: Path) -> None:

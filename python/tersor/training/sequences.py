@@ -11,12 +11,13 @@ is the same in the end.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from torch import nn
 from torch.utils.data import Dataset
@@ -98,8 +99,11 @@ def generate_corpus(
     order = [number for number in range(len(ids)) for _ in range(samples)]
     parts = [order[start : start + batch] for start in range(0, len(order), batch)]
     with disk_errors(out.parent):
-        done = _begin(partial, settings, batch, len(order), resume)
+        partial.mkdir(parents=True, exist_ok=True)
     with (partial / _TEXT).open("ab") as file, Progress(progress) as bar:
+        _lock(file, out)
+        with disk_errors(partial):
+            done = _begin(partial, settings, batch, len(order), resume)
         bar.expect(len(parts) - done)
         for number in range(done, len(parts)):
             texts = complete(
@@ -193,6 +197,16 @@ def _line(
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 
+def _lock(file: BinaryIO, out: Path) -> None:
+    """Until the file is closed, or the process ends."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise TersorError(
+            f"another run is writing {out}; wait for it, or choose another output"
+        ) from None
+
+
 def _settings(partial: Path) -> dict[str, Any] | None:
     try:
         return loose_json((partial / _SETTINGS).read_bytes())
@@ -202,9 +216,8 @@ def _settings(partial: Path) -> dict[str, Any] | None:
 
 def _begin(partial: Path, settings: dict[str, Any], batch: int, count: int, resume: bool) -> int:
     """Brings the partial folder to the end of its last whole batch; how many there are."""
-    partial.mkdir(parents=True, exist_ok=True)
     before, text = _settings(partial), partial / _TEXT
-    if before is not None and text.exists() and resume:
+    if before is not None and resume:
         changed = sorted(key for key in settings if before.get(key) != settings[key])
         if changed:
             raise TersorError(
@@ -220,7 +233,7 @@ def _begin(partial: Path, settings: dict[str, Any], batch: int, count: int, resu
         done = -(-lines // batch) if lines == count else lines // batch
         os.truncate(text, ends[min(done * batch, lines)])
         return done
-    text.unlink(missing_ok=True)
+    os.truncate(text, 0)
     with durable(partial / _SETTINGS) as file:
         file.write(json.dumps(settings).encode())
     return 0
