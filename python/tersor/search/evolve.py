@@ -111,7 +111,8 @@ def evolve(
         return tuple(goal if math.isfinite(goal) else WORST for goal in measured.goals)
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what optuna calls experimental, and will remove
+        for category in (optuna.exceptions.ExperimentalWarning, FutureWarning):
+            warnings.simplefilter("ignore", category)  # of what optuna will change
         kind = getattr(optuna.samplers, SAMPLERS[effort.sampler])
         sampler = _beginning_with(first, kind)(**settings)
         goals = len(measure(first[0]).goals)

@@ -113,6 +113,7 @@ def search_checkpoint(
     quantized = any(each.scheme for each in treatments.values() if each)
     kl = search.problem.compare(load(out) if quantized else _plain(out))
     front.written = {"bytes": report.bytes_after, "kl": kl}
+    front.notes += [f"as written, {name}: {why}" for name, why in report.departures.items()]
     front.save(Path(out))
     if importlib.util.find_spec("matplotlib") is not None:
         front.draw(Path(out) / "front.svg")
@@ -246,6 +247,7 @@ class Search:
                 "differentiable": self.differentiable and asdict(self.differentiable),
                 **machine(),
             },
+            notes=[f"{name}: {why}" for name, each in solutions.items() for why in each.departures],
         )
 
     @property
