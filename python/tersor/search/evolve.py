@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tersor.errors import TersorError
-
-Choice = tuple[int, ...]
+from tersor.search.space import Choice
 
 SAMPLERS = {"nsga2": "NSGAIISampler", "tpe": "TPESampler"}
 WORST = 1e9  # in place of a KL that is not finite, which optuna cannot rank

@@ -32,19 +32,19 @@ from tersor.progress import Progress
 from tersor.report import Report, versions
 from tersor.runs import text_windows
 from tersor.scope import Scope, check_inputs, settle
+from tersor.search.additive import Array
 from tersor.search.constraints import Constraint, parse_constraints
 from tersor.search.costs import ORIGINAL, Costs, LinearCosts, Shape, add_up, measure
 from tersor.search.differentiable import Differentiable, descend
 from tersor.search.evolve import Effort, Measured, evolve, require_optuna
 from tersor.search.front import Front, Point, non_dominated
-from tersor.search.problem import Choice, Evaluations, Problem
+from tersor.search.problem import Evaluations, Problem
 from tersor.search.proposals import perturbed, spread, within
 from tersor.search.solutions import Solutions, solve_all
-from tersor.search.space import Space, Unit
+from tersor.search.space import Choice, Space, Unit
 from tersor.shards import refuse_existing
 from tersor.source import Source
 
-Array = Any  # numpy's, whose types differ too much between its releases
 HUGE = 1e6  # in place of a KL that is not finite
 
 
