@@ -272,9 +272,10 @@ class Search:
         count = max(2, min(effort.population, effort.trials or effort.population))
         first = spread(losses, self.costs, constraints, count, self._zeros)
         if constraints:
+            uniform = [choice for choice, point in self.points.items() if point.feasible]
             half = first[: count - count // 2]
             noisy = perturbed(losses, self.costs, constraints, count // 2, effort.seed)
-            first = list(dict.fromkeys([*half, *noisy]))
+            first = list(dict.fromkeys([*half, *noisy, *uniform]))
         bar.expect(max(len(first), effort.trials))
         bar.say("measuring what the sensitivities propose")
         for choice in first:
