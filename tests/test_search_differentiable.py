@@ -20,9 +20,8 @@ from tersor.scope import settle
 from tersor.search import Differentiable, Effort, Space, run, search_checkpoint
 from tersor.search.costs import LinearCosts, add_up
 from tersor.search.differentiable import Mixture, Shares, descend
-from tersor.search.problem import Choice
 from tersor.search.solutions import Solutions
-from tersor.search.space import Unit
+from tersor.search.space import Choice, Unit
 from tersor.sparsity import Sparsity
 
 PLANTED = "model.layers.1.mlp.down_proj"

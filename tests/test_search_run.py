@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,9 @@ from tersor.calibrate import Calibration, load_tokenizer
 from tersor.errors import TersorError
 from tersor.evaluate import evaluate
 from tersor.qweight import ActSpec, QSpec, QWeight, Scheme
+from tersor.report import Report
 from tersor.search import Candidate, Effort, Front, Space, run, search_checkpoint
+from tersor.search.evolve import Measured, evolve
 from tersor.search.problem import Evaluations, Problem
 from tersor.search.run import Search
 from tersor.search.solutions import Solutions
@@ -340,3 +343,52 @@ def test_the_model_is_left_as_it_was(llama: Path) -> None:
         assert len(linear._forward_pre_hooks) == 1
     assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
     assert not linear._forward_pre_hooks
+
+
+@pytest.mark.parametrize("sampler", ["nsga2", "tpe"])
+def test_the_search_goes_on_from_where_it_begins(sampler: str) -> None:
+    """The first trials are the ones that are given, and the others resemble them: of 50 candidates
+    only 0 and 1 occur in the first, and crossover brings no others."""
+    pytest.importorskip("optuna")
+    draw = np.random.default_rng(0)
+    first = [tuple(int(x) for x in draw.integers(0, 2, 20)) for _ in range(12)]
+    tried: list[tuple[int, ...]] = []
+
+    def measure(choice: tuple[int, ...]) -> Measured:
+        tried.append(choice)
+        return Measured((float(sum(choice)), float(-choice[0])), {"size": sum(choice) - 30.0})
+
+    effort = Effort(trials=60, sampler=sampler, seed=5)
+    evolve(20, 50, first, measure, effort)
+    del tried[0]  # to see how many goals there are
+    assert tried[:12] == first
+    assert len(tried) == 60
+    rest = np.array(tried[12:])
+    if sampler == "nsga2":  # one parameter of 20 mutates in each child
+        assert float((rest <= 1).mean()) > 0.85
+    assert rest.shape == (48, 20)
+    again, tried = tried, []
+    evolve(20, 50, first, measure, effort)
+    assert tried[1:] == again
+
+
+def test_a_share_of_zeros_is_spread_over_the_layers(llama: Path, tmp_path: Path) -> None:
+    space = Space(bits=(), sparsities=(Sparsity(0.3), Sparsity(0.6)), methods=("wanda",))
+    front = search_checkpoint(
+        *(llama, tmp_path / "out", "sparsity>=0.4"),
+        calibration=TEXT,
+        space=space,
+        effort=Effort(trials=0, windows=2, population=6),
+        progress=False,
+    )
+    chosen = front.points[front.chosen or 0]
+    assert chosen.zeros >= 0.4
+    assert len(set(chosen.choice)) > 1
+    report = Report.read(tmp_path / "out")
+    assert report is not None
+    pruned = sum(layer.sparsity * np.prod(layer.shape) for layer in report.layers)
+    weights_in_all = sum(
+        tensor.numel() for name, tensor in tensors(llama).items() if "proj" in name
+    )
+    assert pruned / weights_in_all == pytest.approx(chosen.zeros, abs=5e-3)
+    assert "quantization_config" not in (tmp_path / "out" / "config.json").read_text()

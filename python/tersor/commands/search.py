@@ -59,6 +59,8 @@ def _show(out: str, front: Any) -> None:
 
     shown = console()
     shown.print(table(front))
+    for note in front.notes:
+        shown.print(f"not as asked: {note}", highlight=False)
     assert front.written is not None  # by search_checkpoint
     shown.print(
         f"{out}: {front.original['size'] / 1e6:.1f} MB -> {front.written['bytes'] / 1e6:.1f} MB, "

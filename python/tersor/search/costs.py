@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +15,9 @@ from tersor.formats.config import default_format
 from tersor.kernels import PATTERN, explain_values
 from tersor.oracle import random_qweight, random_values
 from tersor.qweight import ActSpec, QSpec, QWeight, Scheme
+from tersor.search.additive import Array
 from tersor.search.space import Candidate, Unit
 
-Array = Any  # numpy's, whose types differ too much between its releases
 Shape = tuple[int, int]
 ORIGINAL = -1  # in a choice: the unit's linears as they were
 

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from tersor.errors import TersorError
 from tersor.qweight import ActSpec
 from tersor.search.costs import Costs
-from tersor.search.problem import Choice, round_tokens
+from tersor.search.problem import round_tokens
 from tersor.search.solutions import Solutions
-from tersor.search.space import Candidate, Unit
+from tersor.search.space import Candidate, Choice, Unit
 
 COSTS = ("size", "latency")
 

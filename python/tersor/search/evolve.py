@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tersor.errors import TersorError
-
-Choice = tuple[int, ...]
+from tersor.search.space import Choice
 
 SAMPLERS = {"nsga2": "NSGAIISampler", "tpe": "TPESampler"}
 WORST = 1e9  # in place of a KL that is not finite, which optuna cannot rank
@@ -111,7 +110,8 @@ def evolve(
         return tuple(goal if math.isfinite(goal) else WORST for goal in measured.goals)
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what optuna calls experimental, and will remove
+        for category in (optuna.exceptions.ExperimentalWarning, FutureWarning):
+            warnings.simplefilter("ignore", category)  # of what optuna will change
         kind = getattr(optuna.samplers, SAMPLERS[effort.sampler])
         sampler = _beginning_with(first, kind)(**settings)
         goals = len(measure(first[0]).goals)

@@ -83,7 +83,9 @@ class Front:
         measured. constraints: that were asked for. settings: of the search. chosen: the number of
         the point that was written, or None.
     written: bytes and KL of the checkpoint, measured once it was: its linears are solved again, on
-        what the compressed ones before them give.
+        what the compressed ones before them give. KL is that on the text by which the point was
+        chosen; `tersor eval` tells it on another one.
+    notes: what was not done as asked, such as for an expert that no token reached.
     """
 
     model: str
@@ -97,6 +99,7 @@ class Front:
     settings: dict[str, Any] = field(default_factory=dict)
     chosen: int | None = None
     written: dict[str, float] | None = None
+    notes: list[str] = field(default_factory=list)
 
     def best(self, constraints: str | Sequence[Constraint] | None = None) -> Point:
         """The point with the least KL that keeps the constraints, by default those of the search;

@@ -19,9 +19,8 @@ from tersor.evaluate import CHUNK
 from tersor.qweight import ActSpec
 from tersor.search.costs import ORIGINAL
 from tersor.search.solutions import Solutions
-from tersor.search.space import Candidate, Unit
+from tersor.search.space import Candidate, Choice, Unit
 
-Choice = tuple[int, ...]
 BATCH_TOKENS = 2048  # windows are run together up to this many tokens
 
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
 from tersor.errors import TersorError
-from tersor.search.additive import Unreachable, solve, undominated
+from tersor.search.additive import Array, Unreachable, solve, undominated
 from tersor.search.constraints import Constraint, show
 from tersor.search.costs import Costs
+from tersor.search.space import Choice
 
-Array = Any  # numpy's, whose types differ too much between its releases
-Choice = tuple[int, ...]
 NOISE = 0.2  # standard deviation of the logarithm
 MARGINS = (1.0, 0.97, 0.94, 0.9)  # of the bounds, since losses do not quite add up
 

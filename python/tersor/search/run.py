@@ -32,19 +32,19 @@ from tersor.progress import Progress
 from tersor.report import Report, versions
 from tersor.runs import text_windows
 from tersor.scope import Scope, check_inputs, settle
+from tersor.search.additive import Array
 from tersor.search.constraints import Constraint, parse_constraints
 from tersor.search.costs import ORIGINAL, Costs, LinearCosts, Shape, add_up, measure
 from tersor.search.differentiable import Differentiable, descend
 from tersor.search.evolve import Effort, Measured, evolve, require_optuna
 from tersor.search.front import Front, Point, non_dominated
-from tersor.search.problem import Choice, Evaluations, Problem
+from tersor.search.problem import Evaluations, Problem
 from tersor.search.proposals import perturbed, spread, within
 from tersor.search.solutions import Solutions, solve_all
-from tersor.search.space import Space, Unit
+from tersor.search.space import Choice, Space, Unit
 from tersor.shards import refuse_existing
 from tersor.source import Source
 
-Array = Any  # numpy's, whose types differ too much between its releases
 HUGE = 1e6  # in place of a KL that is not finite
 
 
@@ -113,6 +113,7 @@ def search_checkpoint(
     quantized = any(each.scheme for each in treatments.values() if each)
     kl = search.problem.compare(load(out) if quantized else _plain(out))
     front.written = {"bytes": report.bytes_after, "kl": kl}
+    front.notes += [f"as written, {name}: {why}" for name, why in report.departures.items()]
     front.save(Path(out))
     if importlib.util.find_spec("matplotlib") is not None:
         front.draw(Path(out) / "front.svg")
@@ -246,6 +247,7 @@ class Search:
                 "differentiable": self.differentiable and asdict(self.differentiable),
                 **machine(),
             },
+            notes=[f"{name}: {why}" for name, each in solutions.items() for why in each.departures],
         )
 
     @property
@@ -270,9 +272,10 @@ class Search:
         count = max(2, min(effort.population, effort.trials or effort.population))
         first = spread(losses, self.costs, constraints, count, self._zeros)
         if constraints:
+            uniform = [choice for choice, point in self.points.items() if point.feasible]
             half = first[: count - count // 2]
             noisy = perturbed(losses, self.costs, constraints, count // 2, effort.seed)
-            first = list(dict.fromkeys([*half, *noisy]))
+            first = list(dict.fromkeys([*half, *noisy, *uniform]))
         bar.expect(max(len(first), effort.trials))
         bar.say("measuring what the sensitivities propose")
         for choice in first:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from tersor.scope import Scope
 from tersor.solvers import PRUNERS, SOLVERS
 from tersor.sparsity import Sparsity
 
+Choice = tuple[int, ...]  # the number of a candidate for each unit
 GRANULARITIES = ("linear", "input", "block", "kind")
 
 
@@ -192,15 +193,3 @@ class Space:
 
 def _without_numbers(path: str) -> str:
     return ".".join("*" if part.isdecimal() else part for part in path.split("."))
-
-
-def check_choice(choice: Iterable[int], units: int, candidates: int) -> tuple[int, ...]:
-    """A choice as a tuple of candidates' numbers, one for each unit; TersorError where it is
-    none."""
-    numbers = tuple(int(number) for number in choice)
-    if len(numbers) != units or not all(0 <= number < candidates for number in numbers):
-        raise TersorError(
-            f"a choice has a number from 0 to {candidates - 1} for each of {units} units, not "
-            f"{numbers[:8]}{'...' if len(numbers) > 8 else ''}"
-        )
-    return numbers
