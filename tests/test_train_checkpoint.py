@@ -208,9 +208,7 @@ def test_other_kinds_of_models(model: Path, out: Path, tmp_path: Path) -> None:
     with pytest.raises(TersorError, match="does not predict the next token"):
         train_checkpoint(encoder, out, plan=PLAN, calibration=TEXT)
     other = tiny.save(tmp_path / "other", "llama", vocab_size=320)
-    with pytest.raises(
-        TersorError, match="has a vocabulary of 320 tokens and the model"
-    ):
+    with pytest.raises(TersorError, match="has a vocabulary of 320 tokens and the model"):
         train_checkpoint(model, out, plan=PLAN, teacher=other, calibration=TEXT)
     quantize_checkpoint(model, tmp_path / "int4", scheme=INT4, method="rtn")
     with pytest.raises(TersorError, match="quantized already"):

@@ -18,16 +18,17 @@ if TYPE_CHECKING:
     from tersor.calibrate import Calibration
     from tersor.errors import TersorError
     from tersor.inmemory import prune_model, quantize_model, swap_linears
+    from tersor.layerwise import Treatment
     from tersor.linear import QuantLinear
     from tersor.loading import TersorConfig, load
-    from tersor.pipeline import prune_checkpoint, quantize_checkpoint
+    from tersor.pipeline import compress_checkpoint, prune_checkpoint, quantize_checkpoint
     from tersor.pruning.schedule import Schedule
     from tersor.qweight import ActSpec, QSpec, QWeight, Scheme
     from tersor.recipes.page import write_page
     from tersor.recipes.recipe import Recipe
     from tersor.recipes.run import compress
     from tersor.saving import save
-    from tersor.search import search_checkpoint
+    from tersor.search import Differentiable, Effort, Front, Space, search_checkpoint
     from tersor.solvers import GPTQ, RTN, Magnitude, SparseGPT, Wanda
     from tersor.sparse import use_sparse
     from tersor.sparse_linear import SparseLinear, swap_sparse_linears
@@ -37,13 +38,21 @@ if TYPE_CHECKING:
     from tersor.surgery.shrink import shrink_checkpoint
     from tersor.surgery.slicing import slice_checkpoint
     from tersor.tokens import prune_tokens
-    from tersor.training import Distillation, cache_teacher, distill
+    from tersor.training import Distillation, Features, cache_teacher, distill
     from tersor.training.checkpoints import QAT, train_checkpoint
+    from tersor.training.early_exit import EarlyExit
+    from tersor.training.exits import ExitHeads, ExitTrainer
     from tersor.training.mask_targets import Structured
     from tersor.training.masking import HoldZeros, MaskTraining, prune_by_gradient
+    from tersor.training.mixture import FollowGap, Mixture
+    from tersor.training.mutual import MutualTrainer
+    from tersor.training.on_policy import OnPolicy
+    from tersor.training.progressive import by_distillation, progressive
     from tersor.training.qat import QuantizationTraining
+    from tersor.training.sequences import CorpusRows, generate_corpus
     from tersor.training.students import student_of
     from tersor.training.trainer import DistillTrainer
+    from tersor.training.vocabulary import align_vocabularies
 
 _HOME = {  # module of each public name
     "TersorError": "errors",
@@ -83,6 +92,25 @@ _HOME = {  # module of each public name
     "cache_teacher": "training",
     "DistillTrainer": "training.trainer",
     "student_of": "training.students",
+    "Features": "training",
+    "OnPolicy": "training.on_policy",
+    "generate_corpus": "training.sequences",
+    "CorpusRows": "training.sequences",
+    "Mixture": "training.mixture",
+    "FollowGap": "training.mixture",
+    "ExitHeads": "training.exits",
+    "ExitTrainer": "training.exits",
+    "EarlyExit": "training.early_exit",
+    "MutualTrainer": "training.mutual",
+    "progressive": "training.progressive",
+    "by_distillation": "training.progressive",
+    "align_vocabularies": "training.vocabulary",
+    "Space": "search",
+    "Effort": "search",
+    "Differentiable": "search",
+    "Front": "search",
+    "compress_checkpoint": "pipeline",
+    "Treatment": "layerwise",
     "add_lora": "adapters.lora",
     "prepare_lora": "adapters.lora",
     "NF4": "adapters.nf4",
@@ -111,13 +139,25 @@ __all__ = [
     "RTN",
     "ActSpec",
     "Calibration",
+    "CorpusRows",
+    "Differentiable",
     "DistillTrainer",
     "Distillation",
+    "EarlyExit",
+    "Effort",
+    "ExitHeads",
+    "ExitTrainer",
+    "Features",
+    "FollowGap",
+    "Front",
     "HoldZeros",
     "LoftQ",
     "Magnitude",
     "MaskTraining",
+    "Mixture",
+    "MutualTrainer",
     "NF4Linear",
+    "OnPolicy",
     "QSpec",
     "QWeight",
     "QuantLinear",
@@ -125,19 +165,25 @@ __all__ = [
     "Recipe",
     "Schedule",
     "Scheme",
+    "Space",
     "SparseGPT",
     "SparseLinear",
     "Sparsity",
     "Structured",
     "TersorConfig",
     "TersorError",
+    "Treatment",
     "Wanda",
     "add_lora",
+    "align_vocabularies",
+    "by_distillation",
     "cache_teacher",
     "compress",
+    "compress_checkpoint",
     "distill",
     "drop_experts",
     "factorize_model",
+    "generate_corpus",
     "get_include",
     "load",
     "load_factorized",
@@ -145,6 +191,7 @@ __all__ = [
     "merge_lora",
     "nf4_model",
     "prepare_lora",
+    "progressive",
     "prune_by_gradient",
     "prune_checkpoint",
     "prune_model",
