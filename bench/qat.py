@@ -4,7 +4,7 @@
 
 Trains the model of `tersor demo` (which is itself trained first where the cache has none) for a
 grid, with the original as teacher, on the text that it was trained on, and compares with the
-original on held-out text, paired by window. All trainings see the same batches. At 2:4 with INT4,
+original on held-out text, paired by window. All trainings see the same batches. With 2:4 zeros,
 one training for masks and grid is held against one as long for the masks alone and GPTQ after it.
 Writes bench/results/qat.json.
 """
@@ -36,9 +36,8 @@ from tersor.training.qat import QuantizationTraining
 from tersor.training.trainer import DistillTrainer
 
 GROUP = 64
-RATES = {2: 3e-4, 3: 2e-4, 4: 1e-4}  # peak learning rates, by bits
-FAR = 6e-4  # from where rounding is far off, at 2 bits
-SPARSE = 3e-4
+RATES = {2: 6e-4, 3: 2e-4, 4: 1e-4}  # peak learning rates, by bits
+SPARSE = 3e-4  # of all trainings with 2:4 zeros
 STEPS, BATCH, LENGTH = 100, 4, 128
 PATTERN = Sparsity(pattern=(2, 4))
 
@@ -114,51 +113,50 @@ class Bench:
             took = time.perf_counter() - begin
             self.add(label, name, model, took)
         rate = RATES[bits]
-        cases: list[tuple[str, float, dict[str, Any]]] = [
-            ("qat from rtn", FAR if bits == 2 else rate, {}),
-            ("qat from gptq", rate, {"start": solution}),
-            ("qat from gptq, scales fixed", rate, {"start": solution, "scales": "fixed"}),
-        ]
-        for name, peak, settings in cases:
+        cases: dict[str, dict[str, Any]] = {
+            "qat from rtn": {},
+            "qat from gptq": {"start": solution},
+            "qat from gptq, scales fixed": {"start": solution, "scales": "fixed"},
+        }
+        for name, settings in cases.items():
             model = self.original()
             begin = time.perf_counter()
-            self.train(model, peak, [QuantizationTraining(scheme, **settings)])
+            self.train(model, rate, [QuantizationTraining(scheme, **settings)])
             seconds = time.perf_counter() - begin + (took if "start" in settings else 0)
-            self.add(label, name, model, seconds, rate=peak)
+            self.add(label, name, model, seconds, rate=rate)
 
-    def sparse(self) -> None:
-        """2:4 and INT4: one training for both, or the masks first and GPTQ after."""
-        scheme = Scheme(QSpec(4, GROUP))
-        label = f"2:4 INT4 g{GROUP}"
-        pruned = self.original()
-        begin = time.perf_counter()
-        tersor.prune_model(pruned, self.calibration, method=SparseGPT(PATTERN))
-        took = time.perf_counter() - begin
-        weights = {name: tensor.clone() for name, tensor in pruned.state_dict().items()}
-        self.add("2:4", "sparsegpt", pruned, took)
-        begin = time.perf_counter()
-        self.solve(pruned, scheme, GPTQ())
-        self.add(label, "sparsegpt, then gptq", pruned, took + time.perf_counter() - begin)
-
+    def sparse(self, widths: tuple[int, ...]) -> None:
+        """2:4 and a grid: one training for both, or the masks first and GPTQ after."""
         model = self.original()
-        model.load_state_dict(weights)
+        begin = time.perf_counter()
+        tersor.prune_model(model, self.calibration, method=SparseGPT(PATTERN))
+        took = time.perf_counter() - begin
+        pruned = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        self.add("2:4", "sparsegpt", model, took)
         begin = time.perf_counter()
         self.train(model, SPARSE, [HoldZeros()])
-        tuned = time.perf_counter() - begin
-        self.add("2:4", "sparsegpt, zeros held in training", model, took + tuned, rate=SPARSE)
-        begin = time.perf_counter()
-        self.solve(model, scheme, GPTQ())
-        seconds = took + tuned + time.perf_counter() - begin
-        self.add(label, "zeros held in training, then gptq", model, seconds, rate=SPARSE)
-
-        model = self.original()
-        model.load_state_dict(weights)
-        begin = time.perf_counter()
-        held = HoldZeros().attach(model)
-        training = QuantizationTraining(scheme, start=GPTQ()).attach(model, self.calibration)
-        self.train(model, SPARSE, [held, training])
-        seconds = took + time.perf_counter() - begin
-        self.add(label, "zeros held and qat in one training", model, seconds, rate=SPARSE)
+        tuned = took + time.perf_counter() - begin
+        held = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        self.add("2:4", "zeros held in training", model, tuned, rate=SPARSE)
+        for bits in widths:
+            scheme, label = Scheme(QSpec(bits, GROUP)), f"2:4 INT{bits} g{GROUP}"
+            for name, weights, before in (
+                ("sparsegpt, then gptq", pruned, took),
+                ("zeros held in training, then gptq", held, tuned),
+            ):
+                model = self.original()
+                model.load_state_dict(weights)
+                begin = time.perf_counter()
+                self.solve(model, scheme, GPTQ())
+                self.add(label, name, model, before + time.perf_counter() - begin)
+            model = self.original()
+            model.load_state_dict(pruned)
+            begin = time.perf_counter()
+            masks = HoldZeros().attach(model)
+            training = QuantizationTraining(scheme, start=GPTQ()).attach(model, self.calibration)
+            self.train(model, SPARSE, [masks, training])
+            seconds = took + time.perf_counter() - begin
+            self.add(label, "zeros held and qat in one", model, seconds, rate=SPARSE)
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
@@ -180,7 +178,7 @@ def main() -> None:
     bench = Bench(demo_model(), quick)
     for bits in (2,) if quick else (2, 3, 4):
         bench.bits(bits)
-    bench.sparse()
+    bench.sparse((4,) if quick else (4, 2))
     Console(width=160).print(table(bench.results))
     if not quick:
         for row in bench.results:
