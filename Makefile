@@ -16,12 +16,17 @@ NATIVE_TESTS := tests/test_kernels.py tests/test_solve_native.py tests/test_prun
 FIND_ISAS := set -e; isas="$${ISAS:-$$($(BIN)/python .ci/isas.py)}"; test -n "$$isas"
 
 .DEFAULT_GOAL := build
-.PHONY: build demo test test-isas lint format stubs bench wheel sanitize clean
+.PHONY: build demo demo-full test test-isas lint format stubs bench wheel sanitize clean
 
 build: $(BUILT)
 
 demo: build
 	$(BIN)/tersor demo
+
+# The whole pipeline on the demo model, about ten minutes; leaves its page in build/demo-full.
+demo-full: build
+	rm -rf build/demo-full build/demo-full.partial
+	$(BIN)/tersor demo --full --out build/demo-full
 
 test: build
 	$(BIN)/python -m pytest

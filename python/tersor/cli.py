@@ -413,4 +413,10 @@ def build_parser() -> argparse.ArgumentParser:
         "demo", commands.demo, "train a small model, quantize it, and show what it costs and gains"
     ).add_argument
     add("--json", type=Path, metavar="FILE", help="write all figures to a file")
+    add(
+        "--full",
+        action="store_true",
+        help="make it ten times smaller by a recipe: distil, prune, train for the grid, GPTQ",
+    )
+    add("--out", type=Path, metavar="DIR", help="of --full: keep the models and the page there")
     return parser

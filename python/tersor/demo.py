@@ -80,7 +80,7 @@ def run(json_path: Path | None = None, say: Callable[[str], None] = print) -> di
         for name in models
     }
     say(f"\n{SHOWN} goes on from a prompt:\n\n{_generate(models[SHOWN], source)}\n")
-    _print(table(rows))
+    print_table(table(rows))
     counts = " and ".join(f"{windows.numel()} tokens of {kind}" for kind, windows in texts.items())
     say(
         f"On {counts} that the model was not trained on, in windows of {WINDOW}. KL and top-1 are "
@@ -165,7 +165,7 @@ def table(rows: dict[str, Row]) -> Table:
     return out
 
 
-def _print(shown: Table) -> None:
+def print_table(shown: Table) -> None:
     from rich.console import Console
 
     # On a terminal as wide as it is; in a file or a pipe, wide enough.

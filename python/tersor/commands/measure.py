@@ -152,8 +152,20 @@ def demo(args: argparse.Namespace) -> None:
     if args.json and (args.json.is_dir() or not args.json.resolve().parent.is_dir()):
         raise TersorError(f"--json {args.json} cannot be written; name a file in a folder there is")
 
-    from tersor.demo import run
+    if args.out and not args.full:
+        raise TersorError("--out is of demo --full; add that, or leave it out")
+    if args.json and args.full:
+        raise TersorError("demo --full writes its figures into --out DIR; leave --json out")
+
     from tersor.kernels import thread_count
 
     thread_count()  # or TersorError
-    run(args.json)
+    if args.full:
+        from tersor import demo_full
+
+        demo_full.run(args.out)
+        return
+
+    from tersor import demo
+
+    demo.run(args.json)

@@ -76,26 +76,25 @@ def _with_options(recipe: Recipe, args: argparse.Namespace) -> Recipe:
 
 def table(report: RecipeReport) -> Table:
     """One line for each stage; several texts side by side."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    shown = Table()
     texts = list(dict.fromkeys(name for stage in report.stages for name in stage.quality))
-    title = f" ({' / '.join(texts)})" if len(texts) > 1 else ""
-    shown.add_column("stage")
-    heads = ["MB", "million weights", "bits", "zeros %"]
-    if texts:
-        heads += [f"perplexity{title}", "KL", "top-1 %"]
-    if any(stage.speed for stage in report.stages):
-        heads += ["prefill tok/s", "decode tok/s"]
+    shown = Table(title=f"held-out text: {' / '.join(texts)}" if texts else None, box=SIMPLE_HEAD)
+    shown.add_column("stage", no_wrap=True)
+    speed = any(stage.speed for stage in report.stages)
+    heads = ["MB", "weights", "bits", "zeros %"]
+    heads += ["perplexity", "KL", "top-1 %"] if texts else []
+    heads += ["prefill tok/s", "decode tok/s"] if speed else []
     for head in (*heads, "seconds"):
         shown.add_column(head, justify="right")
     for stage in report.stages:
-        shown.add_row(*_cells(stage, texts, len(heads) > 7 or "prefill tok/s" in heads))
+        shown.add_row(*_cells(stage, texts, speed))
     return shown
 
 
 def _cells(stage: Stage, texts: list[str], speed: bool) -> list[str]:
-    cells = [stage.name, f"{stage.bytes / 1e6:.2f}", f"{stage.parameters / 1e6:.2f}"]
+    cells = [stage.name, f"{stage.bytes / 1e6:.2f}", f"{stage.parameters / 1e6:.2f} M"]
     cells += [f"{stage.bits_per_weight:.2f}", f"{100 * stage.sparsity:.1f}"]
     if texts:
         found = [stage.quality.get(text) for text in texts]

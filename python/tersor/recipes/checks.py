@@ -46,7 +46,7 @@ def check(recipe: Recipe, model: str | Path) -> Checked:
     for number, step in enumerate(recipe.steps, 1):
         if isinstance(step, Train) and step.teacher not in (None, "original"):
             with _named(number, step):
-                _teacher(str(step.teacher), source)
+                check_teacher(str(step.teacher), source)
     calibration = None
     if recipe.calibration is not None:
         calibration = calibration_windows(source, recipe.calibration)
@@ -101,14 +101,15 @@ def _shapes(recipe: Recipe, source: Source) -> None:
             check_inputs(source.model, scope.linears, scheme and scheme.weight, sparsity)
 
 
-def _teacher(folder: str, source: Source) -> None:
+def check_teacher(folder: str | Path, source: Source) -> None:
+    """TersorError where a model to learn from, or to compare with, has another vocabulary."""
     config: dict[str, Any] = Checkpoint.open(folder).config
     theirs = (config.get("text_config") or config).get("vocab_size")
     ours = source.model.config.get_text_config().vocab_size
     if theirs != ours:
         raise TersorError(
-            f"the teacher {folder} has a vocabulary of {theirs} tokens and the model one of "
-            f"{ours}; choose a teacher with the model's tokenizer"
+            f"{folder} has a vocabulary of {theirs} tokens and the model one of "
+            f"{ours}; choose one with the model's tokenizer"
         )
 
 

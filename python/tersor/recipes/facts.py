@@ -19,7 +19,7 @@ from tersor.scope import settle
 from tersor.source import Source
 from tersor.surgery.smaller import parameters
 
-ORIGINAL = "original"
+BASELINE, MODEL = "baseline", "model"
 _PROMPT = 256  # tokens, where no text is read
 _BATCH = 8  # windows in a forward pass
 
@@ -53,19 +53,18 @@ def measure_quality(
 ) -> None:
     """Adds quality and speed, in the same run as the original's: pairs of the same windows, and
     times in turns."""
-    names = [ORIGINAL] if folder == original else [ORIGINAL, stage.name]
-    models = {ORIGINAL: load_any(original)}
+    models = {BASELINE: load_any(original)}
     if folder != original:
-        models[stage.name] = load_any(folder)
+        models[MODEL] = load_any(folder)
+    mine = MODEL if MODEL in models else BASELINE
     for text, ids in windows.items():
-        found = evaluate(models, ids, ORIGINAL, batch=_BATCH)[names[-1]]
-        stage.quality[text] = found.to_dict()
+        stage.quality[text] = evaluate(models, ids, BASELINE, batch=_BATCH)[mine].to_dict()
     if speed:
-        prompt = next(iter(windows.values()))[:1] if windows else _random_prompt(models[ORIGINAL])
+        prompt = next(iter(windows.values()))[:1] if windows else _random_prompt(models[BASELINE])
         speeds = {name: asdict(each) for name, each in measure_speed(models, prompt).items()}
-        mine, base = speeds[names[-1]], speeds[ORIGINAL]
-        ratios = {f"{what}_ratio": mine[what] / base[what] for what in ("prefill", "decode")}
-        stage.speed = mine | ratios
+        kinds = ("prefill", "decode")
+        ratios = {f"{kind}_ratio": speeds[mine][kind] / speeds[BASELINE][kind] for kind in kinds}
+        stage.speed = speeds[mine] | ratios
 
 
 def _random_prompt(model: Any) -> Tensor:

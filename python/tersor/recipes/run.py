@@ -26,9 +26,10 @@ import torch
 
 from tersor import kernels
 from tersor.calibrate import digest
+from tersor.checkpoint import Checkpoint
 from tersor.durable import disk_errors, durable, sync_folder
 from tersor.errors import TersorError
-from tersor.recipes.checks import Checked, check
+from tersor.recipes.checks import Checked, check, check_teacher
 from tersor.recipes.facts import measure_quality, measure_size
 from tersor.recipes.page import require, write_page
 from tersor.recipes.recipe import Evaluate, Export, Recipe, name_of, settings_of
@@ -46,6 +47,7 @@ def compress(
     out: str | Path,
     recipe: Recipe | str | Path,
     *,
+    original: str | Path | None = None,
     strict: bool = False,
     progress: bool | None = None,
 ) -> RecipeReport:
@@ -56,6 +58,8 @@ def compress(
         the way that the recipe keeps. Until it is there the work is in `<out>.partial`, from which
         the same call goes on, inside a step too.
     recipe: a Recipe, a YAML file, or one of recipes.recipe.READY.
+    original: what every stage is measured against, and what steps that train learn from; by
+        default the model itself. Where the model was cut out of another one, that one.
     strict, progress: as in quantize_checkpoint.
 
     Raises TersorError for bad input, before the first step wherever that can be known.
@@ -67,8 +71,11 @@ def compress(
     if os.path.lexists(out) and not (partial / _JOURNAL).exists():
         raise TersorError(_exists(out))
     checked = check(recipe, model)
-    with _Journal.open(partial, _identity(checked)) as journal:
-        run = _Run(checked, Path(model), journal, strict, progress)
+    base = Path(original or model)
+    if original is not None:
+        check_teacher(base, checked.source)
+    with _Journal.open(partial, _identity(checked, base)) as journal:
+        run = _Run(checked, Path(model), base, journal, strict, progress)
         if os.path.lexists(out):  # a run that was stopped while it cleaned up, or something else
             if len(journal.done) < len(recipe.steps):
                 raise TersorError(_exists(out))
@@ -164,9 +171,16 @@ class _Journal:
 
 class _Run:
     def __init__(
-        self, checked: Checked, model: Path, journal: _Journal, strict: bool, progress: bool | None
+        self,
+        checked: Checked,
+        model: Path,
+        original: Path,
+        journal: _Journal,
+        strict: bool,
+        progress: bool | None,
     ) -> None:
-        self.checked, self.model, self.journal = checked, model, journal
+        self.checked, self.journal = checked, journal
+        self.model, self.original = model, original
         self.strict, self.progress = strict, progress
         self.recipe = checked.recipe
 
@@ -174,7 +188,7 @@ class _Run:
         """Of the whole recipe, those done before included."""
         journal = self.journal
         if not journal.stages:
-            stage = Stage("original", None)
+            stage = Stage("original" if self.model == self.original else "model", None)
             measure_size(stage, self.model, None, None)
             self._measure(stage, self.model, 0)
             journal.stages.append(stage)
@@ -231,7 +245,7 @@ class _Run:
         report = Report.read(folder) if folder.exists() else None
         with peak_memory() as peak:
             if report is None:
-                asked = step.learns_from(self.model) if isinstance(step, Train) else step
+                asked = step.learns_from(self.original) if isinstance(step, Train) else step
                 text = self.recipe.calibration
                 report = asked(before, folder, text, strict=self.strict, progress=self.progress)
         stage.seconds = round(time.perf_counter() - start, 3)
@@ -255,7 +269,7 @@ class _Run:
         asked = self.recipe.steps[number - 1] if number else self.recipe.evaluate
         if isinstance(asked, Evaluate):
             windows = self.checked.windows[number]
-            measure_quality(stage, folder, self.model, windows, asked.speed)
+            measure_quality(stage, folder, self.original, windows, asked.speed)
 
     def _writes(self) -> list[int]:
         """Numbers of the steps that write a model."""
@@ -281,13 +295,14 @@ class _Run:
         return self.journal.folder / f"{number}-{name_of(self.recipe.steps[number - 1])}"
 
 
-def _identity(checked: Checked) -> dict[str, Any]:
+def _identity(checked: Checked, original: Path) -> dict[str, Any]:
     """What two runs must have in common for one to go on with the other."""
     recipe, found = checked.recipe, checked.calibration
     return {
         "steps": recipe.to_dicts(),
         "keep": recipe.keep,
         "model": checked.source.checkpoint.fingerprint(),
+        "original": Checkpoint.open(original).fingerprint(),
         "calibration": None if found is None else digest(found),
         "evaluation": {
             f"{number} {name}": digest(ids)

@@ -21,7 +21,8 @@ RECIPE_REPORT = "tersor_recipe.json"
 class Stage:
     """A model on the way, and what the step before it did.
 
-    name: "original", or the step with its number: "2 prune".
+    name: "original" (or "model", where it is measured against another one), or the step with its
+        number: "2 prune".
     step: the name of the step; None for the original. settings: what it was given.
     seconds: that the step took; peak_bytes: the most memory that was resident meanwhile.
     bytes: of all tensors of its checkpoint. parameters: as if none were quantized.
