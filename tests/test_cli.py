@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import inspect
 import json
 import os
 import shlex
@@ -10,6 +12,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -19,6 +22,9 @@ from tersor import calibrate, cli
 from tersor.commands import folders
 from tersor.errors import TersorError
 from tersor.steps import Quantize
+
+if TYPE_CHECKING:
+    from tersor.demo_model import DemoModel
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +132,35 @@ def test_eval(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert 0 < quality["kl"]["mean"] < 0.1
     assert result[str(folder / "model")]["quality"]["top1"] == 1
     assert result[str(folder / "int4")]["speed"]["decode"] > 0
+
+
+def test_eval_tasks(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["eval", folder / "int4", "--baseline", folder / "model", "--samples", "2"]
+    arguments += ["--seq-len", "32", "--text"]
+    code, _, err = run(capsys, *arguments, folder / "text.txt", "--tasks", "python", "mmlu")
+    assert code == 2 and "name no others beside it" in err
+    code, _, err = run(capsys, *arguments, folder / "text.txt", "--tasks", "python")
+    assert code == 2 and "give more Python source" in err
+    source = tmp_path / "source.txt"
+    source.write_text("\n".join(inspect.getsource(each) for each in (argparse, inspect, shutil)))
+    code, _, err = run(capsys, *arguments, source, "--tasks", "python")
+    assert code == 2 and "nothing is left of the choice" in err  # nonsense words are all it knows
+
+
+@pytest.mark.slow
+def test_eval_tasks_of_the_demo_model(
+    demo_model: DemoModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["eval", demo_model.folder, "--text", demo_model.held_out["code"]]
+    arguments += ["--samples", "2", "--seq-len", "32", "--tasks", "python"]
+    code, out, err = run(capsys, *arguments, "--json")
+    assert code == 0, err
+    scores = json.loads(out)[str(demo_model.folder)]["tasks"]
+    assert scores.keys() == {f"python_{task}" for task in ("name", "indent", "bracket", "order")}
+    assert all(score["items"] == 100 and 0 < score["acc"] <= 1 for score in scores.values())
+    code, out, _ = run(capsys, *arguments)
+    assert code == 0
+    assert "acc_norm" in out and "python_indent" in out
 
 
 def test_eval_begins_windows_as_asked(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

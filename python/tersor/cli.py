@@ -318,6 +318,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--samples", type=whole(1), metavar="N", help="windows; default: all of the text")
     add("--bos", **bos)
     add("--speed", action="store_true", help="measure tokens per second too")
+    add(
+        "--tasks",
+        nargs="+",
+        default=[],
+        metavar="TASK",
+        help="downstream tasks: python makes four of the text, which is Python source then; others "
+        "are names or YAML files for lm-eval",
+    )
     add("--json", action="store_true", help="print JSON instead of a table")
 
     add = command(

@@ -13,15 +13,20 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tersor.calibrate import Calibration
+from tersor.calibrate import Calibration, load_tokenizer
 from tersor.demo_model import DemoModel, demo_model
 from tersor.errors import TersorError
+from tersor.loading import load_any
 from tersor.recipes.recipe import Evaluate, Recipe
 from tersor.recipes.run import RECIPE_PAGE, compress
 from tersor.recipes.stages import RecipeReport
 from tersor.steps import Distill, Prune, QuantizationAware, Quantize, Shrink, Slice, Step
+from tersor.tasks import local_tasks, run_tasks, table
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 WINDOW = 256  # tokens
 PATTERN = "2:4"
@@ -77,7 +82,7 @@ def run(
     out: the folder to make, with the compressed model, every stage, and the page; None keeps
         nothing. It must not be there yet.
     """
-    from tersor.commands.recipe import table
+    from tersor.commands.recipe import table as stages
     from tersor.demo import print_table
 
     start = time.perf_counter()
@@ -89,12 +94,13 @@ def run(
         folder = out or Path(scratch) / "small"
         say("Distil, prune, train for the grid, GPTQ ...")
         report = compress(source.folder, folder, recipe(source, effort))
-        print_table(table(report))
+        print_table(stages(report))
         first, last = report.stages[0], report.stages[-1]
         say(
             f"{first.bytes / 1e6:.2f} MB -> {last.bytes / 1e6:.2f} MB, "
             f"{first.bytes / last.bytes:.1f} times smaller.\n"
         )
+        print_table(_tasks(source, folder, effort))
         say(f"{effort.compared} steps one after the other, and all at once, from the student ...")
         student = folder / "stages" / "2-shrink"
         ways = {"sequential": sequential(effort), "joint": joint(effort)}
@@ -102,10 +108,18 @@ def run(
             compared = Recipe(steps, _text(source, effort), _evaluation(source, effort), name=name)
             found = compress(student, Path(scratch) / name, compared, original=source.folder)
             say(f"\n{name}:")
-            print_table(table(found))
+            print_table(stages(found))
     where = f" The page is {out / RECIPE_PAGE}." if out and (out / RECIPE_PAGE).exists() else ""
     say(f"{time.perf_counter() - start:.0f} s in all.{where}")
     return report
+
+
+def _tasks(source: DemoModel, small: Path, effort: Effort) -> Table:
+    """What both models make of four tasks from the held-out code."""
+    text = source.held_out["code"].read_text(encoding="utf-8")
+    models = {"original": load_any(source.folder), "small": load_any(small)}
+    tasks = local_tasks(text, count=effort.samples)
+    return table(run_tasks(models, load_tokenizer(source.folder), tasks, "original"))
 
 
 def _training(effort: Effort, steps: int, rate: float) -> dict[str, Any]:

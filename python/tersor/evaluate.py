@@ -344,11 +344,17 @@ def resident_bytes() -> int:
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
-def to_json(qualities: Mapping[str, Quality], speeds: Mapping[str, Speed] | None = None) -> str:
+def to_json(
+    qualities: Mapping[str, Quality],
+    speeds: Mapping[str, Speed] | None = None,
+    tasks: Mapping[str, Mapping[str, Any]] | None = None,
+) -> str:
     """The results by model, for a file. An unknown error is null: JSON has no NaN."""
     content = {name: {"quality": quality.to_dict()} for name, quality in qualities.items()}
     for name, speed in (speeds or {}).items():
         content[name]["speed"] = asdict(speed)
+    for name, scores in (tasks or {}).items():
+        content[name]["tasks"] = dict(scores)
     known = json.loads(json.dumps(content), parse_constant=lambda _: None)
     return json.dumps(known, indent=2) + "\n"
 

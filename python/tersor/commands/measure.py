@@ -10,13 +10,16 @@ from tersor.errors import TersorError
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from rich.table import Table
 
 
 def evaluate(args: argparse.Namespace) -> None:
     from tersor.corpus import read_text
 
     text = read_text(args.text)
+    tasks = _tasks(args.tasks, text)
 
     from tersor import evaluate as measure
     from tersor.calibrate import load_tokenizer
@@ -30,8 +33,9 @@ def evaluate(args: argparse.Namespace) -> None:
     windows = measure.text_windows(text, tokenizer, length, args.bos)[: args.samples]
     qualities = measure.evaluate(models, windows, args.baseline)
     speeds = measure.measure_speed(models, windows[:1]) if args.speed else None
+    scores, shown = _scores(args, tasks, models, tokenizer) if args.tasks else ({}, None)
     if args.json:
-        print(measure.to_json(qualities, speeds), end="")
+        print(measure.to_json(qualities, speeds, scores), end="")
         return
     out = console()
     count = len(windows)
@@ -41,9 +45,47 @@ def evaluate(args: argparse.Namespace) -> None:
         out.print(
             f"{name}: prefill {speed.prefill:.0f} tokens/s ({speed.prompt} tokens), decode "
             f"{speed.decode:.1f} tokens/s ({speed.generated} tokens), "
-            f"{speed.weights / 1e6:.1f} MB of weights, {speed.resident / 1e6:.0f} MB resident",
+            f"{speed.weights / 1e6:.1f} MB of weights, {speed.peak / 1e6:.0f} MB resident at most",
             highlight=False,
         )
+    if shown is not None:
+        out.print(shown)
+
+
+def _tasks(names: Sequence[str], text: str) -> tuple[Any, ...]:
+    """What --tasks asks for, or TersorError before a model is loaded; none for those of lm-eval."""
+    if "python" in names:
+        from tersor.tasks import local_tasks
+
+        if len(names) > 1:
+            raise TersorError("--tasks python is made of the text; name no others beside it")
+        return local_tasks(text)
+    if names:
+        from tersor.tasks import harness
+
+        harness.require()
+    return ()
+
+
+def _scores(
+    args: argparse.Namespace, tasks: tuple[Any, ...], models: Mapping[str, Any], tokenizer: Any
+) -> tuple[dict[str, Any], Table]:
+    """model -> task -> figures, and the table of them."""
+    from rich.table import Table
+
+    from tersor import tasks as scoring
+    from tersor.tasks.harness import lm_eval_tasks
+
+    if tasks:
+        found = scoring.run_tasks(models, tokenizer, tasks, args.baseline)
+        return scoring.to_dict(found), scoring.table(found)
+    scores = {n: lm_eval_tasks(n, args.tasks, model=model) for n, model in models.items()}
+    shown = Table("model", "task", "metric", "value")
+    for name, by_task in scores.items():
+        for task, metrics in by_task.items():
+            for metric, value in metrics.items():
+                shown.add_row(name, task, metric, f"{value:.4f}")
+    return scores, shown
 
 
 def inspect(args: argparse.Namespace) -> None:

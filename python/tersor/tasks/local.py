@@ -24,13 +24,12 @@ def local_tasks(source: str, count: int = 100, seed: int = 0) -> tuple[Task, ...
     """Four tasks of `count` items each, made of Python source.
 
     name: which of four names ends this line? All were seen before, about as often, and are about
-        as long.
+        as long; but whoever always names the commonest is right more often than by chance.
     indent: where does the next line begin? Every indentation is right as often.
     bracket: which bracket comes next? Every closing one is right as often.
     order: which line has its words in their places? In the others, two have changed theirs.
 
-    So that nothing is gained without reading: by length, or by how common an answer is. Right
-    answers are in every place as often as chance has it.
+    Right answers are in every place as often as chance has it.
     Raises TersorError where the text does not give so many.
     """
     lines = _Lines([line.rstrip() for line in source.expandtabs().splitlines()])

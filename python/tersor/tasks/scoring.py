@@ -59,13 +59,12 @@ def run_tasks(
     """The score of each model on each task, by name.
 
     White space at the end of a context is read as the beginning of the choice, since tokenizers
-    join it to the word behind it. A context that is too long for a model loses its beginning.
-    Errors are standard errors over items.
+    join it to the word behind it; and so is the end of a context that they join to the choice. A
+    context that is too long for a model loses its beginning. Errors are standard errors over items.
 
     baseline: the name of the model that flips are counted against.
     batch: sequences per forward pass. progress: show a bar; by default where stderr is a terminal.
-    Raises TersorError for a choice that the tokenizer cannot tell from its context or that does not
-    fit into a model, and where log-likelihoods are not finite.
+    Raises TersorError for a choice that the tokenizer leaves nothing of or that does not fit into a model, and where log-likelihoods are not finite.
     """
     if baseline is not None and baseline not in models:
         raise TersorError(f"the baseline {baseline!r} is none of {', '.join(models)}")
@@ -108,13 +107,15 @@ def _requests(item: Item, tokenizer: PreTrainedTokenizerBase, task: str) -> list
     out = []
     for choice in item.choices:
         ids = _encode(tokenizer, context + space + choice)
-        scored = len(ids) - len(before)
-        if scored < 1:
+        # Where the tokenizer joins the two, the choice begins with the token that has both.
+        pairs = enumerate(zip(before, ids, strict=False))
+        shared = next((i for i, (a, b) in pairs if a != b), min(len(before), len(ids)))
+        if shared == len(ids):
             raise TersorError(
-                f"task {task}: the tokenizer joins the choice {choice[:40]!r} to its context; let "
-                "choices begin where words do"
+                f"task {task}: nothing is left of the choice {choice[:40]!r} in tokens; give "
+                "choices that the model's tokenizer keeps"
             )
-        out.append(_Request(front + ids, scored))
+        out.append(_Request(front + ids, len(ids) - shared))
     return out
 
 
