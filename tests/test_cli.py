@@ -157,7 +157,7 @@ def test_eval_tasks_of_the_demo_model(
     assert code == 0, err
     scores = json.loads(out)[str(demo_model.folder)]["tasks"]
     assert scores.keys() == {f"python_{task}" for task in ("name", "indent", "bracket", "order")}
-    assert all(score["items"] == 100 and 0 < score["acc"] <= 1 for score in scores.values())
+    assert all(score["items"] == 100 and 0 < score["acc"]["mean"] <= 1 for score in scores.values())
     code, out, _ = run(capsys, *arguments)
     assert code == 0
     assert "acc_norm" in out and "python_indent" in out

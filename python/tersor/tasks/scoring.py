@@ -64,7 +64,8 @@ def run_tasks(
 
     baseline: the name of the model that flips are counted against.
     batch: sequences per forward pass. progress: show a bar; by default where stderr is a terminal.
-    Raises TersorError for a choice that the tokenizer leaves nothing of or that does not fit into a model, and where log-likelihoods are not finite.
+    Raises TersorError for a choice that the tokenizer leaves nothing of or that does not fit into a
+    model, and where log-likelihoods are not finite.
     """
     if baseline is not None and baseline not in models:
         raise TersorError(f"the baseline {baseline!r} is none of {', '.join(models)}")
