@@ -28,8 +28,9 @@ demo-full: build
 	rm -rf build/demo-full build/demo-full.partial
 	$(BIN)/tersor demo --full --out build/demo-full
 
+# A worker for each core, each with whole files: what a file makes once is made once.
 test: build
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 # Every instruction set of this machine, forced in turn.
 test-isas: build

@@ -8,6 +8,7 @@ library files that it never saw, and prose: the topics of Python's `help()`.
 from __future__ import annotations
 
 import bisect
+import fcntl
 import hashlib
 import itertools
 import json
@@ -16,7 +17,8 @@ import platform
 import shutil
 import sysconfig
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -74,20 +76,33 @@ def demo_model(recipe: Recipe | None = None, say: Callable[[str], None] = print)
     home = _cache() / f"demo-{_key(recipe)}"
     if (manifest := _verified(home, say)) is None:
         home.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".demo-", dir=home.parent) as scratch:
-            work = Path(scratch) / "entry"
-            manifest = _make(work, recipe, say)
-            try:
-                work.rename(home)
-            except OSError:  # another process has been faster: take its model
-                if (manifest := _verified(home, say)) is None:
-                    raise
+        with _alone(home), tempfile.TemporaryDirectory(prefix=".demo-", dir=home.parent) as scratch:
+            if (manifest := _verified(home, say)) is None:  # nobody has made it meanwhile
+                work = Path(scratch) / "entry"
+                manifest = _make(work, recipe, say)
+                try:
+                    work.rename(home)
+                except OSError:  # without locks another process has been faster: take its model
+                    if (manifest := _verified(home, say)) is None:
+                        raise
     return DemoModel(
         folder=home / "model",
         calibration=home / "text" / "calibration.txt",
         held_out={kind: home / "text" / f"{kind}.txt" for kind in ("code", "prose")},
         record=manifest["record"],
     )
+
+
+@contextmanager
+def _alone(home: Path) -> Iterator[None]:
+    """One process makes an entry, and others that want it wait."""
+    handle = os.open(home.with_name(f".{home.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+    try:
+        with suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _cache() -> Path:
