@@ -18,10 +18,11 @@ from tersor.evaluate import evaluate
 from tersor.loading import load_any
 from tersor.qweight import QSpec
 from tersor.recipes import run as running
-from tersor.recipes.recipe import READY, Evaluate, Export, Recipe
+from tersor.recipes.recipe import READY, Evaluate, Export, Recipe, settings_of
 from tersor.recipes.run import RECIPE_PAGE, STAGES, compress
 from tersor.recipes.stages import RECIPE_REPORT, RecipeReport
 from tersor.report import REPORT
+from tersor.solvers import RTN
 from tersor.sparsity import Sparsity
 from tersor.steps import Distill, Prune, QuantizationAware, Quantize, Shrink, State, Step
 
@@ -86,6 +87,12 @@ def test_yaml_and_python_are_the_same(home: Path) -> None:
     )
 
 
+def test_settings_are_those_that_are_not_as_by_default() -> None:
+    assert settings_of(Quantize()) == {}
+    assert settings_of(Shrink(layers=(1, 2), ffn=0.5)) == {"layers": [1, 2], "ffn": 0.5}
+    assert settings_of(Evaluate({"a": "b"})) == {"text": {"a": "b"}}
+
+
 def test_yaml_that_is_written_reads_back(home: Path) -> None:
     made = Recipe(
         (Shrink(layers=(1,)), Evaluate(speed=True), Prune(pattern="4:8", refit=True), Quantize()),
@@ -139,6 +146,9 @@ def test_ready_recipes(name: str) -> None:
         ("steps: [quantize, export: {folder: ../a}]", "folder is a plain name"),
         ("steps: [quantize, export: {folder: ''}]", "folder is the name of a folder"),
         ("steps: [quantize, evaluate: {}]", "evaluate needs text, name: FILE, or speed"),
+        ("steps: [quantize, evaluate: {speed: true, bos: nver}]", "bos is auto, always, never"),
+        ('steps: [quantize]\ncalibration: "a\\0b"', "is not the name of a file"),
+        ("a: &a {bits: 4}\nsteps: [quantize: {<<: *a}]", "not merged with <<"),
         ("steps: [quantize, evaluate: {text: [a]}]", "text of evaluate is a file, or names"),
         ("steps: [quantize]\nkeep: some", "keep is last or all"),
         ("steps: [quantize]\ncalibration: /etc/hostname", "not in the folder of the recipe"),
@@ -159,6 +169,34 @@ def test_a_link_out_of_the_folder_is_refused(home: Path, tmp_path: Path) -> None
     (tmp_path / "text.txt").symlink_to(home / "text.txt")
     with pytest.raises(TersorError, match="not in the folder of the recipe"):
         parse("steps: [quantize]\ncalibration: text.txt", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["x.jsonl:text", "x.jsonl", "d.jsonl:/text.txt", "d.jsonl:/x:y"])
+def test_links_with_a_field_are_refused_too(home: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "x.jsonl").symlink_to(home / "text.txt")
+    (tmp_path / "d.jsonl:").symlink_to(home)
+    with pytest.raises(TersorError, match="not in the folder of the recipe"):
+        parse(f"steps: [quantize]\ncalibration: '{name}'", tmp_path)
+
+
+def test_values_that_grow_are_cut_in_messages(home: Path) -> None:
+    """Aliases of aliases: a few hundred bytes that would print as many millions."""
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x]"]
+    for number in range(1, 8):
+        before = ", ".join([f"*a{number - 1}"] * 8)
+        lines.append(f"a{number}: &a{number} [{before}]")
+    with pytest.raises(TersorError) as error:
+        parse("\n".join([*lines, "steps: [quantize: {bits: *a7}]"]).replace("a0:", "steps2:"), home)
+    assert len(str(error.value)) < 1000
+    steps = f"steps: [quantize: {{bits: {'[' * 60 + ']' * 60}}}]"
+    with pytest.raises(TersorError) as error:
+        parse(steps, home)
+    assert len(str(error.value)) < 1000
+
+
+def test_numbers_as_people_write_them(home: Path) -> None:
+    (step,) = parse("steps: [distill: {learning_rate: 2e-4, alpha: 1, warmup: .1}]", home).steps
+    assert step == Distill(learning_rate=2e-4, alpha=1, warmup=0.1)
 
 
 def test_no_such_file(tmp_path: Path) -> None:
@@ -195,8 +233,32 @@ def test_no_such_file(tmp_path: Path) -> None:
         ("[shrink: {ffn: 0.3}, evaluate: {text: text.txt, seq_len: 999}]", "beyond the model's 64"),
         ("[export: {folder: a}, shrink: {ffn: 0.3}]", "nothing to export before the first step"),
         (
-            "[shrink: {ffn: 0.3}, export: {folder: a}, quantize: {group: 32}, export: {folder: a}]",
-            "a is exported twice",
+            "[evaluate: {speed: true}, export: {folder: a}, shrink: {ffn: 0.3}]",
+            "nothing to export before the first step",
+        ),
+        ("[shrink: {ffn: 0.3}, export: {folder: a}]", "step 2, export: .*is the output itself"),
+        (
+            "[shrink: {ffn: 0.3}, export: {folder: a}, export: {folder: b}, quantize: {group: 32}]",
+            "a is the same model",
+        ),
+        (
+            "[shrink: {ffn: 0.3}, export: {folder: a}, distill, export: {folder: a}, prune: "
+            "{sparsity: 0.5}]",
+            "a is the name of two models",
+        ),
+        (
+            "[shrink: {ffn: 0.3}, export: {folder: 3-distill}, distill, prune: {sparsity: 0.5}]\n"
+            "keep: all",
+            "3-distill is the name of two models",
+        ),
+        ("[shrink: {layers: 1}, distill, quantize]", "step 3, quantize: group 128 does not divide"),
+        ("[shrink: {layers: 1}, qat: {ignore: ['*.nope']}]", "step 2, qat: .*matches no module"),
+        ("[distill: {teacher: null}]", "distill learns from a teacher"),
+        ("[qat: {group: 32, teacher: null, alpha: 0.5}]", "are of a teacher's predictions"),
+        (
+            "[evaluate: {text: {x: text.txt}, seq_len: 32}, evaluate: {text: {x: held/out.txt}, "
+            "seq_len: 32}, shrink: {ffn: 0.3}]",
+            "two texts to evaluate on are called x",
         ),
     ],
 )
@@ -354,6 +416,63 @@ def test_another_recipe_does_not_go_on(
     compress(home / "model", out, recipe)
     with pytest.raises(TersorError, match="exists already"):
         compress(home / "model", out, recipe)
+
+
+def test_what_is_done_is_not_thrown_away(
+    home: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A first step that is whole, and not yet measured; and an output that somebody else made."""
+    held = Evaluate({"held": str(home / "held" / "out.txt")}, seq_len=32, samples=2)
+    recipe = Recipe((Quantize(method="rtn", group=32),), evaluate=held)
+    monkeypatch.setattr(running, "measure_quality", stopping(running, "measure_quality", 2, True))
+    with pytest.raises(Stop):
+        compress(home / "model", out, recipe)
+    monkeypatch.undo()
+    partial = out.with_name("out.partial")
+    assert (partial / "1-quantize").exists()
+    other = Evaluate({"held": str(home / "text.txt")}, seq_len=32, samples=2)
+    with pytest.raises(TersorError, match="unfinished run with another evaluation"):
+        compress(home / "model", out, Recipe(recipe.steps, evaluate=other))
+    assert (partial / "1-quantize").exists()
+    faster = Recipe(recipe.steps, evaluate=Evaluate(held.text, 2, 32, speed=True))
+    with pytest.raises(TersorError, match="unfinished run with another speed"):
+        compress(home / "model", out, faster)
+
+    monkeypatch.setattr(running.os, "rename", stopping(running.os, "rename", 1, True))
+    with pytest.raises(Stop):
+        compress(home / "model", out, recipe)
+    monkeypatch.undo()
+    out.mkdir()
+    with pytest.raises(TersorError, match="exists already"):
+        compress(home / "model", out, recipe)
+    assert (partial / "1-quantize").exists()
+    out.rmdir()
+    assert compress(home / "model", out, recipe).stages[-1].quality["held"]
+
+
+def test_a_solver_of_ones_own(home: Path, out: Path) -> None:
+    recipe = Recipe((Quantize(method=RTN(clip=True), group=32), Evaluate(speed=True)))
+    report = compress(home / "model", out, recipe)
+    assert report.steps[0] == {"quantize": {"method": "RTN(clip=True)", "group": 32}}
+    with pytest.raises(TersorError, match="a solver of its own"):
+        recipe.to_yaml()
+
+
+def test_compared_with_another_model(home: Path, out: Path) -> None:
+    step = Shrink(ffn=0.3, multiple=32, update="none", importance="magnitude")
+    step(home / "model", home / "cut")
+    held = Evaluate(str(home / "held" / "out.txt"), seq_len=32, samples=2)
+    steps = (Quantize(method="rtn", group=32),)
+    recipe = Recipe(steps, evaluate=held)
+    first, last = compress(home / "cut", out, recipe, original=home / "model").stages
+    assert first.name == "model" and first.quality["out"]["kl"]["mean"] > 0
+    from tersor.recipes.checks import check
+
+    windows = check(recipe, home / "model").windows[0]["out"]
+    models = {"a": load_any(home / "model"), "b": load_any(out)}
+    kl = evaluate(models, windows, "a")["b"].kl
+    assert kl is not None
+    assert last.quality["out"]["kl"]["mean"] == pytest.approx(kl.mean, rel=1e-5)
 
 
 def test_strangers_are_not_touched(home: Path, out: Path) -> None:

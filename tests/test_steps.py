@@ -124,12 +124,6 @@ def test_a_step_writes_what_its_function_does(
     assert step.name in STEPS and STEPS[step.name] is type(step)
 
 
-def test_settings_are_those_that_are_not_as_by_default() -> None:
-    assert Quantize().settings() == {}
-    assert Shrink(layers=(1, 2), ffn=0.5).settings() == {"layers": [1, 2], "ffn": 0.5}
-    assert Slice(hidden=0.5).settings() == {"hidden": 0.5}
-
-
 @pytest.mark.parametrize(
     ("bits", "group", "activations", "wanted"),
     [

@@ -4,6 +4,7 @@ checkpoint."""
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,46 @@ def test_a_run_that_is_stopped_goes_on(
     assert not out.with_name("out.partial").exists()
 
 
+def test_a_run_that_is_stopped_at_its_end_goes_on(
+    model: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With fewer windows than the steps read, where a Trainer would go on with one more step."""
+    text = Calibration(texts=(tiny.text()[:700],), samples=5, seq_len=24)
+    plan = Plan(steps=5, batch=2, learning_rate=1e-3, schedule="constant_with_warmup",
+                checkpoint_every=1)  # fmt: skip
+    train_checkpoint(model, out.with_name("whole"), plan=plan, calibration=text)
+    write = module._Run._write
+    monkeypatch.setattr(module._Run, "_write", lambda *given: (_ for _ in ()).throw(Stop))
+    with pytest.raises(Stop):
+        train_checkpoint(model, out, plan=plan, calibration=text)
+    monkeypatch.setattr(module._Run, "_write", write)
+    train_checkpoint(model, out, plan=plan, calibration=text)
+    assert content(out) == content(out.with_name("whole"))
+
+
+def test_other_settings_do_not_throw_a_training_away(
+    model: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = module._Steps
+    monkeypatch.setattr(module, "_Steps", lambda bar: StopAfter(3))
+    with pytest.raises(Stop):
+        train_checkpoint(model, out, plan=PLAN, calibration=TEXT)
+    monkeypatch.setattr(module, "_Steps", steps)
+    other = replace(PLAN, learning_rate=1e-3)
+    with pytest.raises(TersorError, match=r"learning_rate was 0\.002 and is 0\.001"):
+        train_checkpoint(model, out, plan=other, calibration=TEXT)
+    damaged = out.with_name("out.partial") / "state" / "training" / "checkpoint-2"
+    (damaged / "trainer_state.json").write_text("")  # as a machine that goes down leaves it
+    train_checkpoint(model, out, plan=PLAN, calibration=TEXT)
+    train_checkpoint(model, out.with_name("whole"), plan=PLAN, calibration=TEXT)
+    assert content(out) == content(out.with_name("whole"))
+
+
+def test_logs_are_of_the_same_steps_after_a_resume(tmp_path: Path) -> None:
+    args = Plan(steps=350, checkpoint_every=100).arguments(tmp_path)
+    assert args.logging_steps == 3 and args.save_steps == 102
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "mixtral", "qwen3", "gemma2", "opt"])
 def test_every_kind_of_checkpoint(kind: str, tmp_path: Path) -> None:
     """Fused, transposed and tied weights come back in the form that they had."""
@@ -140,6 +181,18 @@ def test_zeros_stay(model: Path, teacher: Path, tmp_path: Path) -> None:
     name = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(before[name] == 0, after[name] == 0)
     assert not torch.equal(before[name], after[name])
+
+
+def test_ignored_linears_keep_what_they_have(model: Path, out: Path, tmp_path: Path) -> None:
+    """Their zeros too; and none are made in them."""
+    name = "model.layers.0.mlp.down_proj.weight"
+    qat = QAT(scheme=INT4, start="rtn", ignore=("*.down_proj",))
+    train_checkpoint(model, out, plan=PLAN, qat=qat, sparsity=Sparsity(0.5), calibration=TEXT)
+    assert load_file(out / "model.safetensors")[name].count_nonzero() > 0.9 * 64 * 96
+    prune_checkpoint(model, tmp_path / "pruned", method=Magnitude(Sparsity(pattern=(2, 4))))
+    train_checkpoint(tmp_path / "pruned", tmp_path / "q", plan=PLAN, qat=qat, calibration=TEXT)
+    before, after = (load_file(tmp_path / f / "model.safetensors")[name] for f in ("pruned", "q"))
+    assert torch.equal(before == 0, after == 0) and not torch.equal(before, after)
 
 
 def test_zeros_are_made(model: Path, out: Path) -> None:

@@ -292,6 +292,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--teacher", metavar="MODEL", help="for steps that train; default: the model itself")
     add("--keep", choices=("last", "all"), help="which stages' models are kept; default: the last")
     add_text(sub, bos, sequential=False)
+    sub.set_defaults(samples=None, seed=None, bos=None)  # those of the recipe
 
     sub = command(
         "search",

@@ -13,6 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -84,15 +85,6 @@ class Step(ABC):
                 f"{self.name} cannot follow {state.by}, after which weights are {state.quantized} "
                 f"codes and no longer numbers to work on; put {self.name} before it"
             )
-
-    def settings(self) -> dict[str, Any]:
-        """Those that differ from their defaults, as in a recipe."""
-        found = {
-            field.name: getattr(self, field.name)
-            for field in fields(self)  # type: ignore[arg-type]
-            if getattr(self, field.name) != field.default
-        }
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,6 +235,9 @@ class Train(Step):
     seed: int = 0
 
     def call(self) -> tuple[Callable[..., Report], dict[str, Any]]:
+        if find_spec("accelerate") is None:
+            raise TersorError("training needs accelerate; run pip install 'tersor[train]'")
+
         from tersor.training.checkpoints import train_checkpoint
         from tersor.training.losses import Distillation
         from tersor.training.plan import plan_of
@@ -250,9 +245,16 @@ class Train(Step):
         settings: dict[str, Any] = {"plan": plan_of(self), "text": self.text}
         settings["sparsity"] = self._sparsity()
         distillation = Distillation(self.loss, self.temperature, self.alpha)
-        if self.teacher is not None:
+        if self.teacher is None:
+            if distillation != Distillation(alpha=1.0):
+                raise TersorError("loss, temperature and alpha are of a teacher's predictions")
+        else:
             settings |= {"teacher": self.teacher, "distillation": distillation}
         return train_checkpoint, settings
+
+    def __call__(self, model: str | Path, *given: Any, **named: Any) -> Report:
+        step = self.learns_from(model)
+        return super(Train, step).__call__(model, *given, **named)
 
     def learns_from(self, original: str | Path) -> Train:
         """The step with the original model's folder as its teacher, where it names no other."""
@@ -283,6 +285,11 @@ class Distill(Train):
     """Training on what a teacher predicts."""
 
     name: ClassVar[str] = "distill"
+
+    def call(self) -> tuple[Callable[..., Report], dict[str, Any]]:
+        if self.teacher is None:
+            raise TersorError("distill learns from a teacher; name one, or leave it out: original")
+        return super().call()
 
 
 @dataclass(frozen=True, kw_only=True)

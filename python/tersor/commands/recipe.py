@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from tersor.commands.folders import calibration_of
 from tersor.commands.opening import console
 from tersor.errors import TersorError
 
@@ -46,23 +46,39 @@ def compress(args: argparse.Namespace) -> None:
 
 def _with_options(recipe: Recipe, args: argparse.Namespace) -> Recipe:
     """What the command line says beside the recipe, or in its place."""
+    from tersor.calibrate import Calibration
     from tersor.recipes.recipe import Evaluate
     from tersor.steps import Train
 
-    calibration = calibration_of(args) or recipe.calibration
-    evaluate = recipe.evaluate
+    names = ("samples", "seq_len", "seed", "bos")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    calibration, evaluate = recipe.calibration, recipe.evaluate
+    if args.calibration:
+        sources = tuple(args.calibration)
+        if calibration is None:
+            calibration = Calibration(sources, **given)
+        else:
+            calibration = replace(calibration, sources=sources, texts=(), **given)
+    elif calibration is not None:
+        calibration = replace(calibration, **given)
+    elif given:
+        raise TersorError(
+            f"--{next(iter(given)).replace('_', '-')} is of a text; give --calibration"
+        )
     if args.text:
-        names = {Path(file).stem: file for file in args.text}
-        if len(names) < len(args.text):
+        texts = {Path(file).stem: file for file in args.text}
+        if len(texts) < len(args.text):
             raise TersorError("two files of --text have the same name; rename one")
-        settings: dict[str, Any] = {"seq_len": args.seq_len, "bos": args.bos}
-        evaluate = Evaluate(names, **settings)
+        settings = {name: given[name] for name in ("seq_len", "bos") if name in given}
+        evaluate = replace(evaluate or Evaluate(texts), text=texts, **settings)
     if args.speed:
         evaluate = replace(evaluate, speed=True) if evaluate else Evaluate(speed=True)
-    steps = tuple(
-        replace(step, teacher=args.teacher) if args.teacher and isinstance(step, Train) else step
-        for step in recipe.steps
-    )
+    steps = recipe.steps
+    if args.teacher:
+        teacher = os.path.abspath(args.teacher)
+        steps = tuple(
+            replace(step, teacher=teacher) if isinstance(step, Train) else step for step in steps
+        )
     if args.teacher and steps == recipe.steps:
         raise TersorError("--teacher is for steps that train, and the recipe has none")
     return replace(

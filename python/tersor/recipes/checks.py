@@ -10,11 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
-from tersor.calibrate import DEFAULT_SEQ_LEN, Calibration, load_tokenizer
+from tersor.calibrate import DEFAULT_SEQ_LEN, Calibration, digest, load_tokenizer
 from tersor.checkpoint import Checkpoint
 from tersor.corpus import read_text
 from tersor.errors import TersorError
 from tersor.evaluate import position_limit, text_windows
+from tersor.models import find_arch
 from tersor.recipes.recipe import Evaluate, Export, Recipe, name_of
 from tersor.runs import text_windows as calibration_windows
 from tersor.scope import check_inputs, settle
@@ -59,11 +60,24 @@ def check(recipe: Recipe, model: str | Path) -> Checked:
         if isinstance(step, Evaluate):
             with _named(number, step):
                 windows[number] = _windows(step, source)
+    _texts(windows)
     return Checked(recipe, source, calibration, windows)
 
 
+def _texts(windows: dict[int, Windows]) -> None:
+    """TersorError for two texts of one name, of which a stage could hold one figure."""
+    seen: dict[str, str] = {}
+    for texts in windows.values():
+        for name, ids in texts.items():
+            if seen.setdefault(name, digest(ids)) != digest(ids):
+                raise TersorError(
+                    f"two texts to evaluate on are called {name}; name one of them otherwise: "
+                    f"text: {{other: FILE}}"
+                )
+
+
 def _order(recipe: Recipe) -> None:
-    state, exports = State(), set()
+    state = State()
     for number, step in enumerate(recipe.steps, 1):
         with _named(number, step):
             if isinstance(step, Step):
@@ -74,22 +88,40 @@ def _order(recipe: Recipe) -> None:
                         "it needs text; give --calibration FILE, or calibration in the recipe"
                     )
             if isinstance(step, Export):
-                if step.folder in exports:
-                    raise TersorError(f"{step.folder} is exported twice; choose another folder")
-                if number == 1:
-                    raise TersorError("there is nothing to export before the first step")
-                exports.add(step.folder)
+                _export(recipe, number)
+
+
+def _export(recipe: Recipe, number: int) -> None:
+    """TersorError unless there is a model to keep under a name of its own."""
+    export = recipe.steps[number - 1]
+    assert isinstance(export, Export)
+    writes = [n for n, step in enumerate(recipe.steps, 1) if isinstance(step, Step)]
+    if number < writes[0]:
+        raise TersorError("there is nothing to export before the first step")
+    if number > writes[-1]:
+        raise TersorError("the last step's model is the output itself; leave the export out")
+    other = recipe.steps[number - 2]
+    if isinstance(other, Export):
+        raise TersorError(f"{other.folder} is the same model; export it once")
+    names = [step.folder for step in recipe.steps if isinstance(step, Export)]
+    names += [f"{n}-{name_of(recipe.steps[n - 1])}" for n in writes] * (recipe.keep == "all")
+    if names.count(export.folder) > 1:
+        raise TersorError(f"{export.folder} is the name of two models; choose another folder")
 
 
 def _shapes(recipe: Recipe, source: Source) -> None:
-    """Groups and patterns against the linears, as long as their widths are those of the files."""
+    """Groups and patterns against the linears, as long as it is known how wide they are then: not
+    after a second cut, or one of another kind."""
+    model, cut = source.model, False
     for number, step in enumerate(recipe.steps, 1):
         if isinstance(step, Surgery):
-            if isinstance(step, Shrink):
-                with _named(number, step):
-                    parts = ("heads", "query_heads", "ffn", "layers", "multiple")
-                    settle_cuts(source, **{part: getattr(step, part) for part in parts})
-            return
+            if not isinstance(step, Shrink) or cut:
+                return
+            with _named(number, step):
+                parts = ("heads", "query_heads", "ffn", "layers", "multiple")
+                cuts = settle_cuts(source, **{part: getattr(step, part) for part in parts})
+                model, cut = cuts.skeleton(source, range(cuts.left)), True
+            continue
         if not isinstance(step, Step):
             continue
         with _named(number, step):
@@ -97,8 +129,8 @@ def _shapes(recipe: Recipe, source: Source) -> None:
             qat = settings.get("qat")
             scheme = qat.scheme if qat is not None else settings.get("scheme")
             sparsity = settings.get("sparsity") or getattr(settings.get("method"), "sparsity", None)
-            scope = settle(source.model, source.found, getattr(step, "ignore", ()))
-            check_inputs(source.model, scope.linears, scheme and scheme.weight, sparsity)
+            scope = settle(model, find_arch(model), getattr(step, "ignore", ()))
+            check_inputs(model, scope.linears, scheme and scheme.weight, sparsity)
 
 
 def check_teacher(folder: str | Path, source: Source) -> None:
@@ -131,7 +163,7 @@ def _windows(asked: Evaluate, source: Source) -> Windows:
     if asked.seq_len and limit and asked.seq_len > limit:
         raise TersorError(f"seq_len {asked.seq_len} is beyond the model's {limit} positions")
     found = {}
-    for name, file in asked.text.items():
+    for name, file in asked.files.items():
         whole = text_windows(read_text(file), tokenizer, length, asked.bos)
         found[name] = whole[: asked.samples]
     return found

@@ -21,7 +21,7 @@ from tersor.surgery.smaller import parameters
 
 BASELINE, MODEL = "baseline", "model"
 _PROMPT = 256  # tokens, where no text is read
-_BATCH = 8  # windows in a forward pass
+_LOGITS = 1 << 26  # of a forward pass, all windows together
 
 
 def measure_size(stage: Stage, folder: Path, report: Report | None, before: Stage | None) -> None:
@@ -58,7 +58,9 @@ def measure_quality(
         models[MODEL] = load_any(folder)
     mine = MODEL if MODEL in models else BASELINE
     for text, ids in windows.items():
-        stage.quality[text] = evaluate(models, ids, BASELINE, batch=_BATCH)[mine].to_dict()
+        vocabulary = models[BASELINE].config.get_text_config().vocab_size
+        batch = max(1, min(8, _LOGITS // (ids.shape[1] * vocabulary)))
+        stage.quality[text] = evaluate(models, ids, BASELINE, batch=batch)[mine].to_dict()
     if speed:
         prompt = next(iter(windows.values()))[:1] if windows else _random_prompt(models[BASELINE])
         speeds = {name: asdict(each) for name, each in measure_speed(models, prompt).items()}

@@ -15,6 +15,8 @@ runs it.
 from __future__ import annotations
 
 import os
+import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
@@ -22,7 +24,7 @@ from typing import Any
 
 import yaml
 
-from tersor.calibrate import Calibration
+from tersor.calibrate import BOS, Calibration
 from tersor.errors import TersorError
 from tersor.steps import STEPS, Step
 
@@ -39,19 +41,28 @@ class Evaluate:
     None as in `tersor eval`. bos: as in Calibration. speed: measure tokens per second too.
     """
 
-    text: Mapping[str, str] = field(default_factory=dict)
+    text: str | Mapping[str, str] = field(default_factory=dict)
     samples: int | None = None
     seq_len: int | None = None
     bos: str = "auto"
     speed: bool = False
 
     def __post_init__(self) -> None:
+        if self.bos not in BOS:
+            raise TersorError(f"bos is {', '.join(BOS)}, not {self.bos!r}")
         if not self.text and not self.speed:
             raise TersorError("evaluate needs text, name: FILE, or speed: true")
         for name in ("samples", "seq_len"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
-                raise TersorError(f"{name} is a whole number, 1 or more, not {value!r}")
+                raise TersorError(f"{name} is a whole number, 1 or more, not {reprlib.repr(value)}")
+
+    @property
+    def files(self) -> dict[str, str]:
+        """By name; a file alone has its own."""
+        if isinstance(self.text, str):
+            return {Path(self.text).stem: self.text}
+        return dict(self.text)
 
 
 @dataclass(frozen=True)
@@ -144,7 +155,7 @@ class Recipe:
         return [{name_of(step): settings_of(step)} for step in self.steps]
 
     def to_yaml(self) -> str:
-        """What read() makes an equal recipe of, if its files lie beside it."""
+        """As a file. Files that it names must lie beside it for read() to take them."""
         content: dict[str, Any] = {}
         if self.calibration is not None:
             content["calibration"] = settings_of(self.calibration)
@@ -157,6 +168,9 @@ class Recipe:
                 raise TersorError(f"{step} has a solver of its own, which YAML cannot name")
         content["steps"] = self.to_dicts()
         return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+
+_PLAIN = (str, int, float, list, type(None))
 
 
 def name_of(step: Step | Evaluate | Export) -> str:
@@ -173,6 +187,8 @@ def settings_of(thing: Any) -> dict[str, Any]:
             found[each.name] = list(value) if isinstance(value, tuple) else value
             if isinstance(value, Mapping):
                 found[each.name] = dict(value)
+            elif not isinstance(found[each.name], _PLAIN):  # a solver with settings of its own
+                found[each.name] = repr(value)
     return found
 
 
@@ -211,10 +227,9 @@ def _calibration(given: Any, home: Path | None) -> Calibration:
 
 def _evaluate(given: Any, home: Path | None, what: str) -> Evaluate:
     if not isinstance(given, dict):
-        raise TersorError(f"{what} has settings such as text and speed, not {given!r}")
+        raise TersorError(f"{what} has settings such as text and speed, not {reprlib.repr(given)}")
     text = given.get("text", {})
-    if isinstance(text, str):
-        text = {Path(text).stem: text}
+    text = {Path(text).stem: text} if isinstance(text, str) else text
     pairs = isinstance(text, dict) and all(isinstance(x, str) for p in text.items() for x in p)
     if not pairs:
         raise TersorError(f"text of {what} is a file, or names with a file each")
@@ -229,9 +244,13 @@ def _inside(home: Path | None, name: str) -> str:
     """A file that a recipe names, from where the recipe is."""
     if home is None:
         raise TersorError(f"a ready recipe names no files, and this names {name}")
-    path = os.path.normpath(os.path.join(home, name))
-    real, root = os.path.realpath(path.partition(".jsonl:")[0]), os.path.realpath(home)
-    if os.path.isabs(name) or os.path.commonpath([root, os.path.abspath(real)]) != root:
+    if not name.isprintable():
+        raise TersorError(f"{name!r} is not the name of a file")
+    path = os.path.abspath(os.path.join(home, name))
+    root = os.path.realpath(home)
+    # `name.jsonl:field` is a file with one field of its lines; both readings must be inside.
+    reals = [os.path.realpath(each) for each in (path, path.rpartition(":")[0] or path)]
+    if os.path.isabs(name) or any(os.path.commonpath([root, real]) != root for real in reals):
         raise TersorError(
             f"{name} is not in the folder of the recipe; put it there, or name it on the command "
             "line (--calibration, --text, --teacher)"
@@ -263,7 +282,7 @@ _WORDS = {
 def _made(kind: Any, settings: Any) -> Any:
     """A dataclass of settings, whose types YAML does not check."""
     if not isinstance(settings, dict):
-        raise TersorError(f"settings are names with values, not {settings!r}")
+        raise TersorError(f"settings are names with values, not {reprlib.repr(settings)}")
     known = {each.name: each for each in fields(kind)}
     given = {}
     for name, value in settings.items():
@@ -275,7 +294,7 @@ def _made(kind: Any, settings: Any) -> Any:
         value = tuple(value) if isinstance(value, list) else value
         if not any(_TYPES[each](value) for each in types):
             wanted = " or ".join(_WORDS[each] for each in types if each in _WORDS)
-            raise TersorError(f"{name} is {wanted}, not {value!r}")
+            raise TersorError(f"{name} is {wanted}, not {reprlib.repr(value)}")
         given[name] = value
     for name, each in known.items():
         if each.default is MISSING and each.default_factory is MISSING and name not in given:
@@ -288,11 +307,21 @@ def _ready(name: str) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice, of which YAML would take the last."""
+    """Refuses a key that stands twice, of which YAML would take the last, and mappings that are
+    merged (<<). Reads 2e-4 as a number, which YAML 1.1 does not."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        if any(key.value == "<<" for key, _ in node.value):
+            raise yaml.YAMLError("mappings are not merged with <<; write the settings out")
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.YAMLError(f"{key!r} stands twice, {str(node.start_mark).strip()}")
         return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)

@@ -76,8 +76,8 @@ def compress(
         check_teacher(base, checked.source)
     with _Journal.open(partial, _identity(checked, base)) as journal:
         run = _Run(checked, Path(model), base, journal, strict, progress)
-        if os.path.lexists(out):  # a run that was stopped while it cleaned up, or something else
-            if len(journal.done) < len(recipe.steps):
+        if os.path.lexists(out):  # made by a run that was stopped while it cleaned up?
+            if len(journal.done) < len(recipe.steps) or run.unfinished():
                 raise TersorError(_exists(out))
             journal.remove()
             return RecipeReport.read(out)
@@ -132,7 +132,8 @@ class _Journal:
             raise TersorError(f"{path} is damaged ({error}); {remove}") from None
         if before == self.identity:
             return
-        if self.done:
+        begun = set(os.listdir(self.folder)) - {_LOCK, _JOURNAL, _JOURNAL + ".tmp"}
+        if self.done or begun:
             keys = sorted(before.keys() | self.identity.keys())
             changed = [key for key in keys if before.get(key) != self.identity.get(key)]
             raise TersorError(
@@ -239,6 +240,11 @@ class _Run:
             self.journal.remove()
         return report
 
+    def unfinished(self) -> bool:
+        """Whether the last model is still to be put in its place."""
+        places = (self._folder(max(self._writes())), self.journal.folder / _STAGING)
+        return any(place.exists() for place in places)
+
     def _step(self, number: int, step: Step, before: Path, folder: Path) -> None:
         stage = Stage(f"{number} {step.name}", step.name, settings_of(step))
         start = time.perf_counter()
@@ -250,6 +256,8 @@ class _Run:
                 report = asked(before, folder, text, strict=self.strict, progress=self.progress)
         stage.seconds = round(time.perf_counter() - start, 3)
         stage.peak_bytes = peak.bytes
+        if self.strict:
+            report.require_strict()
         measure_size(stage, folder, report, self.journal.stages[-1])
         stage.layers = [asdict(layer) for layer in report.layers]
         stage.losses = [tuple(row) for row in (report.training or {}).get("log", [])]
@@ -301,6 +309,7 @@ def _identity(checked: Checked, original: Path) -> dict[str, Any]:
     return {
         "steps": recipe.to_dicts(),
         "keep": recipe.keep,
+        "speed": [getattr(each, "speed", None) for each in (recipe.evaluate, *recipe.steps)],
         "model": checked.source.checkpoint.fingerprint(),
         "original": Checkpoint.open(original).fingerprint(),
         "calibration": None if found is None else digest(found),

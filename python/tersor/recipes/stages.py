@@ -73,7 +73,8 @@ class RecipeReport:
     front: list[dict[str, Any]] = field(default_factory=list)
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+        known = json.loads(json.dumps(asdict(self)), parse_constant=lambda _: None)  # no NaN
+        return json.dumps(known, indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
     def read(cls, folder: Path) -> RecipeReport:

@@ -6,6 +6,7 @@ The whole model is in memory, in float32, with its gradients and the state of th
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -36,7 +37,7 @@ from tersor.training.losses import Distillation
 from tersor.training.plan import Plan, plan_settings
 from tersor.training.qat import QuantizationTraining
 
-BEGUN, TRAINED = "begun", "trained"  # commits
+BEGUN, SAVED, TRAINED = "begun", "saved", "trained"  # commits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,20 +170,18 @@ class _Run:
 
     def train(self) -> None:
         job = self.job
+        args = job.plan.arguments(self.folder)
+        teacher = None if job.teacher is None else load_any(job.teacher)
         model = job.source.whole().float().requires_grad_(True)
-        before = {
-            name: model.get_submodule(name).weight.detach().clone()
-            for name in (job.scope.linears if job.qat else ())
-        }
         masks, fake = self._masks(model), self._fake(model)
         callbacks = [each for each in (masks, fake, _Steps(self.bar)) if each is not None]
-        trainer = self._trainer(model, callbacks)
+        trainer = self._trainer(model, teacher, args, [*callbacks, _Saves(self.writer)])
         self.bar.expect(job.plan.steps)
         self.bar.say("training")
         with self.timings.stage("train"):
             trainer.train(resume_from_checkpoint=self._last())
         with self.timings.stage("write"):
-            self._write(model, before, _log(trainer.state.log_history))
+            self._write(model, _log(trainer.state.log_history))
 
     def _masks(self, model: nn.Module) -> Any:
         """Where zeros are kept, or made; None elsewhere."""
@@ -193,8 +192,9 @@ class _Run:
         if sparsity is not None:
             warmup, ramp = steps // 10, steps // 2
             schedule = Schedule(warmup, ramp, cooldown=steps - warmup - ramp)
-            return MaskTraining(sparsity, schedule, "magnitude").attach(model)
-        linears = self.job.scope.linears
+            linears = self.job.scope.linears  # without those that qat is to ignore
+            return MaskTraining(sparsity, schedule, "magnitude", include=linears).attach(model)
+        linears = settle(model, self.job.source.found, ()).linears
         pruned = [name for name in linears if is_pruned(model.get_submodule(name).weight)]
         return HoldZeros(include=pruned).attach(model) if pruned else None
 
@@ -217,7 +217,7 @@ class _Run:
         )
         return training.attach(model, job.calibration if begins else None)
 
-    def _trainer(self, model: nn.Module, callbacks: list[Any]) -> Any:
+    def _trainer(self, model: nn.Module, teacher: Any, args: Any, callbacks: list[Any]) -> Any:
         """A Trainer; where there is a teacher, one that distils."""
         from transformers import Trainer
 
@@ -226,23 +226,23 @@ class _Run:
 
         job = self.job
         rows = [{"input_ids": ids, "labels": ids} for ids in job.windows]
-        given = {"args": job.plan.arguments(self.folder), "train_dataset": rows}
-        given["callbacks"] = callbacks
+        given: dict[str, Any] = {"args": args, "train_dataset": rows, "callbacks": callbacks}
         disable_progress_bar()  # of shards, which Trainer writes with every checkpoint
-        if job.teacher is None:
+        if teacher is None:
             given["callbacks"] = [*callbacks, StopAtNaN()]
             trainer = Trainer(model, **given)
         else:
-            trainer = DistillTrainer(model, load_any(job.teacher), job.distillation, **given)
+            trainer = DistillTrainer(model, teacher, job.distillation, **given)
         trainer.remove_callback(PrinterCallback)
         return trainer
 
     def _last(self) -> str | None:
         """The last checkpoint that is whole: the state is what a Trainer writes last."""
-        found = [path.parent for path in self.folder.glob("checkpoint-*/trainer_state.json")]
+        states = self.folder.glob("checkpoint-*/trainer_state.json")
+        found = [path.parent for path in states if _is_json(path)]
         return str(max(found, key=lambda p: int(p.name.rpartition("-")[2]))) if found else None
 
-    def _write(self, model: nn.Module, before: Mapping[str, Tensor], log: list[Any]) -> None:
+    def _write(self, model: nn.Module, log: list[Any]) -> None:
         source = self.job.source
         layers: list[LayerReport] = []
         used = {place.name for place in source.where.values()}
@@ -264,6 +264,7 @@ class _Run:
                     for local, tensor in module.state_dict().items()
                     if local != "bias"
                 }
+                before = place.read(source.checkpoint).float()
                 layers.append(_layer(name.removesuffix(".weight"), module, before, tensors))
             else:
                 value = getattr(module, last).detach()
@@ -299,11 +300,24 @@ class _Steps(TrainerCallback):
         self.bar.step()
 
 
-def _layer(
-    name: str, linear: QuantLinear, before: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
-) -> LayerReport:
-    """error: of the weights, against those before the training."""
-    w = before[name]
+class _Saves(TrainerCallback):
+    """Commits that there is a checkpoint, so that other settings do not throw it away unasked. None
+    is written after the last step, from which a Trainer would go on with one more."""
+
+    def __init__(self, writer: ShardWriter) -> None:
+        self.writer = writer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_save = False
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if SAVED not in self.writer.done:
+            self.writer.commit(SAVED, {"bytes": 0})
+
+
+def _layer(name: str, linear: QuantLinear, w: Tensor, tensors: Mapping[str, Tensor]) -> LayerReport:
+    """error: of the weights, against w, those before the training."""
     q = linear.qweight().dequantize()
     return LayerReport(
         name=name,
@@ -315,6 +329,14 @@ def _layer(
         tokens=0,
         bytes=sum(tensor.nbytes for tensor in tensors.values()),
     )
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_bytes())
+    except ValueError:  # a machine that went down while it was written
+        return False
+    return True
 
 
 def _log(history: Iterable[Mapping[str, float]]) -> list[Any]:

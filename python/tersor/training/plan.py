@@ -74,6 +74,7 @@ class Plan:
             raise TersorError(
                 f"transformers has no optimizer {self.optimizer!r}; it has {', '.join(names)}"
             )
+        logged = max(1, self.steps // 100)
         return TrainingArguments(
             str(folder),
             max_steps=self.steps,
@@ -88,8 +89,9 @@ class Plan:
             use_cpu=True,
             seed=self.seed,
             data_seed=self.seed,
-            logging_steps=max(1, self.steps // 100),
-            save_steps=self.checkpoint_every,
+            logging_steps=logged,
+            # Where a log is due, or its first mean after a resume would be over fewer steps.
+            save_steps=-(-self.checkpoint_every // logged) * logged,
             save_total_limit=2,
             report_to=[],
             disable_tqdm=True,
