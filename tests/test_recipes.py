@@ -16,15 +16,13 @@ from tersor import TersorError, cli
 from tersor.calibrate import Calibration
 from tersor.evaluate import evaluate
 from tersor.loading import load_any
-from tersor.qweight import QSpec
 from tersor.recipes import run as running
-from tersor.recipes.recipe import READY, Evaluate, Export, Recipe, settings_of
+from tersor.recipes.recipe import Evaluate, Recipe
 from tersor.recipes.run import RECIPE_PAGE, STAGES, compress
 from tersor.recipes.stages import RECIPE_REPORT, RecipeReport
 from tersor.report import REPORT
 from tersor.solvers import RTN
-from tersor.sparsity import Sparsity
-from tersor.steps import Distill, Prune, QuantizationAware, Quantize, Shrink, State, Step
+from tersor.steps import Prune, Quantize, Shrink, Step
 
 SHORT = "steps: 3, batch: 2, learning_rate: 1.0e-3"
 FULL = f"""
@@ -63,148 +61,6 @@ def parse(text: str, home: Path) -> Recipe:
     path = home / "other.yaml"
     path.write_text(text)
     return Recipe.read(path)
-
-
-# --- reading -------------------------------------------------------------------------------------
-
-
-def test_yaml_and_python_are_the_same(home: Path) -> None:
-    recipe = Recipe.read(home / "recipe.yaml")
-    text, held = str(home / "text.txt"), str(home / "held" / "out.txt")
-    training: dict[str, Any] = {"steps": 3, "batch": 2, "learning_rate": 1e-3}
-    assert recipe == Recipe(
-        steps=(
-            Shrink(ffn=0.3, multiple=32),
-            Distill(temperature=2.0, **training),
-            Export("distilled"),
-            Prune(pattern="2:4"),
-            Evaluate({"text": text}, seq_len=32, samples=2, speed=True),
-            QuantizationAware(bits=4, group=32, **training),
-        ),
-        calibration=Calibration((text,), samples=8, seq_len=32),
-        evaluate=Evaluate({"prose": held}, seq_len=32, samples=4),
-        name="recipe.yaml",
-    )
-
-
-def test_settings_are_those_that_are_not_as_by_default() -> None:
-    assert settings_of(Quantize()) == {}
-    assert settings_of(Shrink(layers=(1, 2), ffn=0.5)) == {"layers": [1, 2], "ffn": 0.5}
-    assert settings_of(Evaluate({"a": "b"})) == {"text": {"a": "b"}}
-
-
-def test_yaml_that_is_written_reads_back(home: Path) -> None:
-    made = Recipe(
-        (Shrink(layers=(1,)), Evaluate(speed=True), Prune(pattern="4:8", refit=True), Quantize()),
-        keep="all",
-        name="other.yaml",
-    )
-    assert parse(made.to_yaml(), home) == made
-
-
-@pytest.mark.parametrize("name", READY)
-def test_ready_recipes(name: str) -> None:
-    """Each is of the kind that its name promises, and its steps follow one another."""
-    recipe = Recipe.read(name)
-    state = State()
-    for step in recipe.steps:
-        assert isinstance(step, Step)
-        step.call()
-        state = step.after(state)
-    assert state.quantized is not None and state.quantized.weight == QSpec(4)
-    names = [step.name for step in recipe.steps if isinstance(step, Step)]
-    wanted = {
-        "cloud": (["prune"], Sparsity(0.2)),
-        "edge": (["qat"], None),
-        "realtime": (["shrink", "quantize"], None),
-        "mobile": (["shrink", "distill", "prune", "qat"], Sparsity(pattern=(2, 4))),
-    }
-    assert (names, state.zeros) == wanted[name]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "not a recipe"),
-        ("- a\n- b", "not a recipe"),
-        ("steps: [", "not YAML"),
-        ("steps: []", "steps is a list, of distill"),
-        ("steps: prune", "steps is a list"),
-        ("stages: []", "'stages' is not of a recipe; it has steps, calibration"),
-        ("steps: [melt]", "step 1, melt: there is no such step; there are distill, prune"),
-        ("steps: [quantize: {bitz: 4}]", "step 1, quantize: there is no setting 'bitz'"),
-        ("steps: [quantize: {bits: four}]", "bits is a whole number, not 'four'"),
-        ("steps: [quantize: {bits: true}]", "bits is a whole number, not True"),
-        ("steps: [quantize: {ignore: [1]}]", "ignore is a list of words"),
-        ("steps: [quantize: 4]", "settings are names with values, not 4"),
-        ("steps: [{quantize: {}, prune: {}}]", "step 1 is one name with its settings"),
-        ("steps: [prune: {pattern: 2:4}]", "in quotes where YAML would take it for a number"),
-        ("steps: [slice: {}]", "hidden is missing"),
-        ("steps: [quantize: {bits: 4, bits: 8}]", "'bits' stands twice"),
-        ("steps: [quantize]\nsteps: [prune]", "'steps' stands twice"),
-        ("steps: [export: {folder: a}]", "a recipe needs a step that changes the model"),
-        ("steps: [quantize, export: {folder: ../a}]", "folder is a plain name"),
-        ("steps: [quantize, export: {folder: ''}]", "folder is the name of a folder"),
-        ("steps: [quantize, evaluate: {}]", "evaluate needs text, name: FILE, or speed"),
-        ("steps: [quantize, evaluate: {speed: true, bos: nver}]", "bos is auto, always, never"),
-        ('steps: [quantize]\ncalibration: "a\\0b"', "is not the name of a file"),
-        ("a: &a {bits: 4}\nsteps: [quantize: {<<: *a}]", "not merged with <<"),
-        ("steps: [quantize, evaluate: {text: [a]}]", "text of evaluate is a file, or names"),
-        ("steps: [quantize]\nkeep: some", "keep is last or all"),
-        ("steps: [quantize]\ncalibration: /etc/hostname", "not in the folder of the recipe"),
-        ("steps: [quantize]\ncalibration: ../text.txt", "not in the folder of the recipe"),
-        ("steps: [distill: {teacher: ../model}]", "not in the folder of the recipe"),
-        ("steps: [distill: {text: /etc/hostname}]", "not in the folder of the recipe"),
-        ("steps: [quantize]\nevaluate: {text: ../x}", "not in the folder of the recipe"),
-        ("!!python/object/apply:os.system ['true']", "not YAML"),
-    ],
-)
-def test_files_that_are_no_recipes(home: Path, text: str, message: str) -> None:
-    with pytest.raises(TersorError, match=r"other\.yaml") as error:
-        parse(text, home)
-    assert message in str(error.value)
-
-
-def test_a_link_out_of_the_folder_is_refused(home: Path, tmp_path: Path) -> None:
-    (tmp_path / "text.txt").symlink_to(home / "text.txt")
-    with pytest.raises(TersorError, match="not in the folder of the recipe"):
-        parse("steps: [quantize]\ncalibration: text.txt", tmp_path)
-
-
-@pytest.mark.parametrize("name", ["x.jsonl:text", "x.jsonl", "d.jsonl:/text.txt", "d.jsonl:/x:y"])
-def test_links_with_a_field_are_refused_too(home: Path, tmp_path: Path, name: str) -> None:
-    (tmp_path / "x.jsonl").symlink_to(home / "text.txt")
-    (tmp_path / "d.jsonl:").symlink_to(home)
-    with pytest.raises(TersorError, match="not in the folder of the recipe"):
-        parse(f"steps: [quantize]\ncalibration: '{name}'", tmp_path)
-
-
-def test_values_that_grow_are_cut_in_messages(home: Path) -> None:
-    """Aliases of aliases: a few hundred bytes that would print as many millions."""
-    lines = ["a0: &a0 [x, x, x, x, x, x, x, x]"]
-    for number in range(1, 8):
-        before = ", ".join([f"*a{number - 1}"] * 8)
-        lines.append(f"a{number}: &a{number} [{before}]")
-    with pytest.raises(TersorError) as error:
-        parse("\n".join([*lines, "steps: [quantize: {bits: *a7}]"]).replace("a0:", "steps2:"), home)
-    assert len(str(error.value)) < 1000
-    steps = f"steps: [quantize: {{bits: {'[' * 60 + ']' * 60}}}]"
-    with pytest.raises(TersorError) as error:
-        parse(steps, home)
-    assert len(str(error.value)) < 1000
-
-
-def test_numbers_as_people_write_them(home: Path) -> None:
-    (step,) = parse("steps: [distill: {learning_rate: 2e-4, alpha: 1, warmup: .1}]", home).steps
-    assert step == Distill(learning_rate=2e-4, alpha=1, warmup=0.1)
-
-
-def test_no_such_file(tmp_path: Path) -> None:
-    with pytest.raises(TersorError, match="give a YAML file, or cloud, edge, realtime, mobile"):
-        Recipe.read(tmp_path / "none.yaml")
-    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(TersorError, match="not UTF-8"):
-        Recipe.read(tmp_path / "binary")
 
 
 # --- checked before the first step ---------------------------------------------------------------
