@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("accelerate")
-from tersor import TersorError
+from tersor import TersorError, cli
 from tersor.calibrate import Calibration
+from tersor.commands.recipe import _with_options
 from tersor.qweight import QSpec
 from tersor.recipes.recipe import READY, Evaluate, Export, Recipe, settings_of
 from tersor.sparsity import Sparsity
-from tersor.steps import Distill, Prune, QuantizationAware, Quantize, Shrink, State, Step
+from tersor.steps import Distill, Prune, QuantizationAware, Quantize, Shrink, State, Step, Train
 from test_recipes import FULL, parse
 
 
@@ -165,3 +167,36 @@ def test_no_such_file(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(TersorError, match="not UTF-8"):
         Recipe.read(tmp_path / "binary")
+
+
+def test_the_command_line_adds_to_a_recipe(home: Path) -> None:
+    """And replaces what it names, nothing else."""
+
+    def options(recipe: Recipe, *given: str) -> Recipe:
+        common = ["compress", "model", "--out", "out", "--recipe", "file"]
+        return _with_options(recipe, cli.build_parser().parse_args([*common, *given]))
+
+    recipe = Recipe.read(home / "recipe.yaml")
+    assert options(recipe) == recipe
+    assert recipe.calibration is not None and recipe.evaluate is not None
+    fewer = replace(recipe.calibration, samples=2, seq_len=16)
+    assert options(recipe, "--samples", "2", "--seq-len", "16").calibration == fewer
+    other = options(recipe, "--calibration", "b.txt").calibration
+    assert other == replace(recipe.calibration, sources=("b.txt",))
+    text = replace(recipe.evaluate, text={"b": "b.txt"})
+    assert options(recipe, "--text", "b.txt").evaluate == text
+    taught = options(recipe, "--teacher", "original").steps
+    teachers = [step.teacher for step in taught if isinstance(step, Train)]
+    assert teachers == [str(Path("original").resolve())] * 2
+    bare = Recipe((Quantize(),))
+    assert options(bare, "--text", "b.txt", "--seq-len", "16").evaluate == Evaluate(
+        {"b": "b.txt"}, seq_len=16
+    )
+    assert options(bare, "--speed").evaluate == Evaluate(speed=True)
+    for wrong, message in (
+        (["--samples", "4"], "--samples is of a text"),
+        (["--teacher", "x"], "the recipe has none"),
+        (["--text", "a/x.txt", "b/x.txt"], "the same name"),
+    ):
+        with pytest.raises(TersorError, match=message):
+            options(bare, *wrong)

@@ -61,10 +61,9 @@ def _with_options(recipe: Recipe, args: argparse.Namespace) -> Recipe:
             calibration = replace(calibration, sources=sources, texts=(), **given)
     elif calibration is not None:
         calibration = replace(calibration, **given)
-    elif given:
-        raise TersorError(
-            f"--{next(iter(given)).replace('_', '-')} is of a text; give --calibration"
-        )
+    elif given and not args.text:
+        option = next(iter(given)).replace("_", "-")
+        raise TersorError(f"--{option} is of a text; give --calibration or --text")
     if args.text:
         texts = {Path(file).stem: file for file in args.text}
         if len(texts) < len(args.text):
