@@ -124,7 +124,7 @@ def test_a_student_that_comes_out_quantized(tmp_path: Path) -> None:
         (folder / "checkpoint-2").mkdir()
         swap_linears(student, Scheme(QSpec(4, 32)))
 
-    with pytest.raises(TersorError, match="q_proj quantized.*quantize after the chain"):
+    with pytest.raises(TersorError, match=r"q_proj quantized.*quantize after the chain"):
         progressive(teacher(), [3], train, tmp_path / "chain")
     assert (tmp_path / "chain" / "stage-1.training" / "checkpoint-2").is_dir()
     assert not (tmp_path / "chain" / "stage-1").exists()
