@@ -312,6 +312,9 @@ def test_wrong_methods() -> None:
     with pytest.raises(TersorError, match="a calibration tensor holds token ids"):
         merge_lora(model, torch.zeros(3))
     assert torch.equal(logits(model), want)
+    model.get_base_model().lm_head.to("meta")
+    with pytest.raises(TersorError, match="is on meta, and calibration runs on the CPU"):
+        merge_lora(model, IDS)
 
 
 def test_saving_wants_a_quantized_model_of_transformers(tmp_path: Path) -> None:

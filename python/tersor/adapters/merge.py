@@ -75,7 +75,7 @@ def merge_lora(
         cannot be told from what rounding made zero, and are merged into like any weight: keep the
         adapters beside a weight that was pruned without a pattern.
     calibration: as in quantize_model, for gptq, and to measure the errors of outputs. Each block
-        sees what the merged ones before it give.
+        sees what the merged ones before it give. Only on the CPU.
     dense: put an nn.Linear with W + B A, in the layer's dtype, in the place of each instead.
 
     What peft put on other modules is merged by peft's own merge_and_unload().
@@ -99,6 +99,8 @@ def merge_lora(
             f"{solver.name} needs inputs to calibrate on; pass token ids as `calibration`, or use "
             'method="rtn"'
         )
+    if inputs:
+        _check_on_cpu(inner)
     report = MergeReport()
     with torch.no_grad(), evaluating(inner):
         found, texts = start(inner, inputs)
@@ -145,6 +147,15 @@ def _check(layers: dict[str, Any], dense: bool) -> None:
             )
 
 
+def _check_on_cpu(model: nn.Module) -> None:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.device.type != "cpu":
+            raise TersorError(
+                f"{name} is on {tensor.device}, and calibration runs on the CPU; bring the model "
+                "there, with model.cpu(), or leave calibration out"
+            )
+
+
 def _by_block(layers: dict[str, Any], blocks: list[str]) -> Iterator[tuple[str | None, list[str]]]:
     """The layers of each block in turn, and in the end those in none with None for a block. Without
     blocks, all of them under the path of the whole model."""
@@ -170,7 +181,7 @@ def _merged(
 ) -> tuple[nn.Module, MergedLayer]:
     base = layer.get_base_layer()
     before = _dense_weight(base)
-    delta, shift = torch.zeros_like(before), torch.zeros(base.out_features)
+    delta, shift = torch.zeros_like(before), before.new_zeros(base.out_features)
     for adapter in layer.active_adapters:
         if adapter in layer.lora_A:
             b, a = layer.lora_B[adapter], layer.lora_A[adapter]
