@@ -21,7 +21,9 @@ from test_distill_trainer import args, examples, windows
 
 
 def eager(kind: str = "llama", **changes: object) -> Any:
-    model = tiny.model(kind, **changes)
+    off = {"bert": "attention_probs_dropout_prob", "gpt2": "attn_pdrop"}
+    plain = {off[kind]: 0.0} if kind in off else {}
+    model = tiny.model(kind, **(plain | changes))
     model.set_attn_implementation("eager")
     return model
 
@@ -155,3 +157,12 @@ def test_refusals() -> None:
     ):
         with pytest.raises(TersorError, match=f"the {whose} attends with 'sdpa'"):
             FeatureLoss(*models, Features(attention=1.0))
+    for kind, name in (
+        ("llama", "attention_dropout"),
+        ("bert", "attention_probs_dropout_prob"),
+        ("gpt2", "attn_pdrop"),
+    ):
+        dropping = eager(kind, **{name: 0.1})
+        with pytest.raises(TersorError, match=f"{name}=0.1 of dropout.*before the model is made"):
+            FeatureLoss(dropping, eager(kind), Features(attention=1.0))
+        FeatureLoss(eager(kind), dropping, Features(attention=1.0))  # which does not train

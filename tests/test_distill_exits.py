@@ -217,6 +217,72 @@ def test_resume(tmp_path: Path) -> None:
         torch.testing.assert_close(weights(ours), weights(theirs), rtol=0, atol=0)
 
 
+def test_best_model(tmp_path: Path) -> None:
+    """The heads are of the same checkpoint as the model."""
+    model = deep(num_hidden_layers=3)
+    how = args(
+        tmp_path,
+        max_steps=3,
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,  # what learns is then best at its beginning
+    )
+    exits = ExitHeads(model, [0])
+    rows = examples()
+    trainer = ExitTrainer(model, exits, args=how, train_dataset=rows, eval_dataset=rows)
+    trainer.train()
+    best = trainer.state.best_model_checkpoint
+    assert best is not None and best.endswith("checkpoint-1")
+    kept = AutoModelForCausalLM.from_pretrained(best)
+    torch.testing.assert_close(weights(model), weights(kept), rtol=0, atol=0)
+    torch.testing.assert_close(weights(exits), weights(ExitHeads.load(best, kept)), rtol=0, atol=0)
+
+
+def test_gradients_of_heads_are_looked_at_and_clipped(tmp_path: Path) -> None:
+    model = deep(num_hidden_layers=3).requires_grad_(False)
+
+    def step(folder: str, **changes: Any) -> float:
+        """How far one step of plain SGD moves the heads."""
+        exits = ExitHeads(model, [0, 1])
+        before = weights(exits)
+        settings = {"max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "warmup_steps": 0}
+        how = args(tmp_path / folder, **(settings | changes))
+        ExitTrainer(model, exits, full=0.0, args=how, train_dataset=examples()).train()
+        now = weights(exits)
+        return float(torch.stack([(now[n] - w).norm() for n, w in before.items()]).norm())
+
+    free = step("free")
+    assert step("clipped", max_grad_norm=free / 8) == pytest.approx(free / 8, rel=1e-3)
+    exits = ExitHeads(model, [0])
+    next(exits.parameters()).register_hook(lambda grad: grad * float("inf"))
+    trainer = ExitTrainer(model, exits, args=args(tmp_path / "inf"), train_dataset=examples())
+    with pytest.raises(TersorError, match=r"the gradient is (nan|inf) in step 1"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_predictions_and_the_evaluation_after_them(tmp_path: Path, kind: str) -> None:
+    """Logits of all tokens, of the model as it is; and logs of what was evaluated alone."""
+    model = deep(kind)
+    rows = examples()
+    given: dict[str, Any] = {"args": args(tmp_path), "eval_dataset": rows[:4]}
+    trainer = ExitTrainer(model, ExitHeads(model, EXITS), train_dataset=rows, **given)
+    before = trainer.evaluate()
+    found = trainer.predict(rows[4:]).predictions
+    batch = {name: torch.stack([row[name] for row in rows[4:]]) for name in rows[0]}
+    with torch.no_grad():
+        wanted = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(torch.tensor(found)[real], wanted[real], rtol=1e-4, atol=1e-4)
+    after = trainer.evaluate()
+    parts = [name for name in before if "exit" in name or "entropy" in name]
+    assert len(parts) == 3 and all(before[name] == after[name] for name in parts)
+
+
 def test_refusals(tmp_path: Path) -> None:
     model = deep()
     for wrong in ([], [4], [-1], [2, 1], [1, 1]):
@@ -232,6 +298,17 @@ def test_refusals(tmp_path: Path) -> None:
         ExitTrainer(model, exits, weights={0: 1.0}, **how)
     with pytest.raises(TersorError, match="full is -1"):
         ExitTrainer(model, exits, full=-1, **how)
+    for other in (
+        how | {"compute_loss_func": lambda *_: None},
+        how | {"args": args(tmp_path, label_smoothing_factor=0.1)},
+    ):
+        with pytest.raises(TersorError, match="would replace the distillation loss"):
+            ExitTrainer(model, exits, **other)
+    mine = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(TersorError, match="does not train the exit heads"):
+        ExitTrainer(model, exits, optimizers=(mine, None), **how)
+    both = torch.optim.SGD([*model.parameters(), *exits.parameters()], 0.1)
+    ExitTrainer(model, exits, optimizers=(both, None), **how)
     with pytest.raises(TersorError, match="of another model"):
         EarlyExit(deep(), exits)
     with pytest.raises(TersorError, match="the threshold is 0"):

@@ -94,6 +94,12 @@ def test_weights_by_size(temperature: float) -> None:
         assert share == pytest.approx(raw[name] / sum(raw.values()))
 
 
+def test_a_low_temperature_takes_the_largest_alone() -> None:
+    mixture = Mixture(numbered(), temperature=0.001)
+    largest = max(SIZES, key=lambda name: SIZES[name])
+    assert mixture.weights == {name: float(name == largest) for name in SIZES}
+
+
 def test_changes_and_workers() -> None:
     mixture = Mixture({name: (rows, 1) for name, rows in numbered().items()})
     mixture.reweigh({"code": 0, "prose": 0, "mail": 1}, 30)
@@ -226,6 +232,11 @@ def test_refusals(tmp_path: Path) -> None:
     trainer, _ = make(tmp_path, dataloader_num_workers=1)
     with pytest.raises(TersorError, match="set dataloader_num_workers=0"):
         trainer.train()
+    trainer, follow = make(tmp_path / "padded")
+    follow.teacher = tiny.model("llama", vocab_size=192)
+    with pytest.raises(TersorError, match="has 160 tokens and the teacher's 192, and FollowGap"):
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
 def train(folder: Path, processes: int) -> None:

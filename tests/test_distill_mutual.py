@@ -115,6 +115,36 @@ def test_resume(tmp_path: Path) -> None:
         made(tmp_path / "third", smaller, **how).train(resume_from_checkpoint=since)
 
 
+def test_best_models(tmp_path: Path) -> None:
+    models = pair()
+    how: dict[str, Any] = {
+        "max_steps": 3,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": True,  # what learns is then best at its beginning
+    }
+    trainer = made(tmp_path, models, **how)
+    trainer.train()
+    best = trainer.state.best_model_checkpoint
+    assert best is not None and best.endswith("checkpoint-1")
+    for name, model in models.items():
+        kept = AutoModelForCausalLM.from_pretrained(Path(best, name))
+        torch.testing.assert_close(weights(model), weights(kept), rtol=0, atol=0)
+
+
+def test_an_evaluation_after_a_prediction(tmp_path: Path) -> None:
+    trainer = made(tmp_path, pair())
+    before = trainer.evaluate()
+    trainer.predict(examples(3))
+    after = trainer.evaluate()
+    parts = [name for name in before if "entropy" in name or "distillation" in name]
+    assert len(parts) == 4 and all(before[name] == after[name] for name in parts)
+
+
 def test_masked_language_models(tmp_path: Path) -> None:
     models = {"a": tiny.model("bert", num_hidden_layers=1), "b": tiny.model("bert")}
     logs = made(tmp_path, models).evaluate()
@@ -131,6 +161,7 @@ def test_masked_language_models(tmp_path: Path) -> None:
     assert logs["eval_a_cross_entropy"] == pytest.approx(wanted, rel=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated")
 def test_refusals(tmp_path: Path) -> None:
     one = tiny.model("llama")
     for models, message in (
@@ -146,3 +177,7 @@ def test_refusals(tmp_path: Path) -> None:
     trainer = MutualTrainer(pair(), args=args(tmp_path), train_dataset=bare)
     with pytest.raises(TersorError, match="batches have no labels"):
         trainer.train()
+    with pytest.raises(TersorError, match="leave it out and enable it on each model"):
+        made(tmp_path, pair(), gradient_checkpointing=True)
+    with pytest.raises(TersorError, match="would replace the distillation loss"):
+        made(tmp_path, pair(), label_smoothing_factor=0.1)

@@ -115,6 +115,25 @@ def test_written_batch() -> None:
         assert ids[: int((labels == -100).logical_not().nonzero()[0])] in PROMPTS
 
 
+def test_long_prompts() -> None:
+    """Where positions are a table, the end of a row's prompt that leaves room for what follows."""
+    student = tiny.model("opt")
+    ids = windows(2, 62)
+    labels = torch.full_like(ids, -100)
+    labels[0, 61:], labels[1, 30:] = 1, 1
+    made = OnPolicy(share=1.0, new_tokens=8).written(
+        student, {"input_ids": ids, "labels": labels}, WHEN
+    )
+    for i, prompt in enumerate((ids[0, 5:61], ids[1, :30])):
+        assert torch.equal(made["input_ids"][i, : len(prompt)], prompt)
+        assert (made["labels"][i, : len(prompt)] == -100).all()
+        assert made["labels"][i, len(prompt)] != -100
+    longer = OnPolicy(share=1.0, new_tokens=8).written(
+        tiny.model("llama"), {"input_ids": ids, "labels": labels}, WHEN
+    )
+    assert torch.equal(longer["input_ids"][0, :61], ids[0, :61])  # rotary positions have no end
+
+
 def test_share() -> None:
     """About so many batches, the same ones in every process."""
     settings = OnPolicy(share=0.25, new_tokens=1, prompt_tokens=1)
@@ -216,6 +235,13 @@ def test_refusals(tmp_path: Path) -> None:
         DistillTrainer(student, cache, on_policy=OnPolicy(), **how)
     with pytest.raises(TersorError, match="writes no text"):
         DistillTrainer(tiny.model("bert"), tiny.model("bert"), on_policy=OnPolicy(), **how)
+    for wrong in (
+        {"new_tokens": 5, "prompts": [[1], [1] * 60]},
+        {"new_tokens": 5, "prompt_tokens": 60},
+        {"new_tokens": 64},
+    ):
+        with pytest.raises(TersorError, match="beyond the model's 64 positions"):
+            DistillTrainer(tiny.model("opt"), teacher, on_policy=OnPolicy(**wrong), **how)
     whole = [row | {"labels": row["input_ids"]} for row in examples()]
     trainer = DistillTrainer(
         student, teacher, on_policy=OnPolicy(share=1.0), args=args(tmp_path), train_dataset=whole

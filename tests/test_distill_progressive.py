@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import tiny
 
 pytest.importorskip("accelerate")
 
-from tersor import TersorError
+from tersor import QSpec, Scheme, TersorError, swap_linears
 from tersor.training import Distillation
 from tersor.training.progressive import by_distillation, progressive
 from test_distill_trainer import examples, weights
@@ -92,6 +93,51 @@ def test_killed(tmp_path: Path, stage: int) -> None:
 
     last = progressive(teacher(), [3, 1], never, tmp_path / "again")
     torch.testing.assert_close(weights(last), weights(whole), rtol=0, atol=0)
+
+
+def test_begun_with_another_teacher(tmp_path: Path) -> None:
+    """A stage that was killed is not gone on with from what another one learnt."""
+
+    def killed(student: Any, source: Any, folder: Path) -> None:
+        distil(max_steps=1)(student, source, folder)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        progressive(teacher(), [3], killed, tmp_path / "chain")
+    begun = tmp_path / "chain" / "stage-1.training"
+    other = tiny.model("llama", num_hidden_layers=5)
+    with pytest.raises(TersorError, match=r"stage-1\.training was made with another teacher"):
+        progressive(other, [3], distil(), tmp_path / "chain")
+    with pytest.raises(TersorError, match=r"stage-1\.training was made with another student"):
+        progressive(teacher(), [2], distil(), tmp_path / "chain")
+    assert (begun / "checkpoint-1").is_dir()
+    progressive(teacher(), [3], distil(), tmp_path / "chain")
+    begun.mkdir()  # as if it had been killed just after the stage had its name
+    progressive(teacher(), [3], distil(), tmp_path / "chain")
+    assert not begun.exists()
+
+
+def test_a_student_that_comes_out_quantized(tmp_path: Path) -> None:
+    """No folder of transformers holds it, and what was trained is not thrown away."""
+
+    def train(student: Any, source: Any, folder: Path) -> None:
+        (folder / "checkpoint-2").mkdir()
+        swap_linears(student, Scheme(QSpec(4, 32)))
+
+    with pytest.raises(TersorError, match=r"q_proj quantized.*quantize after the chain"):
+        progressive(teacher(), [3], train, tmp_path / "chain")
+    assert (tmp_path / "chain" / "stage-1.training" / "checkpoint-2").is_dir()
+    assert not (tmp_path / "chain" / "stage-1").exists()
+
+
+def test_a_stage_that_lacks_weights(tmp_path: Path) -> None:
+    progressive(teacher(), [2], distil(), tmp_path / "chain")
+    file = tmp_path / "chain" / "stage-1" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(TersorError, match=r"lacks model\.layers\.1\.mlp\.up_proj\.weight"):
+        progressive(teacher(), [2], distil(), tmp_path / "chain")
 
 
 def test_students_of_ones_own(tmp_path: Path) -> None:

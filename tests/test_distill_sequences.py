@@ -168,6 +168,10 @@ def test_refusals(tmp_path: Path) -> None:
         ({"out": tmp_path / "c.txt"}, "ends in .jsonl"),
         ({"tokenizer": tiny.tokenizer(bos=False), "prompts": ["a", ""]}, "prompt 1 has no tokens"),
         ({"teacher": tiny.model("bert")}, "writes no text"),
+        (  # before the batches ahead of it are written
+            {"teacher": tiny.model("opt"), "prompts": ["so"] * 9 + ["ra " * 70], "new_tokens": 5},
+            "prompt 9 of .* beyond the model's 64 positions",
+        ),
     ):
         given: dict[str, Any] = {
             "teacher": model,

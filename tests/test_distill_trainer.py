@@ -285,6 +285,15 @@ def test_refusals(tmp_path: Path) -> None:
         DistillTrainer(student, student, **how)
     with pytest.raises(TersorError, match="would replace the distillation loss"):
         DistillTrainer(student, teacher, compute_loss_func=lambda *_: None, **how)
+    smooth = how | {"args": args(tmp_path, label_smoothing_factor=0.1)}
+    with pytest.raises(TersorError, match="would replace the distillation loss"):
+        DistillTrainer(student, teacher, **smooth)
+    narrow = tiny.model("llama", hidden_size=32)
+    mine = torch.optim.SGD(narrow.parameters(), 0.1)
+    with pytest.raises(TersorError, match="does not train the projections of features"):
+        DistillTrainer(
+            narrow, teacher, features=Features(hidden=1.0), optimizers=(mine, None), **how
+        )
     cache = cache_teacher(teacher, windows(2), tmp_path / "cache")
     with pytest.raises(TersorError, match="a cache holds no features"):
         DistillTrainer(student, cache, features=Features(hidden=1.0), **how)

@@ -267,6 +267,8 @@ def test_wrong_settings(settings: dict[str, Any], message: str) -> None:
         ({"to": W2, "config": LoraConfig(r=65)}, "rank 65 is more than .*q_proj has, 64"),
         ({"to": W2, "config": LoraConfig(r=0)}, "rank r of a LoraConfig is at least 1"),
         ({"to": W2, "config": LoraConfig(target_modules=["lm_head"])}, "none of the linears"),
+        ({"to": W2, "config": LoraConfig(exclude_modules=".*")}, "exclude_modules leaves none"),
+        ({"to": W2, "config": LoraConfig(rank_pattern={"q_proj": 0})}, "in rank_pattern"),
         ({"to": W2, "config": LoraConfig(use_dora=True)}, "use_dora is not supported"),
         ({"to": Scheme(QSpec(4, 128))}, "group 128 does not divide"),
     ],

@@ -327,6 +327,12 @@ def test_state_dict_keeps_the_packed_base() -> None:
     ("settings", "message"),
     [
         ({"r": 0}, "rank r of a LoraConfig is at least 1, not 0"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank q_proj in rank_pattern .* at least 1, not 0"),
+        ({"exclude_modules": ".*"}, "nothing is left to put adapters on"),
+        (
+            {"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]},
+            "nothing is left to put adapters on",
+        ),
         ({"use_dora": True}, "use_dora is not supported on quantized linears"),
         ({"init_lora_weights": "pissa"}, "'pissa' changes or reads the base weight"),
         ({"init_lora_weights": "olora"}, "'olora' changes or reads"),

@@ -133,6 +133,23 @@ def test_inputs_that_never_fire_do_no_harm() -> None:
     assert root_of(zeros, 0.01) is None
 
 
+def test_damping_grows_until_there_is_a_root() -> None:
+    """Fewer tokens than inputs, with rounding that makes eigenvalues below zero."""
+    stats = GramStats(K)
+    stats.update(1e3 * inputs(K // 4))
+    gram = stats.gram.double() / stats.tokens
+    damped = gram + 1e-16 * gram.diagonal().mean() * torch.eye(K, dtype=torch.float64)
+    with pytest.raises(torch.linalg.LinAlgError):
+        torch.linalg.cholesky(damped)
+    root = root_of(stats, 1e-16)
+    assert root is not None
+    more = root @ root.T - gram
+    added = more.diagonal().mean()
+    assert 0 < added < 1e-4 * gram.diagonal().mean()
+    off = more - added * torch.eye(K, dtype=torch.float64)
+    assert off.abs().max() <= 1e-12 * gram.abs().max()
+
+
 # --- models ---------------------------------------------------------------------------------------
 
 
@@ -264,6 +281,7 @@ def test_can_be_trained() -> None:
         ({"rank": 4, "damp": 0.0}, "damp must be between 0 and 1"),
         ({"rank": 40}, "rank 40 makes no linear smaller; the largest that would is 38"),
         ({"rank": 4, "ignore": ["*.nope"]}, "matches no module"),
+        ({"energy": 1.0}, "energy 1.0 makes no linear smaller"),
     ],
 )
 def test_wrong_settings(given: dict[str, Any], message: str) -> None:

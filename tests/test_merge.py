@@ -224,6 +224,29 @@ def _linear() -> nn.Sequential:
     return base
 
 
+@pytest.mark.parametrize("pattern", [(2, 4), (4, 8), (3, 4)])
+@pytest.mark.parametrize("scheme", [W4, Scheme(QSpec(4, 32, symmetric=False))])
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_zeros_in_a_pattern_are_held(pattern: tuple[int, int], scheme: Scheme, method: str) -> None:
+    """Where at least half are zero; fewer could be those of rounding."""
+    kept, of = pattern
+    draw = torch.manual_seed(0)
+    w = torch.randn(32, 64 // of, of, generator=draw)
+    w = w.scatter(2, w.abs().topk(of - kept, largest=False).indices, 0.0).view(32, 64)
+    model = adapted(nn.Sequential(QuantLinear(RTN()(w, None, scheme.weight))), size=1.0)
+    wanted = merged_weights(model)["0"]
+    layer = model.base_model.model[0].base_layer
+    zeros = layer.qweight().dequantize() == 0
+    x = torch.randn(40, 64, generator=draw)
+    plain, report = merge_lora(model, [x], method=method)
+    got = plain[0].qweight().dequantize(torch.float64)
+    holds = 2 * kept <= of
+    assert bool((got[zeros] == 0).all()) == holds
+    assert report.layers[0].held == (float(zeros.double().mean()) if holds else 0)
+    assert report.layers[0].weight_error == pytest.approx(relative(got - wanted, wanted), rel=1e-3)
+    assert (got != 0).double().mean() > 0.3 and report.layers[0].changed > 0
+
+
 # --- dense ----------------------------------------------------------------------------------------
 
 
@@ -289,6 +312,9 @@ def test_wrong_methods() -> None:
     with pytest.raises(TersorError, match="a calibration tensor holds token ids"):
         merge_lora(model, torch.zeros(3))
     assert torch.equal(logits(model), want)
+    model.get_base_model().lm_head.to("meta")
+    with pytest.raises(TersorError, match="is on meta, and calibration runs on the CPU"):
+        merge_lora(model, IDS)
 
 
 def test_saving_wants_a_quantized_model_of_transformers(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tersor.calibrate import GramStats
+from tersor.errors import TersorError
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def decompose(w: Tensor, root: Tensor | None = None) -> Decomposition:
 
 def root_of(stats: GramStats | None, damp: float) -> Tensor | None:
     """L with L Lᵀ = H / tokens + damp · mean(diag) · I, lower triangular float64 [k, k], before H
-    is factored; None where there is nothing to go by.
+    is factored; None where there is nothing to go by. damp is doubled until L can be found.
 
     ‖E L‖² is then the mean squared error of the outputs, E being that of the weight (whitening as
     in SVD-LLM, arXiv:2403.07378).
@@ -70,6 +71,15 @@ def root_of(stats: GramStats | None, damp: float) -> Tensor | None:
     mean = float(gram.diagonal().mean())
     if not mean > 0:
         return None
-    gram.diagonal().add_(damp * mean)
-    root: Tensor = torch.linalg.cholesky(gram)
-    return root
+    diagonal = gram.diagonal().clone()
+    while damp < 2:
+        gram.diagonal().copy_(diagonal + damp * mean)
+        found: Tensor
+        found, failed = torch.linalg.cholesky_ex(gram)
+        if not failed:
+            return found
+        damp *= 2
+    raise TersorError(
+        "the second moments of a linear's inputs cannot be factored; look for NaN or infinite "
+        "values in what the model computes on the calibration inputs"
+    )

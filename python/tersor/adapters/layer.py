@@ -77,11 +77,13 @@ class AdaptedLinear(Linear):  # type: ignore[misc,unused-ignore]
 
 def check_settings(config: Any) -> None:
     """TersorError for settings of a LoraConfig that need a dense base weight or bias."""
-    rank = config.r
-    if not isinstance(rank, int) or rank < 1:
-        raise TersorError(
-            f"the rank r of a LoraConfig is at least 1, not {rank!r}; 8 or 16 is usual"
-        )
+    named = {f"{name} in rank_pattern": rank for name, rank in config.rank_pattern.items()}
+    ranks = {"r": config.r} | named
+    for what, rank in ranks.items():
+        if not isinstance(rank, int) or rank < 1:
+            raise TersorError(
+                f"the rank {what} of a LoraConfig is at least 1, not {rank!r}; 8 or 16 is usual"
+            )
     for asked in VARIANTS:
         if getattr(config, asked, None):
             refuse_variant(asked)

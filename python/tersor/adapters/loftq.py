@@ -229,9 +229,12 @@ def _ranks(model: nn.Module, names: Sequence[str], config: Any) -> dict[str, int
         config.target_modules = None
     else:
         refuse_experts(config, experts)
+    aims = copy.copy(config)
+    if everything:
+        aims.target_modules = set(names) - experts
     ranks = {}
     for name in names:
-        aimed = name not in experts if everything else check_target_module_exists(config, name)
+        aimed = check_target_module_exists(aims, name)
         key = get_pattern_key(config.rank_pattern.keys(), name)
         ranks[name] = config.rank_pattern.get(key, config.r) if aimed else 0
         linear = model.get_submodule(name)
@@ -243,7 +246,7 @@ def _ranks(model: nn.Module, names: Sequence[str], config: Any) -> dict[str, int
     if not any(ranks.values()):
         raise TersorError(
             f"target_modules={config.target_modules!r} matches none of the linears that are "
-            f"quantized, which are called like {names[0]}"
+            f"quantized, which are called like {names[0]}, or exclude_modules leaves none of them"
         )
     return ranks
 

@@ -163,6 +163,7 @@ def _settle_targets(model: nn.Module, config: Any) -> None:
             if everything and isinstance(module, nn.Linear) and module is not head
         ]
         config.target_modules = {*quantized, *plain} - experts
+        _check_left(config, quantized)
         return
     names = [name for name, _ in model.named_modules() if name]
     for target in [given] if isinstance(given, str) else sorted(given):
@@ -173,6 +174,18 @@ def _settle_targets(model: nn.Module, config: Any) -> None:
             example = f"; modules are called like {quantized[0]}" if quantized else ""
             raise TersorError(f"target_modules: {target!r} matches no module of the model{example}")
     refuse_experts(config, experts)
+    _check_left(config, names)
+
+
+def _check_left(config: Any, names: list[str]) -> None:
+    """TersorError where exclude_modules, or layers_to_transform, leave nothing of the targets."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    if names and not any(check_target_module_exists(config, name) for name in names):
+        raise TersorError(
+            "nothing is left to put adapters on: exclude_modules and layers_to_transform leave out "
+            "every module that target_modules match; leave out fewer"
+        )
 
 
 def refuse_experts(config: Any, experts: set[str]) -> None:

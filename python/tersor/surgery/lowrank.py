@@ -136,6 +136,11 @@ def factorize_model(
                         replace_linear(model, linear, made)
                     layers.append(done)
             walk.advance(block)
+    if all(layer.rank is None for layer in layers):  # and nothing was replaced
+        raise TersorError(
+            f"energy {energy} makes no linear smaller: its factors would have as many weights; "
+            "ask for less energy, or give a rank"
+        )
     for layer in layers:
         if layer.rank is None:
             kept[layer.name] = "two factors would be no smaller"

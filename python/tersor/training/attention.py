@@ -17,6 +17,8 @@ from tersor.errors import TersorError
 from tersor.training.losses import working
 
 KINDS = ("kl", "mse")
+# What configurations call the dropout of attention maps, which are given after it.
+_DROPOUTS = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")
 
 
 def attention_loss(
@@ -78,7 +80,8 @@ def maps_of(model: nn.Module, into: dict[str, Tensor]) -> Iterator[None]:
 
 
 def check_maps(student: nn.Module, teacher: nn.Module, heads: Mapping[int, int] | None) -> None:
-    """TersorError where a model makes no maps, or lacks a head that is named."""
+    """TersorError where a model makes no maps, or lacks a head that is named, and where a student's
+    maps would be read with holes of dropout in them."""
     for whose, model, named in (
         ("student", student, heads.keys() if heads else ()),
         ("teacher", teacher, heads.values() if heads else ()),
@@ -95,6 +98,13 @@ def check_maps(student: nn.Module, teacher: nn.Module, heads: Mapping[int, int] 
         if wrong:
             raise TersorError(
                 f"attention_heads names the {whose}'s head {wrong[0]} of {count}, counted from 0"
+            )
+    for name in _DROPOUTS:
+        share = getattr(student.config, name, None)
+        if share:
+            raise TersorError(
+                f"the student's attention maps have {name}={share} of dropout in training, and "
+                "would not be what it computes; set it to 0 before the model is made"
             )
     if heads is not None and not heads:
         raise TersorError("attention_heads is empty; give pairs such as {0: 0}, or None")

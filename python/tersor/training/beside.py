@@ -13,16 +13,36 @@ from transformers import TrainerCallback
 from tersor.durable import durable
 from tersor.errors import TersorError
 from tersor.tensorfile import TensorFile, write_tensors
+from tersor.training.finite import StopAtNaN
 
 
 class Forget(TrainerCallback):
-    """After a step the Trainer forgets the gradients of its model alone."""
+    """What a Trainer does with the gradients of its model alone: it looks whether they are numbers,
+    clips them to max_grad_norm (these on their own), and forgets them after a step."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        self._stop = StopAtNaN()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._stop.on_pre_optimizer_step(args, state, control, model=self.module)
+        if args.max_grad_norm:
+            nn.utils.clip_grad_norm_(self.module.parameters(), args.max_grad_norm)
 
     def on_step_end(self, *given: Any, **named: Any) -> None:
         self.module.zero_grad()
+
+
+def check_trained(optimizer: Any, module: nn.Module, what: str) -> None:
+    """TersorError where an optimizer that was given, or None, would never step the module."""
+    if optimizer is None:
+        return
+    known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if any(p.requires_grad and id(p) not in known for p in module.parameters()):
+        raise TersorError(
+            f"the optimizer that was given does not train {what}; let the Trainer make one "
+            "(optim, learning_rate), or give it those parameters as well"
+        )
 
 
 def add_to(optimizer: Any, module: nn.Module) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Trainer
@@ -28,7 +29,7 @@ from tersor.training.finite import StopAtNaN, check_loss, check_rows
 from tersor.training.fused import IGNORED, Head, distill
 from tersor.training.losses import Distillation
 from tersor.training.reading import Reader
-from tersor.training.tally import Tally
+from tersor.training.tally import Tally, check_own_loss
 
 FILE = "exit_heads.safetensors"
 
@@ -149,12 +150,15 @@ class ExitTrainer(Trainer):
         if not full >= 0:
             raise TersorError(f"full is {full!r}; give a weight of at least 0")
         self.full = full
+        check_own_loss(given)
         check_rows(given.get("train_dataset"))
         super().__init__(model, **given)
         if self.args.world_size > 1 or self.args.n_gpu > 1:
             raise TersorError("exit heads are trained by one process on one device; use one")
         self.exits = exits.to(self.args.device)
+        beside.check_trained(self.optimizer, self.exits, "the exit heads")
         self._reader = Reader(model)
+        self._whole_outputs = False
         self._tally = Tally()
         self.add_callback(StopAtNaN())
         self.add_callback(beside.Forget(exits))
@@ -181,6 +185,9 @@ class ExitTrainer(Trainer):
                     f"{type(model).__name__} does more to its logits than its head does, and exits "
                     "would predict something else"
                 )
+            if self._whole_outputs:  # which have the logits of each row's last token alone
+                rows = torch.arange(len(last.hidden), device=last.hidden.device)
+                outputs["logits"] = last.logits(rows).unflatten(0, inputs["input_ids"].shape)
             teacher = last.detach()
             # The cheapest loss beside a cross-entropy that is wanted alone.
             own = distill(last, teacher, Distillation("logit_mse", alpha=0.0), labels, divisor)
@@ -200,6 +207,23 @@ class ExitTrainer(Trainer):
         self._tally.into(logs, self.accelerator)
         super().log(logs, *given, **named)
 
+    def evaluation_loop(self, *given: Any, **named: Any) -> Any:
+        self._tally.forget_evaluation()  # of a prediction, which logs nothing
+        return super().evaluation_loop(*given, **named)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> Any:
+        self._whole_outputs = not prediction_loss_only
+        try:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        finally:
+            self._whole_outputs = False
+
     def create_optimizer(self, *given: Any, **named: Any) -> Any:
         made = self.optimizer is None
         optimizer = super().create_optimizer(*given, **named)
@@ -214,6 +238,11 @@ class ExitTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.exits.restore(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        assert self.state.best_model_checkpoint is not None  # as the Trainer looked at
+        self.exits.restore(self.state.best_model_checkpoint)
 
 
 def _at(model: nn.Module, path: str) -> nn.Module | None:

@@ -55,12 +55,7 @@ def complete(
     longest = max(map(len, prompts))
     if not min(map(len, prompts)):
         raise TersorError("a prompt has no tokens; begin it with the tokenizer's BOS token")
-    limit = position_limit(model)
-    if limit is not None and longest + new_tokens > limit:
-        raise TersorError(
-            f"a prompt of {longest} tokens and {new_tokens} new ones are beyond the model's "
-            f"{limit} positions; use shorter prompts or fewer new tokens"
-        )
+    check_room(model, longest, new_tokens)
     device = next(model.parameters()).device
     ends = ends_of(model)
     pad = ends[0] if ends else 0
@@ -93,6 +88,16 @@ def check_can_write(model: nn.Module) -> None:
     if can is None or not can():
         raise TersorError(
             f"{type(model).__name__} writes no text; give a causal language model of transformers"
+        )
+
+
+def check_room(model: nn.Module, longest: int, new_tokens: int, what: str = "a prompt") -> None:
+    """TersorError where a prompt of so many tokens leaves a model no room for the new ones."""
+    limit = position_limit(model)
+    if limit is not None and longest + new_tokens > limit:
+        raise TersorError(
+            f"{what} of {longest} tokens and {new_tokens} new ones are beyond the model's "
+            f"{limit} positions; use shorter prompts or fewer new tokens"
         )
 
 

@@ -15,6 +15,7 @@ from tersor.errors import TersorError
 from tersor.training.fused import distill
 from tersor.training.generation import seed_of
 from tersor.training.losses import Distillation
+from tersor.training.reading import vocabulary_of
 
 
 class Mixture(IterableDataset):
@@ -71,8 +72,9 @@ class Mixture(IterableDataset):
                 raise TersorError(f"{name} is empty; leave it out")
         self.by, self.seed = by, seed
         sizes = {name: len(source) for name, source in self.sources.items()}
+        most = max(sizes.values())  # a power of the sizes themselves may be beyond any number
         weights = {
-            name: sources[name][1] if weighted else size ** (1 / temperature)
+            name: sources[name][1] if weighted else math.exp(math.log(size / most) / temperature)
             for name, size in sizes.items()
         }
         self.changes: list[tuple[int, dict[str, float]]] = [(0, self._shares(weights))]
@@ -194,6 +196,13 @@ class FollowGap(TrainerCallback):
             raise TersorError(
                 "workers have copies of the mixture, which do not hear of new shares; set "
                 "dataloader_num_workers=0"
+            )
+        ours, theirs = (vocabulary_of(model) for model in (kwargs["model"], self.teacher))
+        if ours != theirs:
+            raise TersorError(
+                f"the student's vocabulary has {ours} tokens and the teacher's {theirs}, and "
+                "FollowGap compares all of them; bring one model to the size of the other, with "
+                "resize_token_embeddings"
             )
         del self.mixture.changes[1:]
         self.mixture.given = 0

@@ -19,7 +19,9 @@ from tersor.training.finite import StopAtNaN, check_loss, check_rows
 from tersor.training.fused import IGNORED, distill
 from tersor.training.losses import Distillation
 from tersor.training.reading import Reader, vocabulary_of
-from tersor.training.tally import Tally
+from tersor.training.tally import Tally, check_own_loss
+
+_CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")  # by version
 
 
 class MutualTrainer(Trainer):
@@ -49,14 +51,15 @@ class MutualTrainer(Trainer):
     ) -> None:
         _check(models)
         self.distillation = distillation or Distillation()
+        check_own_loss(given)
         check_rows(given.get("train_dataset"))
         super().__init__(_Peers(models), **given)
         if self.args.world_size > 1 or self.args.n_gpu > 1:
             raise TersorError("models that learn from each other need one process; use one")
-        if self.compute_loss_func is not None or self.label_smoother is not None:
+        if any(getattr(self.args, name, False) for name in _CHECKPOINTING):
             raise TersorError(
-                "compute_loss_func and label_smoothing_factor would replace the distillation loss; "
-                "leave them out"
+                "gradient_checkpointing is of one model; leave it out and enable it on each model, "
+                "with gradient_checkpointing_enable()"
             )
         self.models = dict(models)
         self._readers = {name: Reader(model) for name, model in models.items()}
@@ -111,6 +114,10 @@ class MutualTrainer(Trainer):
         self._tally.into(logs, self.accelerator)
         super().log(logs, *given, **named)
 
+    def evaluation_loop(self, *given: Any, **named: Any) -> Any:
+        self._tally.forget_evaluation()  # of a prediction, which logs nothing
+        return super().evaluation_loop(*given, **named)
+
     def prediction_step(
         self,
         model: nn.Module,
@@ -144,6 +151,10 @@ class MutualTrainer(Trainer):
             if {n: t.shape for n, t in theirs.items()} != {n: t.shape for n, t in ours.items()}:
                 raise TersorError(f"{folder} is of another model; use that which it was begun with")
             model.load_state_dict(theirs)
+
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None  # as the Trainer looked at
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
 class _Peers(nn.Module):

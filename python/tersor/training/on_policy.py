@@ -13,8 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from tersor.errors import TersorError
+from tersor.evaluate import position_limit
 from tersor.training.fused import IGNORED
-from tersor.training.generation import check_can_write, check_drawing, complete, seed_of
+from tersor.training.generation import (
+    check_can_write,
+    check_drawing,
+    check_room,
+    complete,
+    seed_of,
+)
 
 OWN_TEXT = "own_text"  # key of a batch that the student has written
 
@@ -27,7 +34,8 @@ class OnPolicy:
     new_tokens: that the student writes after each prompt, at most.
     temperature, top_p: of the draws; temperature 0 is greedy.
     prompt_tokens: so many tokens at the beginning of each row are its prompt; None: those before
-        the first one that counts (whose label is not -100).
+        the first one that counts (whose label is not -100). Of a prompt that leaves the student's
+        positions no room for new_tokens, the end that does.
     prompts: token ids to begin with in the place of the rows' own, drawn at random.
 
     What is drawn depends on the Trainer's seed, the step and the number of the batch, so a training
@@ -68,7 +76,9 @@ class OnPolicy:
         if random.Random(seed_of("write", *when)).random() >= self.share:
             return batch
         draws = seed_of("draw", *when, process)
-        prompts = self._prompts(batch, random.Random(draws))
+        limit = position_limit(student)
+        room = None if limit is None else limit - self.new_tokens
+        prompts = self._prompts(batch, random.Random(draws), room)
         texts = complete(
             student,
             prompts,
@@ -79,7 +89,10 @@ class OnPolicy:
         )
         return _batch(prompts, texts, batch["input_ids"].device)
 
-    def _prompts(self, batch: dict[str, Any], draw: random.Random) -> list[list[int]]:
+    def _prompts(
+        self, batch: dict[str, Any], draw: random.Random, room: int | None
+    ) -> list[list[int]]:
+        """room: the tokens that a prompt of a row may have; None: any number."""
         ids: Tensor = batch["input_ids"]
         if self.prompts is not None:
             return [list(map(int, draw.choice(self.prompts))) for _ in ids]
@@ -91,7 +104,7 @@ class OnPolicy:
         mask = batch.get("attention_mask")
         mask = torch.ones_like(ids) if mask is None else mask
         return [
-            self._prompt(*row)
+            self._prompt(*row)[-room if room is not None else None :]
             for row in zip(ids.cpu(), batch["labels"].cpu(), mask.cpu().bool(), strict=True)
         ]
 
@@ -127,9 +140,11 @@ def _batch(
     return {name: tensor.to(device) for name, tensor in tensors.items()} | {OWN_TEXT: True}
 
 
-def check_on_policy(student: nn.Module, teacher: Any, sharded: bool) -> None:
+def check_on_policy(student: nn.Module, teacher: Any, sharded: bool, how: OnPolicy) -> None:
     """TersorError where a student cannot learn from its own text."""
     check_can_write(student)
+    longest = max(map(len, how.prompts)) if how.prompts is not None else how.prompt_tokens or 1
+    check_room(student, longest, how.new_tokens)
     if not isinstance(teacher, nn.Module):
         raise TersorError(
             "a cache holds nothing of text that the student is yet to write; give the teacher "

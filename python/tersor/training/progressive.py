@@ -4,7 +4,7 @@ Mirzadeh et al., arXiv:1902.03393).
     out/
       stage-1/            the first student, an ordinary checkpoint, and stage.json
       stage-2/            the next one
-      stage-3.training/   what the training of a stage keeps until it is done
+      stage-3.training/   what the training of a stage keeps until it is done, and stage.json
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from typing import Any, TypeAlias
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from tersor.durable import disk_errors, sync_folder
+from tersor.durable import disk_errors, durable, sync_folder
 from tersor.errors import TersorError
+from tersor.packed_linear import PackedLinear
 from tersor.tensorfile import loose_json
 from tersor.training.losses import Distillation
 from tersor.training.offline import digest_of_weights
@@ -46,8 +47,9 @@ def progressive(
     out: a folder for all stages. Those that are finished there are not done again; one that was
         killed goes on where its `train` can.
 
-    Raises TersorError where a finished stage is of another teacher or kind of student, and for
-    sizes that do not become smaller.
+    Raises TersorError where a stage that is finished, or was begun, is of another teacher or kind
+    of student, where a student comes out of its training quantized, and for sizes that do not
+    become smaller.
     """
     if not students:
         raise TersorError("a chain needs students; give their numbers of blocks, such as [6, 4, 2]")
@@ -92,33 +94,66 @@ def _stage(teacher: PreTrainedModel, kind: Any, train: Train, folder: Path) -> P
         "student": kind if isinstance(kind, int) else getattr(kind, "__name__", repr(kind)),
     }
     done = _read(folder)
-    if done is not None and done != made:
-        changed = ", ".join(key for key in made if done.get(key) != made[key])
-        raise TersorError(
-            f"{folder} was made with another {changed}; use that again, or remove the folder and "
-            "the stages after it"
-        )
+    work = folder.with_name(f"{folder.name}.training")
+    begun = _read(work) if done is None else None
+    for place, found in ((folder, done), (work, begun)):
+        if found is not None and found != made:
+            changed = ", ".join(key for key in made if found.get(key) != made[key])
+            raise TersorError(
+                f"{place} was made with another {changed}; use that again, or remove the folder "
+                "and the stages after it"
+            )
     student = student_of(teacher, kind) if isinstance(kind, int) else kind(teacher)
     if student is teacher:
         raise TersorError("a student is its teacher itself; make a model of its own")
     if done is None:
-        work = folder.with_name(f"{folder.name}.training")
+        if begun is None:
+            with disk_errors(folder.parent):
+                work.mkdir()
+                _write(work, made)
         student.train()
         train(student, teacher, work)
+        _check_plain(student, work)
         partial = folder.with_name(f"{folder.name}.partial")
         with disk_errors(folder.parent):
             shutil.rmtree(partial, ignore_errors=True)
             student.save_pretrained(partial)
-            (partial / _STAGE).write_text(json.dumps(made, indent=2) + "\n")
+            _write(partial, made)
             os.rename(partial, folder)
             sync_folder(folder.parent)
-            shutil.rmtree(work, ignore_errors=True)
-    loaded: PreTrainedModel = type(student).from_pretrained(folder)
+    loaded = _load(type(student), folder)
+    shutil.rmtree(work, ignore_errors=True)
     return loaded.to(dtype=student.dtype, device=student.device).eval()
 
 
+def _load(kind: type[PreTrainedModel], folder: Path) -> PreTrainedModel:
+    """TersorError where weights are missing, in whose place transformers puts random ones."""
+    model: PreTrainedModel
+    model, info = kind.from_pretrained(folder, output_loading_info=True)
+    if info["missing_keys"]:
+        raise TersorError(
+            f"{folder} lacks {sorted(info['missing_keys'])[0]}; let students be models that "
+            "from_pretrained reads again, and remove the folder to train the stage anew"
+        )
+    return model
+
+
+def _check_plain(student: PreTrainedModel, work: Path) -> None:
+    found = next((name for name, m in student.named_modules() if isinstance(m, PackedLinear)), None)
+    if found is not None:
+        raise TersorError(
+            f"the student came out of its training with {found} quantized, and the next one cannot "
+            f"be made of it; quantize after the chain (the checkpoints are in {work})"
+        )
+
+
+def _write(folder: Path, made: dict[str, Any]) -> None:
+    with durable(folder / _STAGE) as file:
+        file.write((json.dumps(made, indent=2) + "\n").encode())
+
+
 def _read(folder: Path) -> dict[str, Any] | None:
-    """What a finished stage was made of, or None where there is none."""
+    """What a stage was made of, or None where there is none."""
     if not folder.exists():
         return None
     try:

@@ -61,9 +61,13 @@ class QuantizationTraining(TrainerCallback):
         ...
         training.finish()
 
-    After the training the linears are QuantLinear. Attach before an optimizer is made, so that it
-    knows the scales, which are parameters; one learning rate serves them and the weights. Let the
-    weights be float32 (a Trainer may compute with bf16=True): bfloat16 has no steps so small.
+    After the training the linears are QuantLinear. Save the model with tersor.save(model, folder):
+    the save_model() of a Trainer writes no quantization_config, without which a folder is read with
+    random weights in the place of the quantized ones.
+
+    Attach before an optimizer is made, so that it knows the scales, which are parameters; one
+    learning rate serves them and the weights. Let the weights be float32 (a Trainer may compute
+    with bf16=True): bfloat16 has no steps so small.
 
     scheme: what the linears become. Activations are rounded too where it says so.
     scales: "learned" (LSQ, see training.fake), or "fixed", as they are at the start. Zero points

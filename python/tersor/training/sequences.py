@@ -30,6 +30,7 @@ from tersor.training.fused import IGNORED
 from tersor.training.generation import (
     check_can_write,
     check_drawing,
+    check_room,
     complete,
     ends_of,
     seed_of,
@@ -81,6 +82,8 @@ def generate_corpus(
     if isinstance(prompts, str) or not len(prompts):
         raise TersorError("give a list of prompts, at least one")
     ids = [_encode(tokenizer, prompt, number) for number, prompt in enumerate(prompts)]
+    longest = max(range(len(ids)), key=lambda number: len(ids[number]))
+    check_room(teacher, len(ids[longest]), new_tokens, f"prompt {longest}")
     settings = {
         "teacher": digest_of_weights(teacher),
         "prompts": hashlib.blake2b(json.dumps(ids).encode(), digest_size=16).hexdigest(),

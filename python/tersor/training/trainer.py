@@ -31,7 +31,7 @@ from tersor.training.offline import TeacherCache
 from tersor.training.on_policy import OWN_TEXT, OnPolicy, check_on_policy
 from tersor.training.reading import Reader, vocabulary_of
 from tersor.training.sparse_targets import check_kept, distill_sparse
-from tersor.training.tally import Tally
+from tersor.training.tally import Tally, check_own_loss
 from tersor.training.vocabulary import VocabularyMap
 
 _logger = logging.getLogger(__name__)
@@ -87,14 +87,10 @@ class DistillTrainer(Trainer):
         tokenizer = given.get("processing_class")
         self._size = _check_models(model, teacher, self.distillation, tokenizer, vocabulary)
         _check_features(teacher, features, vocabulary)
+        check_own_loss(given)
         check_rows(given.get("train_dataset"))
         super().__init__(model, **given)
         self.add_callback(StopAtNaN())
-        if self.compute_loss_func is not None or self.label_smoother is not None:
-            raise TersorError(
-                "compute_loss_func and label_smoothing_factor would replace the distillation loss; "
-                "leave them out"
-            )
         if self.args.n_gpu > 1:
             raise TersorError(
                 "one process cannot distil on several GPUs; start one for each with torchrun, or "
@@ -107,7 +103,7 @@ class DistillTrainer(Trainer):
         self._student = Reader(student, sharded)
         self._on_policy, self._vocabulary = on_policy, vocabulary
         if on_policy is not None:
-            check_on_policy(model, teacher, sharded)
+            check_on_policy(model, teacher, sharded, on_policy)
         self._causal = type(student).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
         self._whole_outputs = False
         self._features: FeatureLoss | None = None
@@ -124,6 +120,7 @@ class DistillTrainer(Trainer):
                     "one, or compare values alone, whose relations need none"
                 )
             assert self._features is not None
+            beside.check_trained(self.optimizer, self._features, "the projections of features")
             self.add_callback(beside.Forget(self._features))
         self._tally = Tally()
 
