@@ -3,6 +3,7 @@ point as a checkpoint.
 
 Its work is in a folder beside the output, `<out>.search`, until that is whole:
 
+    lock                      held with flock by the run that works there
     settings.json             what two runs must have in common for one to go on from the other
     linear-00000.safetensors  of each linear, all candidates (see solutions.py)
     latency.json              seconds by shape, measured once
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -25,7 +27,7 @@ from torch import Tensor, nn
 from tersor.calibrate import Calibration, digest
 from tersor.durable import durable
 from tersor.errors import TersorError
-from tersor.layerwise import Treatment, machine, settings_of
+from tersor.layerwise import Treatment, check_arguments, machine, settings_of
 from tersor.loading import load
 from tersor.pipeline import compress_checkpoint
 from tersor.progress import Progress
@@ -42,9 +44,10 @@ from tersor.search.problem import Evaluations, Problem
 from tersor.search.proposals import perturbed, spread, within
 from tersor.search.solutions import Solutions, solve_all
 from tersor.search.space import Choice, Space, Unit
-from tersor.shards import refuse_existing
+from tersor.shards import LOCK, lock_folder, refuse_existing
 from tersor.source import Source
 
+SETTINGS, LATENCY = "settings.json", "latency.json"
 HUGE = 1e6  # in place of a KL that is not finite
 
 
@@ -81,44 +84,58 @@ def search_checkpoint(
     Raises TersorError for bad input, and for constraints that no choice keeps, before any work
     where that can be known.
     """
-    wanted = parse_constraints(constraints) if isinstance(constraints, str) else tuple(constraints)
+    text = constraints if isinstance(constraints, str) else ",".join(map(str, constraints))
+    wanted = parse_constraints(text)
     if not wanted:
         raise TersorError(
             "a search needs a constraint to choose by, such as size<=0.3x; give --constraint"
         )
-    work = Path(f"{out}.search")
+    out = Path(os.path.abspath(out))
+    work = out.with_name(out.name + ".search")
     if not work.exists():
         refuse_existing(out)
-    search = Search.open(model, work, calibration, space, effort, differentiable, ignore)
-    with Progress(progress) as bar:
-        front = search.find(wanted, bar)
-    best = front.best()
-    if best.kl == 0 and all(front.candidates[each].untouched for each in best.choice):
-        bounds = ", ".join(map(str, wanted))
-        raise TersorError(f"the original keeps {bounds} as it is; give a tighter --constraint")
-    front = front.choose(best)
-    treatments = {name: each.treatment for name, each in front.assignment(best).items()}
-    if not _is_written(Path(out), treatments):
+    opened = Search.open(model, work, calibration, space, effort, differentiable, ignore)
+    with opened as search:
+        with Progress(progress) as bar:
+            front = search.find(wanted, bar)
+        front = front.choose(front.best())
+        _write(search, front, out, calibration, ignore, sequential, progress)
+        _remove(work)
+    return front
+
+
+def _write(
+    search: Search,
+    front: Front,
+    out: Path,
+    calibration: Calibration,
+    ignore: Sequence[str],
+    sequential: bool,
+    progress: bool | None,
+) -> None:
+    """The chosen point as a checkpoint, with the front beside it."""
+    assert front.chosen is not None
+    assignment = front.assignment(front.points[front.chosen])
+    treatments = {name: each.treatment for name, each in assignment.items()}
+    if not _is_written(out, treatments):
         refuse_existing(out)
         compress_checkpoint(
-            *(model, out),
+            *(search.source.checkpoint.folder, out),
             treatments=treatments,
             calibration=calibration,
             ignore=ignore,
             sequential=sequential,
             progress=progress,
         )
-    report = Report.read(Path(out))
+    report = Report.read(out)
     assert report is not None  # it was just written
     quantized = any(each.scheme for each in treatments.values() if each)
     kl = search.problem.compare(load(out) if quantized else _plain(out))
     front.written = {"bytes": report.bytes_after, "kl": kl}
     front.notes += [f"as written, {name}: {why}" for name, why in report.departures.items()]
-    front.save(Path(out))
+    front.save(out)
     if importlib.util.find_spec("matplotlib") is not None:
-        front.draw(Path(out) / "front.svg")
-    shutil.rmtree(work)
-    return front
+        front.draw(out / "front.svg")
 
 
 def _is_written(out: Path, treatments: Mapping[str, Treatment | None]) -> bool:
@@ -142,6 +159,7 @@ def _plain(folder: str | Path) -> nn.Module:
 @dataclass
 class Search:
     """A search in its folder. `open` checks what can be checked before any work; `find` does it.
+    Use it in a with statement, or call close(): the folder stays locked until then.
 
     windows: for calibration, and held: to measure on; int64 [count, length].
     points: all that were measured, by choice, in the order in which they were.
@@ -156,6 +174,7 @@ class Search:
     windows: Tensor
     held: Tensor
     differentiable: Differentiable | None = None
+    lock: int | None = None
     problem: Problem = field(init=False)
     costs: Costs = field(init=False)
     points: dict[Choice, Point] = field(default_factory=dict)
@@ -172,6 +191,12 @@ class Search:
         ignore: Sequence[str] = (),
     ) -> Search:
         """work: the folder of the search, made where it is not there."""
+        check_arguments({}, ignore)
+        if not isinstance(calibration, Calibration):
+            raise TersorError(
+                f'calibration is a Calibration, such as Calibration(("text.txt",)), not a '
+                f"{type(calibration).__name__}"
+            )
         space, effort = space or Space(), effort or Effort()
         if effort.trials and differentiable is None:
             require_optuna()
@@ -187,7 +212,13 @@ class Search:
             spec = each.scheme.weight if each.scheme else None
             check_inputs(source.model, scope.linears, spec, each.sparsity)
         count = calibration.samples + effort.windows
-        windows = text_windows(source, replace(calibration, samples=count))
+        windows = text_windows(source, replace(calibration, samples=count), fewer=True)
+        if len(windows) < count:
+            raise TersorError(
+                f"the text has {len(windows)} windows of {windows.shape[1]} tokens, and a search "
+                f"needs {count}: {calibration.samples} to calibrate on and {effort.windows} to "
+                "measure on; give more text, or fewer --samples, --held-out or --seq-len"
+            )
         settings = {
             "model": source.checkpoint.fingerprint(),
             "candidates": [each.to_dict() for each in candidates],
@@ -199,7 +230,7 @@ class Search:
             **machine(),
             **versions(),
         }
-        _claim(work, settings)
+        lock = _claim(work, settings)
         held = windows[calibration.samples :]
         return cls(
             source,
@@ -211,18 +242,36 @@ class Search:
             windows[: calibration.samples],
             held,
             differentiable,
+            lock,
         )
 
+    def __enter__(self) -> Search:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the folder; what was measured stays for the next run."""
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
+
     def find(self, constraints: tuple[Constraint, ...], bar: Progress) -> Front:
-        """The front. TersorError where no choice keeps the constraints."""
+        """The front. TersorError where no choice keeps the constraints, or the original does."""
         candidates, effort, source = self.space.candidates, self.effort, self.source
+        self._require_change(constraints)
         seconds = self._latency(bar)
         sure = [c for c in constraints if c.name != "latency" or not source.found.arch.experts]
-        within(self._nothing(), self._costs(seconds, {}), tuple(sure))
+        costs = self._costs(seconds, {})
+        within(self._nothing(), costs, tuple(sure))
+        if len(sure) == len(constraints):
+            self._require_change(constraints, costs.original["latency"])
         with source.loaded(source.where):
             solutions = solve_all(source, self.scope, self.windows, candidates, self.work, bar)
             self.costs = self._costs(seconds, solutions)
             within(self._nothing(), self.costs, constraints)
+            self._require_change(constraints, self.costs.original["latency"])
             evaluations = Evaluations(self.work / "kl.jsonl")
             self.problem = Problem(
                 source.model, self.units, candidates, solutions, self.held, evaluations
@@ -249,6 +298,22 @@ class Search:
             },
             notes=[f"{name}: {why}" for name, each in solutions.items() for why in each.departures],
         )
+
+    def _require_change(
+        self, constraints: tuple[Constraint, ...], latency: float | None = None
+    ) -> None:
+        """TersorError where the original, which may be chosen, keeps the constraints. latency: of
+        its linears in seconds, where that is known already."""
+        if not constraints or not any(each.untouched for each in self.space.candidates):
+            return
+        for each in constraints:
+            # It has none of the zeros that sparsity is about.
+            own = {"size": self.source.nbytes, "latency": latency, "sparsity": None}[each.name]
+            takes = 1.0 if each.relative else own
+            if takes is None or takes > each.limit(takes) * (1 + 1e-9):
+                return
+        bounds = ", ".join(map(str, constraints))
+        raise TersorError(f"the original keeps {bounds} as it is; give a tighter --constraint")
 
     @property
     def _zeros(self) -> bool:
@@ -372,7 +437,7 @@ class Search:
 
     def _latency(self, bar: Progress) -> dict[Shape, list[float]]:
         """Seconds by shape, of the original and each candidate: measured once, then read."""
-        path, shapes = self.work / "latency.json", set(self._shapes().values())
+        path, shapes = self.work / LATENCY, set(self._shapes().values())
         known: dict[str, list[float]] = json.loads(path.read_text()) if path.exists() else {}
         found: dict[Shape, list[float]] = {}
         bar.expect(len(shapes))
@@ -389,19 +454,46 @@ class Search:
         return found
 
 
-def _claim(work: Path, settings: dict[str, Any]) -> None:
-    """Makes the folder of a search, or finds there that it is of the same one."""
-    settings = json.loads(json.dumps(settings))
-    path = work / "settings.json"
+def _claim(work: Path, settings: dict[str, Any]) -> int:
+    """Makes the folder of a search, or finds there that it is of the same one, or of another that
+    has only timed. Returns its lock."""
+    work.mkdir(parents=True, exist_ok=True)
+    path = work / SETTINGS
+    if not path.exists() and (strangers := set(os.listdir(work)) - {LOCK, SETTINGS + ".tmp"}):
+        raise TersorError(
+            f"{work} is not the work of a search (it holds {min(strangers)}); move it away, or "
+            "choose another --out"
+        )
+    lock = lock_folder(work)
+    try:
+        _settle(work, json.loads(json.dumps(settings)))
+    except BaseException:
+        os.close(lock)
+        raise
+    return lock
+
+
+def _settle(work: Path, settings: dict[str, Any]) -> None:
+    path = work / SETTINGS
     if path.exists():
         before = json.loads(path.read_text())
-        for key in before | settings:
-            if before.get(key) != settings.get(key):
-                raise TersorError(
-                    f"{work} is of an unfinished search with another {key}; remove it to begin "
-                    "anew, repeat the search as it was, or choose another --out"
-                )
-        return
-    work.mkdir(parents=True, exist_ok=True)
+        if before == settings:
+            return
+        # Seconds are soon measured again, and need not stand in the way of other settings.
+        if set(os.listdir(work)) - {LOCK, SETTINGS, LATENCY, SETTINGS + ".tmp", LATENCY + ".tmp"}:
+            key = next(k for k in before | settings if before.get(k) != settings.get(k))
+            raise TersorError(
+                f"{work} is of an unfinished search with another {key}; remove it to begin "
+                "anew, repeat the search as it was, or choose another --out"
+            )
+        (work / LATENCY).unlink(missing_ok=True)
     with durable(path) as file:
         file.write(json.dumps(settings, indent=1).encode())
+
+
+def _remove(work: Path) -> None:
+    """What tells whose the folder is goes last."""
+    for path in work.iterdir():
+        if path.name not in (SETTINGS, LOCK):
+            path.unlink()
+    shutil.rmtree(work)
