@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import tersor
 import tiny
 from folders import tensors, weights
+from tersor import pipeline
 from tersor.calibrate import Calibration, load_tokenizer
 from tersor.errors import TersorError
 from tersor.evaluate import evaluate
@@ -226,6 +227,7 @@ def test_a_search_that_is_killed_goes_on(
         (Problem, "_measure", 25),
         (run, "compress_checkpoint", 0),
         (run, "load", 0),
+        (run, "remove", 0),
     ):
         with monkeypatch.context() as cut:
             cut.setattr(owner, name, stop_after(count, getattr(owner, name)))
@@ -236,6 +238,30 @@ def test_a_search_that_is_killed_goes_on(
     whole, _ = searched
     assert front == whole
     assert len(calls) == len(set(calls))
+
+
+def test_a_run_that_is_killed_as_it_writes_may_choose_anew(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, compress = tmp_path / "out", pipeline.compress_block
+    arguments: dict[str, Any] = {"calibration": TEXT, "progress": False}
+    arguments["space"] = Space(bits=(2, 4), group=32, granularity="kind")
+    arguments["effort"] = Effort(trials=0, windows=2)
+
+    def first(model: Any, block: Any, *rest: Any) -> Any:
+        if block.path.endswith(".1"):
+            raise KeyboardInterrupt
+        return compress(model, block, *rest)
+
+    with monkeypatch.context() as cut:
+        cut.setattr(pipeline, "compress_block", first)
+        with pytest.raises(KeyboardInterrupt):
+            search_checkpoint(llama, out, "size<=0.9x", **arguments)
+    front = search_checkpoint(llama, out, "size<=0.6x", **arguments)
+    assert front.written is not None
+    assert front.written["bytes"] <= 0.6 * front.original["size"]
+    assert Front.read(out) == front
+    assert list(tmp_path.iterdir()) == [out]
 
 
 def test_a_torn_line_is_measured_again(tmp_path: Path) -> None:

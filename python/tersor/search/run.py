@@ -1,21 +1,15 @@
 """The whole search: candidates solved and timed, sensitivities, trials, the front, and the chosen
 point as a checkpoint.
 
-Its work is in a folder beside the output, `<out>.search`, until that is whole:
-
-    lock                      held with flock by the run that works there
-    settings.json             what two runs must have in common for one to go on from the other
-    linear-00000.safetensors  of each linear, all candidates (see solutions.py)
-    latency.json              seconds by shape, measured once
-    kl.jsonl                  every choice that was measured
+Its work is in a folder beside the output until that is whole (see tersor.search.folder).
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,9 +19,9 @@ import numpy as np
 from torch import Tensor, nn
 
 from tersor.calibrate import Calibration, digest
-from tersor.durable import durable
+from tersor.durable import durable, sync_folder
 from tersor.errors import TersorError
-from tersor.layerwise import Treatment, check_arguments, machine, settings_of
+from tersor.layerwise import check_arguments, machine, settings_of
 from tersor.loading import load
 from tersor.pipeline import compress_checkpoint
 from tersor.progress import Progress
@@ -39,15 +33,15 @@ from tersor.search.constraints import Constraint, parse_constraints
 from tersor.search.costs import ORIGINAL, Costs, LinearCosts, Shape, add_up, measure
 from tersor.search.differentiable import Differentiable, descend
 from tersor.search.evolve import Effort, Measured, evolve, require_optuna
+from tersor.search.folder import LATENCY, SETTINGS, claim, remove
 from tersor.search.front import Front, Point, non_dominated
 from tersor.search.problem import Evaluations, Problem
 from tersor.search.proposals import perturbed, spread, within
 from tersor.search.solutions import Solutions, solve_all
 from tersor.search.space import Choice, Space, Unit
-from tersor.shards import LOCK, lock_folder, refuse_existing
+from tersor.shards import refuse_existing
 from tersor.source import Source
 
-SETTINGS, LATENCY = "settings.json", "latency.json"
 HUGE = 1e6  # in place of a KL that is not finite
 
 
@@ -92,7 +86,7 @@ def search_checkpoint(
         )
     out = Path(os.path.abspath(out))
     work = out.with_name(out.name + ".search")
-    if not work.exists():
+    if not (work / SETTINGS).exists():
         refuse_existing(out)
     opened = Search.open(model, work, calibration, space, effort, differentiable, ignore)
     with opened as search:
@@ -100,7 +94,7 @@ def search_checkpoint(
             front = search.find(wanted, bar)
         front = front.choose(front.best())
         _write(search, front, out, calibration, ignore, sequential, progress)
-        _remove(work)
+        remove(work)
     return front
 
 
@@ -113,38 +107,47 @@ def _write(
     sequential: bool,
     progress: bool | None,
 ) -> None:
-    """The chosen point as a checkpoint, with the front beside it."""
+    """The chosen point as a checkpoint with the front in it, which appears whole. Beside it, in the
+    folder of the search, one of another choice may have been begun."""
     assert front.chosen is not None
     assignment = front.assignment(front.points[front.chosen])
     treatments = {name: each.treatment for name, each in assignment.items()}
-    if not _is_written(out, treatments):
+    settings = json.loads(json.dumps(settings_of(treatments, ignore, sequential)))
+    made = out
+    if not _is_written(out, settings):  # or an earlier run was stopped just after that
         refuse_existing(out)
-        compress_checkpoint(
-            *(search.source.checkpoint.folder, out),
-            treatments=treatments,
-            calibration=calibration,
-            ignore=ignore,
-            sequential=sequential,
-            progress=progress,
-        )
-    report = Report.read(out)
+        name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+        made = search.work / f"chosen-{name}"
+        if not _is_written(made, settings):
+            compress_checkpoint(
+                *(search.source.checkpoint.folder, made),
+                treatments=treatments,
+                calibration=calibration,
+                ignore=ignore,
+                sequential=sequential,
+                progress=progress,
+            )
+    report = Report.read(made)
     assert report is not None  # it was just written
     quantized = any(each.scheme for each in treatments.values() if each)
-    kl = search.problem.compare(load(out) if quantized else _plain(out))
+    kl = search.problem.compare(load(made) if quantized else _plain(made))
     front.written = {"bytes": report.bytes_after, "kl": kl}
     front.notes += [f"as written, {name}: {why}" for name, why in report.departures.items()]
-    front.save(out)
+    front.save(made)
     if importlib.util.find_spec("matplotlib") is not None:
-        front.draw(out / "front.svg")
+        front.draw(made / "front.svg")
+    if made != out:
+        refuse_existing(out)
+        os.rename(made, out)
+        sync_folder(out.parent)
 
 
-def _is_written(out: Path, treatments: Mapping[str, Treatment | None]) -> bool:
+def _is_written(folder: Path, settings: Mapping[str, Any]) -> bool:
     """Whether an earlier run of the same search was interrupted after it had written the folder."""
-    report = Report.read(out) if out.is_dir() else None
+    report = Report.read(folder) if folder.is_dir() else None
     if report is None:
         return False
-    wanted = settings_of(treatments, (), False)["treatments"]
-    return bool(report.settings.get("treatments") == json.loads(json.dumps(wanted)))
+    return all(report.settings.get(key) == value for key, value in settings.items())
 
 
 def _plain(folder: str | Path) -> nn.Module:
@@ -230,7 +233,7 @@ class Search:
             **machine(),
             **versions(),
         }
-        lock = _claim(work, settings)
+        lock = claim(work, settings)
         held = windows[calibration.samples :]
         return cls(
             source,
@@ -452,48 +455,3 @@ class Search:
             found[n, k] = known[key]
             bar.step()
         return found
-
-
-def _claim(work: Path, settings: dict[str, Any]) -> int:
-    """Makes the folder of a search, or finds there that it is of the same one, or of another that
-    has only timed. Returns its lock."""
-    work.mkdir(parents=True, exist_ok=True)
-    path = work / SETTINGS
-    if not path.exists() and (strangers := set(os.listdir(work)) - {LOCK, SETTINGS + ".tmp"}):
-        raise TersorError(
-            f"{work} is not the work of a search (it holds {min(strangers)}); move it away, or "
-            "choose another --out"
-        )
-    lock = lock_folder(work)
-    try:
-        _settle(work, json.loads(json.dumps(settings)))
-    except BaseException:
-        os.close(lock)
-        raise
-    return lock
-
-
-def _settle(work: Path, settings: dict[str, Any]) -> None:
-    path = work / SETTINGS
-    if path.exists():
-        before = json.loads(path.read_text())
-        if before == settings:
-            return
-        # Seconds are soon measured again, and need not stand in the way of other settings.
-        if set(os.listdir(work)) - {LOCK, SETTINGS, LATENCY, SETTINGS + ".tmp", LATENCY + ".tmp"}:
-            key = next(k for k in before | settings if before.get(k) != settings.get(k))
-            raise TersorError(
-                f"{work} is of an unfinished search with another {key}; remove it to begin "
-                "anew, repeat the search as it was, or choose another --out"
-            )
-        (work / LATENCY).unlink(missing_ok=True)
-    with durable(path) as file:
-        file.write(json.dumps(settings, indent=1).encode())
-
-
-def _remove(work: Path) -> None:
-    """What tells whose the folder is goes last."""
-    for path in work.iterdir():
-        if path.name not in (SETTINGS, LOCK):
-            path.unlink()
-    shutil.rmtree(work)
