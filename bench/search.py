@@ -72,6 +72,7 @@ def main() -> None:
             found[f"{bits} bits"] = list(search.points.values())
         start, search.points, search.differentiable = time.perf_counter(), {}, trained
         search.find((), bar)
+        search.close()
         seconds["differentiable, sensitivities known"] = time.perf_counter() - start
         shared = [p for p in search.points.values() if p.origin == "differentiable"]
 

@@ -6,6 +6,7 @@ import gc
 import json
 import math
 import os
+from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 import tiny
 from tersor import evaluate as ev
+from tersor import report
 from tersor.calibrate import BOS, Calibration
 from tersor.errors import TersorError
 from tersor.report import peak_memory, peak_resident_bytes
@@ -329,6 +331,18 @@ def test_peaks_may_be_nested() -> None:
     assert 0 < inner.bytes <= outer.bytes <= peak_resident_bytes()
     if os.access("/proc/self/clear_refs", os.W_OK):
         assert outer.bytes - inner.bytes > 0.9 * (128 << 20)
+
+
+def test_what_another_program_held_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ru_maxrss goes on from what the process held before it became this program."""
+    if not os.access("/proc/self/status", os.R_OK):
+        pytest.skip("this system tells ru_maxrss alone")
+    before = peak_resident_bytes()
+    usage = SimpleNamespace(ru_maxrss=1 << 40)
+    monkeypatch.setattr(report.resource, "getrusage", lambda who: usage)
+    assert before <= peak_resident_bytes() < 1 << 40
+    monkeypatch.setattr(report, "Path", lambda name: Path("/absent"))
+    assert report._high_water() == 1 << 50
 
 
 def test_results_as_json_and_as_a_table(windows: Tensor) -> None:

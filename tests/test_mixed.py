@@ -16,9 +16,9 @@ import tersor
 import tiny
 from folders import content, plain, tensors, weights
 from tersor import pipeline
-from tersor.calibrate import Calibration
+from tersor.calibrate import Calibration, GramStats
 from tersor.errors import TersorError
-from tersor.layerwise import Treatment
+from tersor.layerwise import Treatment, compress_linear
 from tersor.pipeline import compress_checkpoint, quantize_checkpoint
 from tersor.qweight import ActSpec, QSpec, Scheme
 from tersor.report import Report
@@ -67,8 +67,10 @@ def test_each_linear_has_its_own_scheme(llama: Path, mixed: Path) -> None:
     assert report.kept[stays] == "left as it is, *.0.*.q_proj"
     assert {layer.name: layer.scheme for layer in report.layers}[names[-1]]
     assert report.bytes_after == sum(tensor.nbytes for tensor in tensors(mixed).values())
-    assert report.settings["treatments"]["*.down_proj"]["bits"] == 8
-    assert report.settings["treatments"]["*.0.*.q_proj"] is None
+    assert [pattern for pattern, _ in report.settings["treatments"]] == list(SCHEMES)
+    treatments = dict(report.settings["treatments"])
+    assert treatments["*.down_proj"]["bits"] == 8
+    assert treatments["*.0.*.q_proj"] is None
 
 
 def test_weights_are_those_of_one_scheme_where_nothing_came_before(
@@ -133,6 +135,9 @@ def test_an_interrupted_run_goes_on_with_the_same_bytes(
     other = SCHEMES | {"*": W2}
     with pytest.raises(TersorError, match="unfinished run with other settings: treatments was"):
         quantize_checkpoint(llama, tmp_path / "twice", scheme=other, calibration=TEXT)
+    swapped = dict(sorted(SCHEMES.items(), key=lambda each: (each[0] == "*", each[1] is None)))
+    with pytest.raises(TersorError, match="unfinished run with other settings: treatments was"):
+        quantize_checkpoint(llama, tmp_path / "twice", scheme=swapped, calibration=TEXT)
     quantize_checkpoint(llama, tmp_path / "twice", **arguments)
     assert content(tmp_path / "whole") == content(tmp_path / "twice")
 
@@ -169,6 +174,48 @@ def test_solvers_and_zeros_of_their_own(llama: Path, out: Path) -> None:
     assert int((up.weight != 0).view(96, -1, 4).sum(-1).max()) <= 2
     with torch.no_grad():
         assert bool(model(IDS).logits.isfinite().all())
+
+
+@pytest.mark.parametrize("other", [GPTQ(act_order=True), SparseGPT(TWO_OF_FOUR, damp=0.05)])
+def test_one_input_is_factored_in_one_way(llama: Path, out: Path, other: Any) -> None:
+    treatments = {"*.q_proj": Treatment(other, W4), "*": Treatment(GPTQ(), W4)}
+    with pytest.raises(TersorError, match=r"0\.self_attn\.q_proj has .* and .*k_proj has damp"):
+        compress_checkpoint(llama, out, treatments=treatments, calibration=TEXT)
+    assert not out.with_name("out.partial").exists()
+    apart = {"*.down_proj": Treatment(other, W4), "*": Treatment(RTN(), W4)}
+    compress_checkpoint(llama, out, treatments=apart, calibration=TEXT)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((GPTQ(),), "gptq without a scheme does nothing"),
+        (("gptq", W4), r"solver is one with its settings, GPTQ\(\) say, not 'gptq'"),
+        ((GPTQ, W4), "solver is one with its settings"),
+        ((3, W4), "a solver, not 3"),
+        ((GPTQ(), 4), "scheme is a Scheme"),
+    ],
+)
+def test_bad_treatments(arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(TersorError, match=message):
+        Treatment(*arguments)
+
+
+def test_a_scheme_is_no_treatment(llama: Path, out: Path) -> None:
+    treatments: Any = {"*": W4}
+    with pytest.raises(TersorError, match="a treatment is a Treatment"):
+        compress_checkpoint(llama, out, treatments=treatments)
+
+
+def test_what_is_only_rounded_departs_from_nothing() -> None:
+    """Damping is raised to factor the input that both read: that is of GPTQ alone."""
+    linear = torch.nn.Linear(64, 8, bias=False)
+    stats = GramStats(64)
+    stats.update(torch.ones(4, 64) + 1e-6 * torch.randn(4, 64))
+    solved = compress_linear("a", linear, stats, Treatment(GPTQ(damp=1e-12), W4))
+    assert solved.departure is not None and solved.report.notes
+    rounded = compress_linear("b", linear, stats, Treatment(RTN(), W4))
+    assert (rounded.departure, rounded.report.notes) == (None, [])
 
 
 def test_zeros_alone_leave_an_ordinary_model(llama: Path, out: Path) -> None:

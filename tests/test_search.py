@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +245,16 @@ def some_front() -> Front:
         constraints=["size<=0.25x"],
         settings={"tokens": 1},
     )
+
+
+def test_an_infinite_kl_is_written_as_json_has_it(tmp_path: Path) -> None:
+    front = some_front()
+    front.points.append(replace(front.points[0], choice=(2, 2), bytes=50, kl=math.inf))
+    front.uniform = front.points[2:]
+    front.written = {"bytes": 50, "kl": math.inf}
+    content = json.loads(front.save(tmp_path).read_text(), parse_constant=pytest.fail)
+    assert content["points"][-1]["kl"] is None
+    assert Front.read(tmp_path) == front
 
 
 def test_the_best_point_keeps_the_constraints(tmp_path: Path) -> None:

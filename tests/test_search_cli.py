@@ -71,7 +71,7 @@ def test_search_writes_a_model_and_its_front(
         (["--constraint", "speed<=1x"], "'speed' cannot be bounded"),
         (["--constraint", "size<=0.5x", "--method", "rtn", "--pattern", "2:4"], "can prune; add"),
         (["--constraint", "size<=0.5x", "--bits", "5"], "invalid choice: 5"),
-        (["--constraint", "size<=0.5x", "--trials", "some"], "give a whole number from 0 on"),
+        (["--constraint", "size<=0.5x", "--trials", "some"], "give a whole number from 0"),
         (["--constraint", "size<=0.5x", "--sparsity", "1.5"], "a sparsity is between 0 and 1"),
         ([], "the following arguments are required: --constraint"),
     ],

@@ -15,12 +15,23 @@ from torch import Tensor, nn
 import tersor
 import tiny
 from folders import tensors, weights
+from tersor import pipeline
 from tersor.calibrate import Calibration, load_tokenizer
 from tersor.errors import TersorError
 from tersor.evaluate import evaluate
+from tersor.progress import Progress
 from tersor.qweight import ActSpec, QSpec, QWeight, Scheme
 from tersor.report import Report
-from tersor.search import Candidate, Effort, Front, Space, run, search_checkpoint
+from tersor.search import (
+    Candidate,
+    Constraint,
+    Effort,
+    Front,
+    Space,
+    parse_constraints,
+    run,
+    search_checkpoint,
+)
 from tersor.search.evolve import Measured, evolve
 from tersor.search.problem import Evaluations, Problem
 from tersor.search.run import Search
@@ -54,6 +65,10 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save(tmp_path_factory.mktemp("models") / "llama", dtype=torch.bfloat16)
 
 
+def words(count: int) -> str:
+    return " ".join(tiny.text().split()[:count])
+
+
 def windows_of(folder: Path) -> tuple[Tensor, Tensor]:
     """For calibration and held out, by definition: those after the others."""
     more = Calibration(texts=TEXT.texts, samples=9, seq_len=48)
@@ -83,9 +98,6 @@ def opened(folder: Path, work: Path, **changes: Any) -> Search:
 
 
 def found(folder: Path, work: Path, bounds: str = BOUNDS, **changes: Any) -> tuple[Search, Front]:
-    from tersor.progress import Progress
-    from tersor.search import parse_constraints
-
     search = opened(folder, work, **changes)
     with Progress(False) as bar:
         return search, search.find(parse_constraints(bounds), bar)
@@ -215,6 +227,7 @@ def test_a_search_that_is_killed_goes_on(
         (Problem, "_measure", 25),
         (run, "compress_checkpoint", 0),
         (run, "load", 0),
+        (run, "remove", 0),
     ):
         with monkeypatch.context() as cut:
             cut.setattr(owner, name, stop_after(count, getattr(owner, name)))
@@ -225,6 +238,30 @@ def test_a_search_that_is_killed_goes_on(
     whole, _ = searched
     assert front == whole
     assert len(calls) == len(set(calls))
+
+
+def test_a_run_that_is_killed_as_it_writes_may_choose_anew(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, compress = tmp_path / "out", pipeline.compress_block
+    arguments: dict[str, Any] = {"calibration": TEXT, "progress": False}
+    arguments["space"] = Space(bits=(2, 4), group=32, granularity="kind")
+    arguments["effort"] = Effort(trials=0, windows=2)
+
+    def first(model: Any, block: Any, *rest: Any) -> Any:
+        if block.path.endswith(".1"):
+            raise KeyboardInterrupt
+        return compress(model, block, *rest)
+
+    with monkeypatch.context() as cut:
+        cut.setattr(pipeline, "compress_block", first)
+        with pytest.raises(KeyboardInterrupt):
+            search_checkpoint(llama, out, "size<=0.9x", **arguments)
+    front = search_checkpoint(llama, out, "size<=0.6x", **arguments)
+    assert front.written is not None
+    assert front.written["bytes"] <= 0.6 * front.original["size"]
+    assert Front.read(out) == front
+    assert list(tmp_path.iterdir()) == [out]
 
 
 def test_a_torn_line_is_measured_again(tmp_path: Path) -> None:
@@ -240,10 +277,31 @@ def test_a_torn_line_is_measured_again(tmp_path: Path) -> None:
 
 
 def test_another_search_in_the_same_place_is_refused(llama: Path, tmp_path: Path) -> None:
-    opened(llama, tmp_path / "work")
-    opened(llama, tmp_path / "work", effort=Effort(trials=5, windows=3, seed=4))
+    work = tmp_path / "work"
+    with opened(llama, work), pytest.raises(TersorError, match=r"another run is writing .*work"):
+        opened(llama, work)
+    opened(llama, work, effort=Effort(trials=5, windows=3, seed=4)).close()
+    (work / "kl.jsonl").touch()
     with pytest.raises(TersorError, match="unfinished search with another candidates"):
-        opened(llama, tmp_path / "work", space=Space(bits=(3,), group=32))
+        opened(llama, work, space=Space(bits=(3,), group=32))
+
+
+def test_seconds_alone_stand_in_the_way_of_no_other_search(llama: Path, tmp_path: Path) -> None:
+    """As where a bound that nothing keeps was followed by more candidates."""
+    with pytest.raises(TersorError, match="cannot be kept"), opened(llama, tmp_path / "a") as one:
+        one.find(parse_constraints("size<=0.05x"), Progress(False))
+    assert (tmp_path / "a" / "latency.json").exists()
+    with opened(llama, tmp_path / "a", space=Space(bits=(3,), group=32)):
+        assert not (tmp_path / "a" / "latency.json").exists()
+
+
+def test_what_is_not_of_a_search_stays(llama: Path, tmp_path: Path) -> None:
+    own = tmp_path / "out.search" / "notes.txt"
+    own.parent.mkdir()
+    own.touch()
+    with pytest.raises(TersorError, match=r"not the work of a search \(it holds notes.txt"):
+        search_checkpoint(llama, tmp_path / "out", BOUNDS, calibration=TEXT, space=SPACE)
+    assert list(own.parent.iterdir()) == [own]
 
 
 @pytest.mark.parametrize(
@@ -253,26 +311,42 @@ def test_another_search_in_the_same_place_is_refused(llama: Path, tmp_path: Path
         ("latency<=0.01x", {}, "the least latency that these candidates reach is"),
         ("sparsity>=0.6", {}, "the most zeros that these candidates have is 0.5000"),
         ("", {}, "needs a constraint to choose by"),
-        ("size<=2x", {"effort": Effort(trials=0, windows=1)}, "the original keeps size<=2x"),
+        ("size<=2x,latency<=1x", {}, "the original keeps size<=2x, latency<=1x as"),
+        ("size<=9MB,latency<=1s", {}, "the original keeps size<=9MB, latency<=1000ms"),
+        (["size<=0.5x", "speed<=1x"], {}, "'speed' cannot be bounded"),
+        ([Constraint("size", 0.5, True)] * 2, {}, "size is bounded twice"),
+        ("size<=0.5x", {"ignore": "*.q_proj"}, r"ignore is a list of patterns; write \["),
+        ("size<=0.5x", {"calibration": tiny.text()}, "calibration is a Calibration.* not a str"),
+        (
+            "size<=0.5x",
+            {"calibration": Calibration(texts=(words(400),), samples=7, seq_len=48)},
+            r"has 8 windows of 48 tokens, and a search needs 15: 7 to calibrate on and 8 to",
+        ),
         ("size<=0.5x", {"space": Space(bits=(4,), group=64)}, "group 64 does not divide"),
         ("size<=0.5x", {"ignore": ["*.q_prj"]}, "--ignore .* matches no module"),
     ],
 )
 def test_bad_input(
-    llama: Path, tmp_path: Path, bounds: str, changes: dict[str, Any], message: str
+    llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    bounds: Any,
+    changes: dict[str, Any],
+    message: str,
 ) -> None:
+    monkeypatch.setattr(run, "solve_all", lambda *_: pytest.fail("solved"))
     arguments: dict[str, Any] = {"calibration": TEXT, "space": SPACE, "progress": False}
     with pytest.raises(TersorError, match=message):
         search_checkpoint(llama, tmp_path / "out", bounds, **(arguments | changes))
     assert not (tmp_path / "out").exists()
 
 
-def test_bounds_are_checked_before_anything_is_solved(
+def test_an_original_that_may_stay_is_not_even_timed(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "solve_all", lambda *_: pytest.fail("solved"))
-    with pytest.raises(TersorError, match="cannot be kept"):
-        found(llama, tmp_path / "work", "size<=0.05x")
+    monkeypatch.setattr(run, "measure", lambda *_: pytest.fail("timed"))
+    with pytest.raises(TersorError, match="the original keeps size<=1x"):
+        found(llama, tmp_path / "work", "size<=1x,latency<=1.5x")
 
 
 def test_without_optuna(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -374,8 +448,8 @@ def test_the_search_goes_on_from_where_it_begins(sampler: str) -> None:
 
 def test_a_share_of_zeros_is_spread_over_the_layers(llama: Path, tmp_path: Path) -> None:
     space = Space(bits=(), sparsities=(Sparsity(0.3), Sparsity(0.6)), methods=("wanda",))
-    front = search_checkpoint(
-        *(llama, tmp_path / "out", "sparsity>=0.4"),
+    front = search_checkpoint(  # a path as a shell completes it
+        *(llama, f"{tmp_path / 'out'}/", [Constraint("sparsity", 0.4)]),
         calibration=TEXT,
         space=space,
         effort=Effort(trials=0, windows=2, population=6),

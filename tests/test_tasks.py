@@ -16,14 +16,16 @@ from transformers import AutoModelForCausalLM
 import tersor
 import tiny
 from conftest import all_cores
-from tersor import demo
+from tersor import cli, demo
 from tersor.calibrate import load_tokenizer
+from tersor.commands import measure
 from tersor.demo_model import DemoModel
 from tersor.errors import TersorError
 from tersor.qweight import QSpec, Scheme
 from tersor.tasks import (
     Item,
     Task,
+    harness,
     local_tasks,
     read_task,
     run_tasks,
@@ -225,6 +227,39 @@ def test_without_lm_eval(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     (tmp_path / "nameless.yaml").write_text("group: x\n", encoding="utf-8")
     with pytest.raises(TersorError, match="no line `task: NAME`"):
         lm_eval_tasks(tmp_path, [tmp_path / "nameless.yaml"])
+
+
+def test_tasks_that_are_not_there_cost_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither a path that is wrong, which is told before a model is loaded, nor a task that fails
+    when all else is measured."""
+    folder, text = tiny.save(tmp_path / "model"), tmp_path / "text.txt"
+    text.write_text(tiny.text())
+    arguments = ["eval", str(folder), "--text", str(text), "--samples", "2", "--seq-len", "32"]
+    arguments += ["--tasks", str(tmp_path / "absent.yaml")]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    with monkeypatch.context() as patched:
+        patched.setattr(measure, "load_model", lambda name: pytest.fail("loaded"))
+        assert cli.main(arguments) == 2
+    assert "there is no task file" in capsys.readouterr().err
+
+    def fail(*_: object, **__: object) -> None:
+        raise TersorError("the task has no data")
+
+    monkeypatch.setattr(harness, "check", lambda names: None)
+    monkeypatch.setattr(harness, "lm_eval_tasks", fail)
+    assert cli.main(arguments) == 2
+    shown = capsys.readouterr()
+    assert "the task has no data" in shown.err
+    assert "perplexity" in shown.out
+
+
+def test_a_line_ends_where_json_lines_say(tmp_path: Path) -> None:
+    """A text may hold what Unicode calls the end of a line, as write_tasks leaves it."""
+    task = Task("t", (Item("a\u2028b\u0085c", ("\x0bd", "e\r\n"), 1),) * 2)
+    (path,) = write_tasks([task], tmp_path)
+    assert read_task(path.with_suffix(".jsonl")) == task
 
 
 def test_errors_name_the_cause(tmp_path: Path) -> None:

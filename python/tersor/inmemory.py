@@ -44,7 +44,8 @@ def quantize_model(
     calibration: token ids, int64 [samples, seq_len] (Calibration(...).windows(tokenizer) makes
         them), or a list of inputs: for each a tensor, or a tuple or dict of the model's arguments.
         None for methods that need none.
-    scheme, method, ignore, sequential: as in quantize_checkpoint.
+    scheme: what every linear becomes; a mapping by patterns is refused here.
+    method, ignore, sequential: as in quantize_checkpoint.
 
     A QuantLinear keeps the hooks of the linear in whose place it is.
     Raises TersorError for bad input; one that is found in the course of the work (activations that

@@ -14,7 +14,7 @@ from tersor.calibrate import GramStats, capture
 from tersor.errors import TersorError
 from tersor.qweight import QWeight, Scheme
 from tersor.report import LayerReport, Timings
-from tersor.scope import BlockScope
+from tersor.scope import BlockScope, Scope
 from tersor.solvers import PRUNERS, SOLVERS
 from tersor.sparsity import Sparsity
 
@@ -65,10 +65,25 @@ def find_solver(method: str | Solver) -> Solver:
 
 @dataclass(frozen=True)
 class Treatment:
-    """What is done to a linear. scheme: None where its weight stays in 16 bits."""
+    """What is done to a linear. scheme: None where its weight stays in 16 bits.
+
+    Raises TersorError where that is nothing, or where one of them is something else.
+    """
 
     solver: Solver
     scheme: Scheme | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.solver, (str, type)):
+            raise TersorError(f"solver is one with its settings, GPTQ() say, not {self.solver!r}")
+        find_solver(self.solver)
+        if not isinstance(self.scheme, (Scheme, type(None))):
+            raise TersorError(f"scheme is a Scheme(QSpec(...)), not {self.scheme!r}")
+        if self.scheme is None and self.solver.sparsity is None:
+            raise TersorError(
+                f"{self.solver.name} without a scheme does nothing; give it a Scheme(QSpec(...)), "
+                "or a solver with a sparsity"
+            )
 
 
 EVERY = "*"  # the pattern of a treatment that all linears get
@@ -77,10 +92,33 @@ EVERY = "*"  # the pattern of a treatment that all linears get
 def check_arguments(treatments: Mapping[str, Treatment | None], ignore: Sequence[str]) -> None:
     """TersorError for what a caller without a type checker gets wrong."""
     for treatment in treatments.values():
-        if treatment is not None and not isinstance(treatment.scheme, (Scheme, type(None))):
-            raise TersorError(f"scheme is a Scheme(QSpec(...)), not {treatment.scheme!r}")
+        if not isinstance(treatment, (Treatment, type(None))):
+            raise TersorError(
+                f"a treatment is a Treatment(GPTQ(), Scheme(QSpec(...))), or None, not "
+                f"{treatment!r}"
+            )
     if isinstance(ignore, str):
         raise TersorError(f"ignore is a list of patterns; write [{ignore!r}]")
+
+
+def check_shared(scope: Scope, treatments: Mapping[str, Treatment]) -> None:
+    """TersorError where linears that read the same activation would have its Gram matrix factored
+    in two ways, which is done once for all of them. treatments: of the linears, by name."""
+    for tap in (tap for block in scope.blocks for tap in block.taps):
+        first: dict[tuple[float, bool], str] = {}
+        for name in tap:
+            solver = treatments[name].solver
+            if hasattr(solver, "damp"):
+                first.setdefault((solver.damp, getattr(solver, "act_order", False)), name)
+        if len(first) > 1:
+            told = " and ".join(
+                f"{name} has damp {damp:g}, act_order {ordered}"
+                for (damp, ordered), name in first.items()
+            )
+            raise TersorError(
+                f"linears that read the same activation need the same damp and act_order, but "
+                f"{told}; give their solvers the same"
+            )
 
 
 def settings_of(
@@ -88,7 +126,8 @@ def settings_of(
 ) -> dict[str, Any]:
     """Everything that a result depends on beside the model and the text, for a report.
 
-    treatments: by pattern; that of EVERY alone is given line by line.
+    treatments: by pattern; that of EVERY alone is given line by line. Of several the first that
+    matches counts, so they are pairs in their order.
     """
     uniform = treatments.get(EVERY) if len(treatments) == 1 else None
     if uniform is not None:
@@ -97,10 +136,10 @@ def settings_of(
         methods = {each.solver.name for each in treatments.values() if each}
         how = {
             "method": ", ".join(sorted(methods)),
-            "treatments": {
-                pattern: _settings_of(each) if each else None
+            "treatments": [
+                [pattern, _settings_of(each) if each else None]
                 for pattern, each in treatments.items()
-            },
+            ],
         }
     return {
         **how,
@@ -210,7 +249,7 @@ def compress_linear(
         sparsity=zeros / (n * k),
         tokens=seen.tokens if seen else 0,
     )
-    if seen is not None:
+    if seen is not None and hasattr(solver, "damp"):  # others do not factor what it is about
         report.notes += seen.notes
         departure = seen.departure
     return Solved(name, q, report, departure)

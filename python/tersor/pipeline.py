@@ -23,6 +23,7 @@ from tersor.layerwise import (
     Solver,
     Treatment,
     check_arguments,
+    check_shared,
     compress_block,
     find_solver,
     settings_of,
@@ -60,8 +61,9 @@ def quantize_checkpoint(
         the same arguments it goes on after the last whole block, with the same bits in the end;
         with others it begins anew, unless that would throw away a whole block.
     scheme: what every linear becomes; or what linears become by shell patterns over their paths, as
-        in {"*.down_proj": Scheme(QSpec(8)), "*": Scheme(QSpec(4))}. The first pattern that matches
-        counts, None leaves a linear in 16 bits, and so does no pattern.
+        in {"*.down_proj": Scheme(QSpec(8)), "*": Scheme(QSpec(4))}. A linear's own name counts
+        wherever it stands, or else the first pattern that matches; None leaves a linear in 16 bits,
+        and so does no pattern.
     method: "gptq", "rtn", or a solver with settings of its own, such as GPTQ(act_order=True).
     calibration: the text; None for methods that need none. Each block is calibrated on what the
         quantized blocks before it give.
@@ -181,6 +183,8 @@ def _compress(
             linears = [name for name, treatment in own.items() if treatment == each]
             spec = each.scheme.weight if each.scheme else None
             check_inputs(source.model, linears, spec, each.solver.sparsity)
+    if calibration is not None:
+        check_shared(scope, own)
     windows = _windows(source, [each.solver for each in own.values()], calibration)
     settings = settings_of(treatments, ignore, sequential)
     if any(each.solver.sparsity for each in own.values()):

@@ -45,7 +45,7 @@ from tersor.tensorfile import (
 )
 
 _JOURNAL = "journal.json"
-_LOCK = "lock"
+LOCK = "lock"
 _STATE = "state"
 _STAGING = "out"
 _VERSION = 3
@@ -83,7 +83,7 @@ class ShardWriter:
         with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             sync_folder(self.folder.parent)
-            self._lock: int | None = _lock(self.folder)
+            self._lock: int | None = lock_folder(self.folder)
         try:
             with disk_errors(self.folder):
                 self._open(resume)
@@ -267,7 +267,7 @@ class ShardWriter:
         """Bring the locked folder to the state of its last commit, or to that of a new run."""
         journal = self._read_journal()
         if journal is None:
-            strangers = set(os.listdir(self.folder)) - {_LOCK, _JOURNAL + ".tmp"}
+            strangers = set(os.listdir(self.folder)) - {LOCK, _JOURNAL + ".tmp"}
             if strangers:
                 raise TersorError(
                     f"{self.folder} is not a partial run of tersor (it holds "
@@ -302,7 +302,7 @@ class ShardWriter:
         for file, name in self._final_names().items():
             if (self.folder / _STAGING / name).exists():
                 os.replace(self.folder / _STAGING / name, self.folder / file)
-        known = {_LOCK, _JOURNAL, _STATE, *self._files}
+        known = {LOCK, _JOURNAL, _STATE, *self._files}
         self._empty(keep=known)
         for path in (self.folder / _STATE).glob("*.tmp"):
             path.unlink()
@@ -361,7 +361,7 @@ class ShardWriter:
         """Remove what is in the partial folder: the journal after all else, never the lock."""
         for name in sorted(os.listdir(self.folder), key=lambda name: (name == _JOURNAL, name)):
             path = self.folder / name
-            if name in keep or name == _LOCK:
+            if name in keep or name == LOCK:
                 continue
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -370,14 +370,14 @@ class ShardWriter:
 
     def _remove_partial(self) -> None:
         self._empty()
-        (self.folder / _LOCK).unlink()
+        (self.folder / LOCK).unlink()
         with contextlib.suppress(OSError):  # a run that waits for this output may have come in
             self.folder.rmdir()
 
 
-def _lock(folder: Path) -> int:
+def lock_folder(folder: Path) -> int:
     """Lock the folder until the returned file is closed or the process ends, however it does."""
-    path = folder / _LOCK
+    path = folder / LOCK
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

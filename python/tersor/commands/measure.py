@@ -33,8 +33,8 @@ def evaluate(args: argparse.Namespace) -> None:
     windows = measure.text_windows(text, tokenizer, length, args.bos)[: args.samples]
     qualities = measure.evaluate(models, windows, args.baseline)
     speeds = measure.measure_speed(models, windows[:1]) if args.speed else None
-    scores, shown = _scores(args, tasks, models, tokenizer) if args.tasks else ({}, None)
     if args.json:
+        scores = _scores(args, tasks, models, tokenizer)[0] if args.tasks else {}
         print(measure.to_json(qualities, speeds, scores), end="")
         return
     out = console()
@@ -48,8 +48,8 @@ def evaluate(args: argparse.Namespace) -> None:
             f"{speed.weights / 1e6:.1f} MB of weights, {speed.peak / 1e6:.0f} MB resident at most",
             highlight=False,
         )
-    if shown is not None:
-        out.print(shown)
+    if args.tasks:  # after the rest, which then is there whatever becomes of them
+        out.print(_scores(args, tasks, models, tokenizer)[1])
 
 
 def _tasks(names: Sequence[str], text: str) -> tuple[Any, ...]:
@@ -63,7 +63,7 @@ def _tasks(names: Sequence[str], text: str) -> tuple[Any, ...]:
     if names:
         from tersor.tasks import harness
 
-        harness.require()
+        harness.check(names)
     return ()
 
 

@@ -25,12 +25,11 @@ SLACK = 1e-9  # relative; sums of floats are bounded up to this
 @dataclass(frozen=True)
 class Sums:
     """Choices that no other one beats. choices: int64 [count, units]; losses: float64 [count];
-    costs: float64 [count, bounds]. exact: none was left out to bound the work."""
+    costs: float64 [count, bounds]."""
 
     choices: Array
     losses: Array
     costs: Array
-    exact: bool
 
 
 def undominated(
@@ -56,16 +55,13 @@ def undominated(
     steps: list[tuple[Array, Array]] = []
     parent: Array
     choice: Array
-    exact = True
     for unit in range(units):
         next_lost = (lost[:, None] + losses[unit]).ravel()
         next_spent = (spent[:, None, :] + table[unit]).reshape(-1, len(costs))
         parent = np.repeat(np.arange(len(lost), dtype=np.int32), candidates)
         choice = np.tile(np.arange(candidates, dtype=np.int16), len(lost))
         fits = (next_spent + least[unit + 1] <= most).all(axis=1)
-        kept, whole = _unbeaten(next_lost[fits], next_spent[fits])
-        kept = np.flatnonzero(fits)[kept]
-        exact = exact and whole
+        kept = np.flatnonzero(fits)[_unbeaten(next_lost[fits], next_spent[fits])]
         lost, spent = next_lost[kept], next_spent[kept]
         steps.append((parent[kept], choice[kept]))
     choices = np.empty((len(lost), units), dtype=np.int64)
@@ -74,22 +70,20 @@ def undominated(
         parent, choice = steps[unit]
         choices[:, unit] = choice[at]
         at = parent[at]
-    return Sums(choices, lost, spent, exact)
+    return Sums(choices, lost, spent)
 
 
-def _unbeaten(losses: Array, costs: Array) -> tuple[Array, bool]:
-    """Numbers of the entries that no other one beats, and whether they are all of these."""
+def _unbeaten(losses: Array, costs: Array) -> Array:
+    """Numbers of the entries that no other one beats."""
     if not len(losses):
-        return np.empty(0, dtype=np.int64), True
+        return np.empty(0, dtype=np.int64)
     lines = int(CELLS ** (1 / costs.shape[1]))
-    exact = True
     places: list[Array] = []
     shape: list[int] = []
     column: Array
     for column in costs.T:
         values, place = np.unique(column, return_inverse=True)
         if len(values) > lines:
-            exact = False
             width = (values[-1] - values[0]) / (lines - 1)
             place = ((column - values[0]) / width).astype(np.int64)
         places.append(place)
@@ -112,7 +106,7 @@ def _unbeaten(losses: Array, costs: Array) -> tuple[Array, bool]:
         behind = [slice(None)] * grid.ndim
         ahead[axis], behind[axis] = slice(1, None), slice(None, -1)
         others[tuple(ahead)] = np.minimum(others[tuple(ahead)], before[tuple(behind)])
-    return best[losses[best] < others.ravel()[cells[best]]], exact
+    return best[losses[best] < others.ravel()[cells[best]]]
 
 
 def solve(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tersor.errors import TersorError
@@ -93,11 +92,6 @@ def parse_constraints(text: str) -> tuple[Constraint, ...]:
     if twice:
         raise TersorError(f"{twice} is bounded twice; give it one bound")
     return tuple(found)
-
-
-def limits(constraints: Sequence[Constraint], original: Mapping[str, float]) -> dict[str, float]:
-    """name -> the most of each cost that is allowed. original: what the original takes of it."""
-    return {each.name: each.limit(original[each.name]) for each in constraints}
 
 
 def show(name: str, amount: float, digits: int = 4) -> str:

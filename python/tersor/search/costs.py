@@ -27,7 +27,7 @@ class Costs:
     """Sums over the linears of a unit, by unit and candidate: each [units, candidates].
 
     size: bytes of the tensors that are stored, int64. latency: seconds of one call with `tokens`
-    tokens, float64. nonzeros: weights that are not zero, int64.
+    tokens, float64. nonzeros: weights that are not zero by the shares asked for, float64.
     fixed: bytes of all tensors that no candidate changes.
     size_before, latency_before, weights: of the original's linears, by unit.
     """
@@ -62,16 +62,16 @@ class Costs:
     def of(self, choice: Sequence[int]) -> tuple[int, float, float]:
         """Bytes, seconds and share of zeros of a model. choice: a candidate for each unit, or
         ORIGINAL."""
-        size, latency, nonzeros = self.fixed, 0.0, 0
+        size, latency, nonzeros = self.fixed, 0.0, 0.0
         for unit, number in enumerate(choice):
             if number == ORIGINAL:
                 size += int(self.size_before[unit])
                 latency += float(self.latency_before[unit])
-                nonzeros += int(self.weights[unit])
+                nonzeros += float(self.weights[unit])
             else:
                 size += int(self.size[unit, number])
                 latency += float(self.latency[unit, number])
-                nonzeros += int(self.nonzeros[unit, number])
+                nonzeros += float(self.nonzeros[unit, number])
         return size, latency, 1 - nonzeros / float(self.weights.sum())
 
 
@@ -151,7 +151,7 @@ class LinearCosts:
     shape: Shape
     before: int
     sizes: tuple[int, ...]
-    nonzeros: tuple[int, ...]
+    nonzeros: tuple[float, ...]
     calls: float = 1.0
 
     @classmethod
@@ -172,7 +172,7 @@ class LinearCosts:
             stored_bytes(n, k, each.scheme, dtype) if each.scheme else before for each in candidates
         )
         zeros = (each.sparsity.zeros if each.sparsity else 0.0 for each in candidates)
-        nonzeros = (n * k - int(share * n * k) for share in zeros)
+        nonzeros = (n * k * (1 - share) for share in zeros)
         return cls(shape, before, tuple(sizes), tuple(nonzeros), calls)
 
 

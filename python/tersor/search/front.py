@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -132,7 +133,11 @@ class Front:
     def to_json(self) -> str:
         content = asdict(self)
         content["candidates"] = [candidate.to_dict() for candidate in self.candidates]
-        return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        # JSON has no infinity: a KL that is not finite is null.
+        for each in (*content["points"], *content["uniform"], content["written"] or {}):
+            if not math.isfinite(each.get("kl", 0.0)):
+                each["kl"] = None
+        return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
     def save(self, folder: Path) -> Path:
         """Writes front.json into a folder, whole or not at all."""
@@ -147,6 +152,9 @@ class Front:
         path = Path(path) / FRONT if Path(path).is_dir() else Path(path)
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
+            for each in (*content["points"], *content["uniform"], content["written"] or {}):
+                if each and each["kl"] is None:
+                    each["kl"] = math.inf
             for name in ("points", "uniform"):
                 content[name] = [
                     Point(**(each | {"choice": tuple(each["choice"])})) for each in content[name]

@@ -1,19 +1,15 @@
 """The whole search: candidates solved and timed, sensitivities, trials, the front, and the chosen
 point as a checkpoint.
 
-Its work is in a folder beside the output, `<out>.search`, until that is whole:
-
-    settings.json             what two runs must have in common for one to go on from the other
-    linear-00000.safetensors  of each linear, all candidates (see solutions.py)
-    latency.json              seconds by shape, measured once
-    kl.jsonl                  every choice that was measured
+Its work is in a folder beside the output until that is whole (see tersor.search.folder).
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
-import shutil
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -23,9 +19,9 @@ import numpy as np
 from torch import Tensor, nn
 
 from tersor.calibrate import Calibration, digest
-from tersor.durable import durable
+from tersor.durable import durable, sync_folder
 from tersor.errors import TersorError
-from tersor.layerwise import Treatment, machine, settings_of
+from tersor.layerwise import check_arguments, machine, settings_of
 from tersor.loading import load
 from tersor.pipeline import compress_checkpoint
 from tersor.progress import Progress
@@ -37,6 +33,7 @@ from tersor.search.constraints import Constraint, parse_constraints
 from tersor.search.costs import ORIGINAL, Costs, LinearCosts, Shape, add_up, measure
 from tersor.search.differentiable import Differentiable, descend
 from tersor.search.evolve import Effort, Measured, evolve, require_optuna
+from tersor.search.folder import LATENCY, SETTINGS, claim, remove
 from tersor.search.front import Front, Point, non_dominated
 from tersor.search.problem import Evaluations, Problem
 from tersor.search.proposals import perturbed, spread, within
@@ -81,53 +78,76 @@ def search_checkpoint(
     Raises TersorError for bad input, and for constraints that no choice keeps, before any work
     where that can be known.
     """
-    wanted = parse_constraints(constraints) if isinstance(constraints, str) else tuple(constraints)
+    text = constraints if isinstance(constraints, str) else ",".join(map(str, constraints))
+    wanted = parse_constraints(text)
     if not wanted:
         raise TersorError(
             "a search needs a constraint to choose by, such as size<=0.3x; give --constraint"
         )
-    work = Path(f"{out}.search")
-    if not work.exists():
+    out = Path(os.path.abspath(out))
+    work = out.with_name(out.name + ".search")
+    if not (work / SETTINGS).exists():
         refuse_existing(out)
-    search = Search.open(model, work, calibration, space, effort, differentiable, ignore)
-    with Progress(progress) as bar:
-        front = search.find(wanted, bar)
-    best = front.best()
-    if best.kl == 0 and all(front.candidates[each].untouched for each in best.choice):
-        bounds = ", ".join(map(str, wanted))
-        raise TersorError(f"the original keeps {bounds} as it is; give a tighter --constraint")
-    front = front.choose(best)
-    treatments = {name: each.treatment for name, each in front.assignment(best).items()}
-    if not _is_written(Path(out), treatments):
-        refuse_existing(out)
-        compress_checkpoint(
-            *(model, out),
-            treatments=treatments,
-            calibration=calibration,
-            ignore=ignore,
-            sequential=sequential,
-            progress=progress,
-        )
-    report = Report.read(Path(out))
-    assert report is not None  # it was just written
-    quantized = any(each.scheme for each in treatments.values() if each)
-    kl = search.problem.compare(load(out) if quantized else _plain(out))
-    front.written = {"bytes": report.bytes_after, "kl": kl}
-    front.notes += [f"as written, {name}: {why}" for name, why in report.departures.items()]
-    front.save(Path(out))
-    if importlib.util.find_spec("matplotlib") is not None:
-        front.draw(Path(out) / "front.svg")
-    shutil.rmtree(work)
+    opened = Search.open(model, work, calibration, space, effort, differentiable, ignore)
+    with opened as search:
+        with Progress(progress) as bar:
+            front = search.find(wanted, bar)
+        front = front.choose(front.best())
+        _write(search, front, out, calibration, ignore, sequential, progress)
+        remove(work)
     return front
 
 
-def _is_written(out: Path, treatments: Mapping[str, Treatment | None]) -> bool:
+def _write(
+    search: Search,
+    front: Front,
+    out: Path,
+    calibration: Calibration,
+    ignore: Sequence[str],
+    sequential: bool,
+    progress: bool | None,
+) -> None:
+    """The chosen point as a checkpoint with the front in it, which appears whole. Beside it, in the
+    folder of the search, one of another choice may have been begun."""
+    assert front.chosen is not None
+    assignment = front.assignment(front.points[front.chosen])
+    treatments = {name: each.treatment for name, each in assignment.items()}
+    settings = json.loads(json.dumps(settings_of(treatments, ignore, sequential)))
+    made = out
+    if not _is_written(out, settings):  # or an earlier run was stopped just after that
+        refuse_existing(out)
+        name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+        made = search.work / f"chosen-{name}"
+        if not _is_written(made, settings):
+            compress_checkpoint(
+                *(search.source.checkpoint.folder, made),
+                treatments=treatments,
+                calibration=calibration,
+                ignore=ignore,
+                sequential=sequential,
+                progress=progress,
+            )
+    report = Report.read(made)
+    assert report is not None  # it was just written
+    quantized = any(each.scheme for each in treatments.values() if each)
+    kl = search.problem.compare(load(made) if quantized else _plain(made))
+    front.written = {"bytes": report.bytes_after, "kl": kl}
+    front.notes += [f"as written, {name}: {why}" for name, why in report.departures.items()]
+    front.save(made)
+    if importlib.util.find_spec("matplotlib") is not None:
+        front.draw(made / "front.svg")
+    if made != out:
+        refuse_existing(out)
+        os.rename(made, out)
+        sync_folder(out.parent)
+
+
+def _is_written(folder: Path, settings: Mapping[str, Any]) -> bool:
     """Whether an earlier run of the same search was interrupted after it had written the folder."""
-    report = Report.read(out) if out.is_dir() else None
+    report = Report.read(folder) if folder.is_dir() else None
     if report is None:
         return False
-    wanted = settings_of(treatments, (), False)["treatments"]
-    return bool(report.settings.get("treatments") == json.loads(json.dumps(wanted)))
+    return all(report.settings.get(key) == value for key, value in settings.items())
 
 
 def _plain(folder: str | Path) -> nn.Module:
@@ -142,6 +162,7 @@ def _plain(folder: str | Path) -> nn.Module:
 @dataclass
 class Search:
     """A search in its folder. `open` checks what can be checked before any work; `find` does it.
+    Use it in a with statement, or call close(): the folder stays locked until then.
 
     windows: for calibration, and held: to measure on; int64 [count, length].
     points: all that were measured, by choice, in the order in which they were.
@@ -156,6 +177,7 @@ class Search:
     windows: Tensor
     held: Tensor
     differentiable: Differentiable | None = None
+    lock: int | None = None
     problem: Problem = field(init=False)
     costs: Costs = field(init=False)
     points: dict[Choice, Point] = field(default_factory=dict)
@@ -172,6 +194,12 @@ class Search:
         ignore: Sequence[str] = (),
     ) -> Search:
         """work: the folder of the search, made where it is not there."""
+        check_arguments({}, ignore)
+        if not isinstance(calibration, Calibration):
+            raise TersorError(
+                f'calibration is a Calibration, such as Calibration(("text.txt",)), not a '
+                f"{type(calibration).__name__}"
+            )
         space, effort = space or Space(), effort or Effort()
         if effort.trials and differentiable is None:
             require_optuna()
@@ -187,7 +215,13 @@ class Search:
             spec = each.scheme.weight if each.scheme else None
             check_inputs(source.model, scope.linears, spec, each.sparsity)
         count = calibration.samples + effort.windows
-        windows = text_windows(source, replace(calibration, samples=count))
+        windows = text_windows(source, replace(calibration, samples=count), fewer=True)
+        if len(windows) < count:
+            raise TersorError(
+                f"the text has {len(windows)} windows of {windows.shape[1]} tokens, and a search "
+                f"needs {count}: {calibration.samples} to calibrate on and {effort.windows} to "
+                "measure on; give more text, or fewer --samples, --held-out or --seq-len"
+            )
         settings = {
             "model": source.checkpoint.fingerprint(),
             "candidates": [each.to_dict() for each in candidates],
@@ -199,7 +233,7 @@ class Search:
             **machine(),
             **versions(),
         }
-        _claim(work, settings)
+        lock = claim(work, settings)
         held = windows[calibration.samples :]
         return cls(
             source,
@@ -211,18 +245,36 @@ class Search:
             windows[: calibration.samples],
             held,
             differentiable,
+            lock,
         )
 
+    def __enter__(self) -> Search:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the folder; what was measured stays for the next run."""
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
+
     def find(self, constraints: tuple[Constraint, ...], bar: Progress) -> Front:
-        """The front. TersorError where no choice keeps the constraints."""
+        """The front. TersorError where no choice keeps the constraints, or the original does."""
         candidates, effort, source = self.space.candidates, self.effort, self.source
+        self._require_change(constraints)
         seconds = self._latency(bar)
         sure = [c for c in constraints if c.name != "latency" or not source.found.arch.experts]
-        within(self._nothing(), self._costs(seconds, {}), tuple(sure))
+        costs = self._costs(seconds, {})
+        within(self._nothing(), costs, tuple(sure))
+        if len(sure) == len(constraints):
+            self._require_change(constraints, costs.original["latency"])
         with source.loaded(source.where):
             solutions = solve_all(source, self.scope, self.windows, candidates, self.work, bar)
             self.costs = self._costs(seconds, solutions)
             within(self._nothing(), self.costs, constraints)
+            self._require_change(constraints, self.costs.original["latency"])
             evaluations = Evaluations(self.work / "kl.jsonl")
             self.problem = Problem(
                 source.model, self.units, candidates, solutions, self.held, evaluations
@@ -249,6 +301,22 @@ class Search:
             },
             notes=[f"{name}: {why}" for name, each in solutions.items() for why in each.departures],
         )
+
+    def _require_change(
+        self, constraints: tuple[Constraint, ...], latency: float | None = None
+    ) -> None:
+        """TersorError where the original, which may be chosen, keeps the constraints. latency: of
+        its linears in seconds, where that is known already."""
+        if not constraints or not any(each.untouched for each in self.space.candidates):
+            return
+        for each in constraints:
+            # It has none of the zeros that sparsity is about.
+            own = {"size": self.source.nbytes, "latency": latency, "sparsity": None}[each.name]
+            takes = 1.0 if each.relative else own
+            if takes is None or takes > each.limit(takes) * (1 + 1e-9):
+                return
+        bounds = ", ".join(map(str, constraints))
+        raise TersorError(f"the original keeps {bounds} as it is; give a tighter --constraint")
 
     @property
     def _zeros(self) -> bool:
@@ -372,7 +440,7 @@ class Search:
 
     def _latency(self, bar: Progress) -> dict[Shape, list[float]]:
         """Seconds by shape, of the original and each candidate: measured once, then read."""
-        path, shapes = self.work / "latency.json", set(self._shapes().values())
+        path, shapes = self.work / LATENCY, set(self._shapes().values())
         known: dict[str, list[float]] = json.loads(path.read_text()) if path.exists() else {}
         found: dict[Shape, list[float]] = {}
         bar.expect(len(shapes))
@@ -387,21 +455,3 @@ class Search:
             found[n, k] = known[key]
             bar.step()
         return found
-
-
-def _claim(work: Path, settings: dict[str, Any]) -> None:
-    """Makes the folder of a search, or finds there that it is of the same one."""
-    settings = json.loads(json.dumps(settings))
-    path = work / "settings.json"
-    if path.exists():
-        before = json.loads(path.read_text())
-        for key in before | settings:
-            if before.get(key) != settings.get(key):
-                raise TersorError(
-                    f"{work} is of an unfinished search with another {key}; remove it to begin "
-                    "anew, repeat the search as it was, or choose another --out"
-                )
-        return
-    work.mkdir(parents=True, exist_ok=True)
-    with durable(path) as file:
-        file.write(json.dumps(settings, indent=1).encode())

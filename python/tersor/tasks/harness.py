@@ -33,30 +33,16 @@ def lm_eval_tasks(
     batch: sequences per forward pass. limit: items of each task, the first ones; all by default.
     Raises TersorError where lm-eval is not installed or knows no such task.
     """
-    require()
-    files = [path for task in tasks if (path := Path(task)).suffix in (".yaml", ".yml")]
-    for path in files:
-        if not path.is_file():
-            raise TersorError(f"there is no task file {path}; check the path")
-    names = [_name_in(Path(t)) if Path(t) in files else str(t) for t in tasks]
+    names, manager = check(tasks)
 
     import lm_eval
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
     from tersor.calibrate import load_tokenizer
-    from tersor.commands.opening import load_model
+    from tersor.loading import load_any
 
-    manager = TaskManager(
-        include_path=sorted({str(path.parent) for path in files}) or None,
-        include_defaults=len(files) < len(tasks),  # an index of thousands, which takes seconds
-    )
-    if unknown := sorted(set(names) - set(manager.all_tasks)):
-        raise TersorError(
-            f"lm-eval knows no task {unknown[0]}; give one that `lm_eval ls tasks` lists, or a file"
-        )
     wrapped = HFLM(
-        pretrained=model if model is not None else load_model(str(folder)),
+        pretrained=model if model is not None else load_any(folder),
         tokenizer=load_tokenizer(Path(folder)),
         batch_size=batch,
         device="cpu",
@@ -68,6 +54,29 @@ def lm_eval_tasks(
         model=wrapped, tasks=names, task_manager=manager, limit=limit, log_samples=False
     )
     return {name: _metrics(values) for name, values in found["results"].items()}
+
+
+def check(tasks: Sequence[str | Path]) -> tuple[list[str], Any]:
+    """The names of the tasks and lm-eval's manager that has them. For before the work as well.
+    Raises TersorError as lm_eval_tasks does."""
+    require()
+    files = [path for task in tasks if (path := Path(task)).suffix in (".yaml", ".yml")]
+    for path in files:
+        if not path.is_file():
+            raise TersorError(f"there is no task file {path}; check the path")
+    names = [_name_in(Path(t)) if Path(t) in files else str(t) for t in tasks]
+
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(
+        include_path=sorted({str(path.parent) for path in files}) or None,
+        include_defaults=len(files) < len(tasks),  # an index of thousands, which takes seconds
+    )
+    if unknown := sorted(set(names) - set(manager.all_tasks)):
+        raise TersorError(
+            f"lm-eval knows no task {unknown[0]}; give one that `lm_eval ls tasks` lists, or a file"
+        )
+    return names, manager
 
 
 def _name_in(path: Path) -> str:
