@@ -20,13 +20,14 @@ import torch
 if TYPE_CHECKING:
     from tersor.demo_model import DemoModel
 
-CORES = torch.get_num_threads()
+# A worker's share of the cores: threads of several workers that spin on one core stop each other.
+CORES = max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 torch.set_num_threads(1)
 
 
 @contextmanager
 def all_cores() -> Iterator[None]:
-    """For the few tests with work enough for all of them."""
+    """For the few tests with work enough for all of them, or for the worker's share."""
     torch.set_num_threads(CORES)
     try:
         yield
