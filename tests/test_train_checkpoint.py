@@ -300,14 +300,14 @@ def test_commands(
     options = ["--loss", "skewed_kl", "--temperature", "2", "--alpha", "0.5", "--pattern", "2:4"]
     code = cli.main(["distill", str(model), "--out", str(tmp_path / "d"), *common, *options])
     assert code == 0
-    assert "3 steps on 144 tokens, loss" in capsys.readouterr().out
+    assert "3 steps on 144 tokens, loss" in " ".join(capsys.readouterr().out.split())
     settings = json.loads((tmp_path / "d" / "tersor_report.json").read_text())["settings"]
     assert settings["distillation"]["loss"] == "skewed_kl"
     assert (settings["steps"], settings["sparsity"]) == (3, "2:4")
     grid = ["--bits", "3", "--group", "32", "--scales", "fixed", "--start", "rtn"]
     code = cli.main(["qat", str(tmp_path / "d"), "--out", str(tmp_path / "q"), *common, *grid])
     assert code == 0
-    assert "bits per quantized weight, 3 steps" in capsys.readouterr().out
+    assert "bits per quantized weight, 3 steps" in " ".join(capsys.readouterr().out.split())
     assert cli.main(["distill", str(model), "--out", str(tmp_path / "x"), *common[-6:]]) == 2
     assert "training needs text; give --calibration FILE" in capsys.readouterr().err
     assert cli.main(["qat", str(model), "--out", str(tmp_path / "x"), "--alpha", "1"]) == 2
