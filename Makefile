@@ -28,8 +28,10 @@ demo-full: build
 	rm -rf build/demo-full build/demo-full.partial
 	$(BIN)/tersor demo --full --out build/demo-full
 
-# A worker for each core, each with whole files: what a file makes once is made once.
+# The demo model first, if it is not there yet, on all cores; then a worker for each core, each with
+# whole files: what a file makes once is made once.
 test: build
+	$(BIN)/python -c 'from tersor.demo_model import demo_model; demo_model()'
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 # Every instruction set of this machine, forced in turn.
