@@ -11,7 +11,6 @@ from typing import Any
 from torch import Tensor
 
 from tersor.calibrate import DEFAULT_SEQ_LEN, Calibration, digest, load_tokenizer
-from tersor.checkpoint import Checkpoint
 from tersor.corpus import read_text
 from tersor.errors import TersorError
 from tersor.evaluate import position_limit, text_windows
@@ -22,6 +21,7 @@ from tersor.scope import check_inputs, settle
 from tersor.source import Source
 from tersor.steps import Shrink, State, Step, Surgery, Train
 from tersor.surgery.cuts import settle_cuts
+from tersor.training.checkpoints import check_teacher
 
 Windows = dict[str, Tensor]  # name of a text -> int64 [count, seq_len]
 
@@ -131,18 +131,6 @@ def _shapes(recipe: Recipe, source: Source) -> None:
             sparsity = settings.get("sparsity") or getattr(settings.get("method"), "sparsity", None)
             scope = settle(model, find_arch(model), getattr(step, "ignore", ()))
             check_inputs(model, scope.linears, scheme and scheme.weight, sparsity)
-
-
-def check_teacher(folder: str | Path, source: Source) -> None:
-    """TersorError where a model to learn from, or to compare with, has another vocabulary."""
-    config: dict[str, Any] = Checkpoint.open(folder).config
-    theirs = (config.get("text_config") or config).get("vocab_size")
-    ours = source.model.config.get_text_config().vocab_size
-    if theirs != ours:
-        raise TersorError(
-            f"{folder} has a vocabulary of {theirs} tokens and the model one of "
-            f"{ours}; choose one with the model's tokenizer"
-        )
 
 
 def _training_text(step: Train, calibration: Calibration | None, source: Source) -> None:

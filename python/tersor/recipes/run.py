@@ -29,13 +29,14 @@ from tersor.calibrate import digest
 from tersor.checkpoint import Checkpoint
 from tersor.durable import disk_errors, durable, sync_folder
 from tersor.errors import TersorError
-from tersor.recipes.checks import Checked, check, check_teacher
+from tersor.recipes.checks import Checked, check
 from tersor.recipes.facts import measure_quality, measure_size
 from tersor.recipes.page import require, write_page
 from tersor.recipes.recipe import Evaluate, Export, Recipe, name_of, settings_of
 from tersor.recipes.stages import RECIPE_REPORT, RecipeReport, Stage
 from tersor.report import Report, peak_memory, versions
 from tersor.steps import Step, Train
+from tersor.training.checkpoints import check_teacher
 
 RECIPE_PAGE = "tersor_recipe.html"
 STAGES = "stages"  # in the output: models on the way that are kept

@@ -392,11 +392,16 @@ def _check(job: _Job) -> None:
     scheme = job.qat.scheme if job.qat else None
     check_inputs(model, job.scope.linears, scheme.weight if scheme else None, job.sparsity)
     if job.teacher is not None:
-        config = Checkpoint.open(job.teacher).config
-        theirs = (config.get("text_config") or config).get("vocab_size")
-        ours = model.config.get_text_config().vocab_size
-        if theirs != ours:
-            raise TersorError(
-                f"the teacher {job.teacher} has a vocabulary of {theirs} tokens and the model one "
-                f"of {ours}; choose a teacher with the model's tokenizer"
-            )
+        check_teacher(job.teacher, job.source)
+
+
+def check_teacher(folder: str | Path, source: Source) -> None:
+    """TersorError where a model to learn from, or to compare with, has another vocabulary."""
+    config: dict[str, Any] = Checkpoint.open(folder).config
+    theirs = (config.get("text_config") or config).get("vocab_size")
+    ours = source.model.config.get_text_config().vocab_size
+    if theirs != ours:
+        raise TersorError(
+            f"{folder} has a vocabulary of {theirs} tokens and the model one of {ours}; choose one "
+            "with the model's tokenizer"
+        )
