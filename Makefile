@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 BUILT := $(VENV)/.built
 
 NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
-CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h')
+CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 # The tests that exercise native code, and that run once for every instruction set.
 NATIVE_TESTS := tests/test_kernels.py tests/test_solve_native.py tests/test_prune_native.py
 # Sets $isas, to all that this machine has unless the environment names some; fails if there is none.
@@ -63,7 +63,8 @@ bench: build
 
 wheel: $(READY)
 	rm -rf dist
-	$(PIP) wheel --no-deps --wheel-dir dist -C build-dir=build/wheel .
+	$(PIP) wheel --no-deps --wheel-dir dist -C build-dir=build/wheel \
+	  -C cmake.define.TERSOR_CUDA_ARCHITECTURES=wheel .
 	$(BIN)/auditwheel show dist/tersor-*.whl
 
 # The native tests under AddressSanitizer and UndefinedBehaviorSanitizer (GCC). The instrumented

@@ -1,5 +1,5 @@
 // The Python module tersor._core: checks every argument, releases the GIL, calls the core.
-// The only file that knows Python.
+// Only this file and bindings_cuda.cpp know Python.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -12,6 +12,7 @@
 #include <malloc.h>
 #endif
 
+#include "bindings_cuda.h"
 #include "dispatch.h"
 #include "parallel.h"
 #include "solve/solve.h"
@@ -400,6 +401,8 @@ NB_MODULE(_core, m) {
         "scale_dtype"_a = static_cast<int>(TERSOR_F32));
 
   m.def("trim_memory", trim_memory);
+
+  tersor::bind_cuda(m);
 
   m.def("thread_count", tersor::thread_count);
   m.def("set_thread_count", tersor::set_thread_count, "count"_a);

@@ -461,9 +461,10 @@ def test_code_in_a_folder_is_not_run(llama):
 
 def test_places_without_kernels(llama):
     pytest.importorskip("compressed_tensors")
-    with pytest.raises(TersorError, match="kernels run on the CPU"):
-        AutoModelForCausalLM.from_pretrained(
-            llama, quantization_config=TersorConfig(), device_map={"": 0}
-        )
+    for place in ("disk", "mps") + (() if torch.cuda.is_available() else (0, "cuda")):
+        with pytest.raises(TersorError, match="name devices that are here, or leave it out"):
+            AutoModelForCausalLM.from_pretrained(
+                llama, quantization_config=TersorConfig(), device_map={"": place}
+            )
     with pytest.raises(TersorError, match="float64; convert it"):
         tersor.load(llama, torch.float64)

@@ -55,12 +55,16 @@ def test_header_for_other_packages_is_installed() -> None:
     assert installed.read_text() == (CSRC / "kernel.h").read_text()
 
 
+SOURCES = (".h", ".cpp", ".cuh", ".cu")
+
+
 @needs_source
-def test_native_code_knows_python_in_one_place_and_torch_nowhere() -> None:
+def test_native_code_knows_python_in_its_bindings_and_torch_nowhere() -> None:
     python = re.compile(r"#\s*include\s*[<\"](nanobind/|pybind11/|Python\.h)")
     torch = re.compile(r"#\s*include\s*[<\"](torch|ATen|c10)/")
-    files = {p: p.read_text() for p in CSRC.rglob("*") if p.suffix in (".h", ".cpp")}
-    assert [p.name for p, text in files.items() if python.search(text)] == ["bindings.cpp"]
+    files = {p: p.read_text() for p in CSRC.rglob("*") if p.suffix in SOURCES}
+    knowing = {p.name for p, text in files.items() if python.search(text)}
+    assert knowing == {"bindings.cpp", "bindings_cuda.cpp", "bindings_cuda.h"}
     assert not [p for p, text in files.items() if torch.search(text)]
 
 

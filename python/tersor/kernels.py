@@ -83,7 +83,7 @@ def explain(
     group = spec.group or k
     spec.groups(k)
     rows: list[tuple[str, str | None]] = _core.explain(
-        n, k, group, _stored_bits(spec), not spec.symmetric, dtype_code(scale_dtype),
+        n, k, group, stored_bits(spec), not spec.symmetric, dtype_code(scale_dtype),
         int(activation is not None), m, dtype_code(dtype), *pattern,
     )  # fmt: skip
     return rows
@@ -118,13 +118,14 @@ def dtype_code(dtype: torch.dtype) -> int:
 # --- kernel order and back -----------------------------------------------------------------------
 
 
-def _stored_bits(spec: QSpec) -> int:
+def stored_bits(spec: QSpec) -> int:
+    """In which kernels hold the codes: 4 or 8."""
     return 8 if spec.bits == 8 else 4
 
 
-def _recentre(spec: QSpec) -> int:
-    """2- and 3-bit codes are stored in 4 bits. A symmetric grid has its zero point in the middle,
-    so its codes move up with it."""
+def recentre(spec: QSpec) -> int:
+    """What is added to codes when they are stored: 2- and 3-bit codes are stored in 4 bits. A
+    symmetric grid has its zero point in the middle, so its codes move up with it."""
     return 8 - spec.midpoint if spec.symmetric and spec.bits < 4 else 0
 
 
@@ -175,10 +176,10 @@ def _values(w: Tensor) -> tuple[Tensor, None, None, int]:
 
 def _stored(q: QWeight) -> tuple[Tensor, Tensor, Tensor | None, int]:
     """Codes, scales, zeros and bits as a kernel takes them."""
-    shift = _recentre(q.spec)
+    shift = recentre(q.spec)
     codes = (q.codes + shift if shift else q.codes).contiguous()
     zeros = None if q.zeros is None else q.zeros.contiguous()
-    return codes, q.scales.contiguous(), zeros, _stored_bits(q.spec)
+    return codes, q.scales.contiguous(), zeros, stored_bits(q.spec)
 
 
 def keeps_pattern(q: QWeight | Tensor, kept: int, of: int) -> bool:
@@ -205,7 +206,7 @@ def unpack_weight(packed: Tensor, spec: QSpec | None = None) -> QWeight:
     scales = torch.empty(n, groups, dtype=DTYPES[head["scale_dtype"]])
     zeros = torch.empty(n, groups, dtype=torch.uint8) if head["asymmetric"] else None
     _core.unpack(packed, codes, scales, zeros)
-    return QWeight(spec, codes.sub_(_recentre(spec)), scales, zeros)
+    return QWeight(spec, codes.sub_(recentre(spec)), scales, zeros)
 
 
 def packed_spec(packed: Tensor) -> dict[str, Any]:
@@ -222,11 +223,23 @@ def packed_spec(packed: Tensor) -> dict[str, Any]:
 _library = torch.library.Library("tersor", "DEF")  # the registrations live as long as it does
 
 
-def _define(schema: str, cpu: Callable[..., Tensor], fake: Callable[..., Tensor]) -> None:
+def define_operator(
+    schema: str, device: str, function: Callable[..., Tensor], fake: Callable[..., Tensor]
+) -> None:
+    """torch.ops.tersor.<name of the schema>, for tensors on "CPU" or "CUDA"."""
     name = "tersor::" + schema.partition("(")[0]
     _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
-    _library.impl(name, cpu, "CPU")
+    _library.impl(name, function, device)
     torch.library.register_fake(name, fake, lib=_library)
+
+
+def define_backward(
+    name: str, setup_context: Callable[..., None], backward: Callable[..., Any]
+) -> None:
+    """How torch.ops.tersor.<name> is differentiated with respect to its first argument."""
+    torch.library.register_autograd(
+        f"tersor::{name}", backward, setup_context=setup_context, lib=_library
+    )
 
 
 def rows_of(x: Tensor, k: int) -> Tensor:
@@ -290,12 +303,13 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
     return torch.ops.tersor.linear_backward(grad, packed, ctx.k), None, None, None
 
 
-_define(
+define_operator(
     "linear_backward(Tensor grad, Tensor packed, int k) -> Tensor",
+    "CPU",
     _linear_backward,
     _linear_backward_fake,
 )
-_define("linear(Tensor x, Tensor packed, Tensor? bias, int n) -> Tensor", _linear, _linear_fake)
-torch.library.register_autograd(
-    "tersor::linear", _backward, setup_context=_save_for_backward, lib=_library
+define_operator(
+    "linear(Tensor x, Tensor packed, Tensor? bias, int n) -> Tensor", "CPU", _linear, _linear_fake
 )
+define_backward("linear", _save_for_backward, _backward)

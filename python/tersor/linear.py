@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tersor import sparse
+from tersor import cuda, sparse
 from tersor.errors import TersorError
 from tersor.formats import FORMATS
 from tersor.formats.config import default_format
@@ -74,10 +74,8 @@ class QuantLinear(PackedLinear):
         return Scheme(self.spec, self.activation)
 
     def qweight(self) -> QWeight:
-        """The weight in portable order, exactly as it was given."""
-        if not self.packed.numel():
-            self._refuse()
-        q = unpack_weight(self.packed, self.spec)
+        """The weight in portable order, exactly as it was given, on the device of the layer."""
+        q = self._ordered()
         if self.columns is not None:
             q.codes = q.codes[:, torch.argsort(self.columns)]
         q.order = self.order
@@ -87,7 +85,9 @@ class QuantLinear(PackedLinear):
         group = "per row" if self.spec.group is None else f"g{self.spec.group}"
         grid = "symmetric" if self.spec.symmetric else "asymmetric"
         order = ", activation order" if self.order is not None else ""
-        layout = packed_spec(self.packed)["layout"] if self.packed.numel() else "no weight yet"
+        layout = "no weight yet"
+        if self.packed.numel():
+            layout = packed_spec(self.packed)["layout"] if self.grid is None else "CUDA"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, {self.scheme} {group} {grid}{order}, {layout}"
@@ -96,8 +96,7 @@ class QuantLinear(PackedLinear):
     # --- where the weight lives -------------------------------------------------------------
 
     def _set_weight(self, q: QWeight) -> None:
-        self._check_place(q.codes)
-        self.columns = self.order = None
+        self.columns = self.order = self.grid = None
         self._awaited = q if q.codes.is_meta else None
         if q.codes.is_meta:
             self.packed = torch.empty(0, dtype=torch.uint8, device="meta")
@@ -105,11 +104,39 @@ class QuantLinear(PackedLinear):
         codes, self.order = q.codes, q.order
         if q.order is not None:
             columns = _columns_by_group(q.order.long(), q.scales.shape[1])
-            if not torch.equal(columns, torch.arange(q.k)):
+            if not torch.equal(columns, torch.arange(q.k, device=columns.device)):
                 codes, self.columns = codes[:, columns], columns
-        ordered = QWeight(q.spec, codes, q.scales, q.zeros)
-        pattern = sparse.pattern_of(ordered, self.activation)
-        self.packed = pack_weight(ordered, self.activation, pattern)
+        self._pack(QWeight(q.spec, codes, q.scales, q.zeros), codes.device)
+
+    def _pack(self, ordered: QWeight, device: torch.device) -> None:
+        """In the order of the kernels of a device; ordered: without an order, on any device."""
+        if device.type == "cpu":
+            ordered = ordered.to(device)
+            pattern = sparse.pattern_of(ordered, self.activation)
+            self.packed, self.grid = pack_weight(ordered, self.activation, pattern), None
+            return
+        reason: str | None = f"there are no kernels for {device.type}"
+        if device.type == "cuda":
+            reason = cuda.unavailable() or cuda.refusal(ordered, self.activation is not None)
+        if reason is not None:
+            raise TersorError(
+                f"a {self.out_features} x {self.in_features} layer with {self.scheme} cannot be on "
+                f"{device}: {reason}; keep it on the CPU"
+            )
+        self.packed, self.grid = cuda.pack_weight(ordered, device), cuda.Grid.of(ordered)
+
+    def _ordered(self) -> QWeight:
+        """The weight with its columns in the order of their groups, on the device of the layer."""
+        if not self.packed.numel():
+            self._refuse()
+        if self.grid is not None:
+            return cuda.unpack_weight(self.packed, self.grid, self.spec)
+        return unpack_weight(self.packed, self.spec)
+
+    def _move(self, device: torch.device) -> None:
+        if "meta" in (device.type, self.packed.device.type):
+            super()._move(device)
+        self._pack(self._ordered(), device)
 
     # --- saving and loading -----------------------------------------------------------------
 
@@ -124,7 +151,8 @@ class QuantLinear(PackedLinear):
 
     def _take(self, tensors: dict[str, Tensor]) -> None:
         """Scales keep the dtype that they come in."""
-        self._set_weight(self._checked(FORMATS[self.format].unpack(tensors, self.spec)))
+        q = self._checked(FORMATS[self.format].unpack(tensors, self.spec))
+        self._set_weight(q if self.packed.is_meta else q.to(self.packed.device))
 
     def _checked(self, q: QWeight) -> QWeight:
         if (q.n, q.k) != (self.out_features, self.in_features):

@@ -23,6 +23,7 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantizer
 from transformers.utils.logging import disable_progress_bar
 
+from tersor import cuda
 from tersor.checkpoint import Checkpoint
 from tersor.errors import TersorError
 from tersor.formats import FORMATS, parse_config
@@ -172,6 +173,7 @@ class TersorQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
+        self._places: dict[str, torch.device] = {}  # of device_map
         if not self.pre_quantized:
             raise TersorError(
                 "the folder is not quantized; quantize it first (tersor quantize), or load it and "
@@ -179,9 +181,9 @@ class TersorQuantizer(HfQuantizer):
             )
 
     def update_device_map(self, device_map: Any) -> Any:
-        places = device_map.values() if isinstance(device_map, dict) else [device_map]
-        if any(place is not None and str(place) != "cpu" for place in places):
-            raise TersorError(f"device_map={device_map!r}: kernels run on the CPU; leave it out")
+        """device_map: a device, or one for each part of the model, by its path."""
+        places = device_map if isinstance(device_map, dict) else {"": device_map}
+        self._places = {path: _device(place) for path, place in places.items()}
         return device_map
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -198,6 +200,10 @@ class TersorQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         _complete(model, self._deferred, self._checkpoint)
+        for path in self._deferred.linears:
+            parts = [part for part in self._places if not part or f"{path}.".startswith(f"{part}.")]
+            if parts:
+                model.get_submodule(path).to(self._places[max(parts, key=len)])
         model.config.quantization_config = self._checkpoint.config["quantization_config"]
         return model
 
@@ -211,6 +217,21 @@ class TersorQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _device(place: Any) -> torch.device:
+    """A place of a device_map; TersorError where there are no kernels for it."""
+    try:
+        device = torch.device("cpu" if place is None else place)
+    except (RuntimeError, TypeError):
+        device = torch.device("meta")
+    reason = cuda.unavailable() if device.type == "cuda" else None
+    if device.type not in ("cpu", "cuda") or reason:
+        raise TersorError(
+            f"device_map with {place!r}: {reason or 'kernels run on the CPU and on CUDA devices'}; "
+            "name devices that are here, or leave it out"
+        )
+    return device
 
 
 # --- linears that wait ---------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from tersor import _core
+from tersor import _core, cuda
 from tersor.errors import TersorError
 from tersor.kernels import DTYPES, dtype_code, rows_of
 
@@ -29,6 +29,7 @@ class PackedLinear(nn.Module, ABC):
     packed: Tensor  # uint8, kernel order; empty until a weight is loaded
     bias: Tensor | None  # float32, holding values of self.dtype
     columns: Tensor | None  # int64 [k]: the column of x for each column of the packed weight
+    grid: cuda.Grid | None = None  # of the packed weight, where it is on a GPU
 
     def __init__(self, n: int, k: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -58,6 +59,8 @@ class PackedLinear(nn.Module, ABC):
         """x: float32, bfloat16 or float16 [..., k] -> [..., n] of the same dtype."""
         if self._buffers["columns"] is not None:
             x = self._permuted(x)
+        if self.grid is not None:
+            return cuda.linear(x, self.packed, self.bias, self.grid)
         eager = not torch.compiler.is_compiling() and type(x) is Tensor
         if not eager or x.requires_grad or not x.is_cpu:
             if not self.packed.numel() and not x.is_meta:
@@ -92,26 +95,26 @@ class PackedLinear(nn.Module, ABC):
         dtype_code(x.dtype)
         raise TersorError(f"the layer takes inputs [..., {self.in_features}], not {list(x.shape)}")
 
-    def _check_place(self, weight: Tensor) -> None:
-        if weight.device.type not in ("cpu", "meta"):
-            raise TersorError(f"the weight is on {weight.device}; kernels run on the CPU, move it")
+    def _move(self, device: torch.device) -> None:
+        """Repacks the weight for another device."""
+        raise TersorError(
+            f"cannot move a {type(self).__name__} from {self.packed.device} to {device}: it runs "
+            "on the CPU; keep the model there"
+        )
 
     def _set_bias(self, bias: Tensor) -> None:
         """Kernels add a float32 bias; rounding it first gives the values that will be saved."""
         if bias.shape != (self.out_features,):
             raise TersorError(f"bias must be [{self.out_features}], not {list(bias.shape)}")
-        self.bias = bias.detach().to(self.dtype).to(torch.float32, copy=True)
+        device = bias.device if self.packed is None or self.packed.is_meta else self.packed.device
+        self.bias = bias.detach().to(self.dtype).to(device, torch.float32, copy=True)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
-        """What .to(), .share_memory() and the like do. A dtype applies to the bias; there are
-        kernels for the CPU alone."""
+        """What .to(), .share_memory() and the like do. A dtype applies to the bias."""
         probe = fn(torch.empty(0, dtype=self.dtype, device=self.packed.device))
-        if probe.device != self.packed.device:
-            raise TersorError(
-                f"cannot move a {type(self).__name__} from {self.packed.device} to {probe.device}: "
-                "it runs on the CPU; keep the model there"
-            )
         dtype_code(probe.dtype)
+        if probe.device != self.packed.device:
+            self._move(probe.device)
         bias = self.bias
         super()._apply(fn, recurse)
         self.dtype = probe.dtype

@@ -136,6 +136,12 @@ class QWeight:
         zeros = None if self.zeros is None else self.zeros[part]
         return QWeight(self.spec, self.codes[part], self.scales[part], zeros, self.order)
 
+    def to(self, device: torch.device) -> QWeight:
+        """On another device; its tensors are not copied where they are there already."""
+        zeros = None if self.zeros is None else self.zeros.to(device)
+        order = None if self.order is None else self.order.to(device)
+        return QWeight(self.spec, self.codes.to(device), self.scales.to(device), zeros, order)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight that the codes stand for, [n, k]; computed in float32, then cast."""
         codes = self.codes.float()

@@ -59,7 +59,8 @@ class SparseLinear(PackedLinear):
         )
 
     def _set_weight(self, weight: Tensor) -> None:
-        self._check_place(weight)
+        if weight.device.type not in ("cpu", "meta"):
+            raise TersorError(f"the weight is on {weight.device}; the kernel runs on the CPU")
         self._awaited = weight if weight.is_meta else None
         if weight.is_meta:
             self.packed = torch.empty(0, dtype=torch.uint8, device="meta")

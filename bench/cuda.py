@@ -1,0 +1,366 @@
+"""The CUDA kernels on the GPU of this machine: built, checked, and timed against torch.
+
+    python bench/cuda.py [--quick] [--no-build] [--no-sanitizer]
+
+Needs an NVIDIA GPU, nvcc, and Torch for CUDA. Builds tersor for this GPU into build/cuda (unless
+--no-build says that the installed one is to be taken), and then, each in a process of its own:
+
+1. checks every kernel at many shapes against float64, results poisoned before every call, and runs
+   a part of that under compute-sanitizer (memcheck, racecheck);
+2. runs the tests of the package that need a GPU;
+3. measures what the device can do: a large copy, and a large product;
+4. times one linear: graphs of several calls, on copies of the weight that are more than the caches
+   hold, medians; against cuBLAS (torch's linear), torch's `_weight_int4pack_mm`, and Marlin where
+   vLLM is installed;
+5. decodes and prefills Llama shapes of 1.1 and 8 billion random weights.
+
+Writes bench/results/cuda.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+SITE = ROOT / "build" / "cuda"
+GROUP = 128
+SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192))  # n, k
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048)
+CHECKED = ((64, 64), (80, 96), (256, 4112), (1040, 2048), (4096, 4096))
+COPIES_BYTES = 400 << 20  # of a weight, so that no cache holds what comes next
+MODELS = {  # Llama shapes: hidden, layers, heads, key-value heads, intermediate, vocabulary
+    "1.1 B": (2048, 22, 32, 4, 5632, 32000),
+    "8 B": (4096, 32, 32, 8, 14336, 128256),
+}
+HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+# --- the build, and processes of its own ---------------------------------------------------------
+
+
+def build() -> None:
+    shutil.rmtree(SITE, ignore_errors=True)
+    subprocess.run(
+        [
+            sys.executable, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps",
+            "--target", str(SITE), "-C", f"build-dir={ROOT / 'build' / 'cuda-objects'}",
+            "-C", "cmake.define.TERSOR_CUDA=on",
+            "-C", "cmake.define.TERSOR_CUDA_ARCHITECTURES=native", str(ROOT),
+        ],
+        check=True,
+    )  # fmt: skip
+
+
+def child(part: str, *before: str, quick: bool) -> subprocess.CompletedProcess[str]:
+    command = [*before, sys.executable, __file__, "--part", part, *["--quick"] * quick]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def result(part: str, quick: bool) -> Any:
+    done = child(part, quick=quick)
+    if done.returncode:
+        sys.exit(f"{part}: {done.stdout}\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# --- 1. right ------------------------------------------------------------------------------------
+
+
+def weight(n: int, k: int, spec: Any, seed: int = 0) -> Any:
+    from tersor.oracle import random_qweight
+
+    return random_qweight(n, k, spec, torch.bfloat16, seed=seed)
+
+
+def check(quick: bool) -> dict[str, Any]:
+    """The largest error of each kernel in units of what float32 sums and one rounding allow; fails
+    where it is more than one."""
+    from tersor import QSpec, QuantLinear
+
+    worst: dict[str, float] = {}
+    specs = (QSpec(4, 32), QSpec(4, 64, False), QSpec(4, 128), QSpec(4, None, False),
+             QSpec(8, 32, False), QSpec(8, 128), QSpec(8, None))  # fmt: skip
+    draw = torch.Generator("cuda").manual_seed(time.time_ns() % (1 << 31))
+    for n, k in CHECKED[: 3 if quick else None]:
+        for spec in specs:
+            if k % (spec.group or k):
+                continue
+            layer = QuantLinear(weight(n, k, spec)).to("cuda")
+            w = layer.qweight().dequantize(torch.float64)
+            for dtype in HALVES.values():
+                for m in (1, 3, 8, 9, 16, 17, 32, 64, 65, 100, 128, 300):
+                    x = torch.randn(m, k, device="cuda", generator=draw).to(dtype)
+                    poison = torch.full((m, n), float("nan"), device="cuda", dtype=dtype)
+                    del poison  # what the allocator hands out next
+                    y = layer(x)
+                    again = layer(x)
+                    exact, terms = x.double() @ w.T, x.double().abs() @ w.abs().T
+                    unit = torch.finfo(dtype).eps / 2
+                    bound = (k + 8) * 2.0**-24 * terms + unit * exact.abs() + 1e-7
+                    if m > 128:
+                        bound += unit * terms
+                    share = float(((y.double() - exact).abs() / bound).max())
+                    name = f"W{spec.bits} {dtype} {'rows' if m > 128 else 'kernel'}"
+                    worst[name] = max(worst.get(name, 0.0), share)
+                    same = torch.equal(y, again)
+                    if not share <= 1 or not same:
+                        what = f"{n} x {k}, {spec}, {dtype}, {m} tokens"
+                        raise SystemExit(f"{what}: {share} of the bound, the same twice: {same}")
+    return {name: round(share, 4) for name, share in worst.items()}
+
+
+def sanitize() -> dict[str, str]:
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        return {"compute-sanitizer": "not installed"}
+    found = {}
+    for each in ("memcheck", "racecheck"):
+        done = child("check", tool, "--tool", each, "--error-exitcode", "9", quick=True)
+        last = [line for line in (done.stdout + done.stderr).splitlines() if "SUMMARY" in line]
+        found[each] = f"exit {done.returncode}; {last[-1].strip('= ') if last else 'no summary'}"
+    return found
+
+
+def tests() -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-rs", str(ROOT / "tests" / "test_cuda.py")],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    return done.stdout.strip().splitlines()[-1] if done.stdout else done.stderr
+
+
+# --- 2. fast -------------------------------------------------------------------------------------
+
+
+def seconds(calls: list[Callable[[], object]], rounds: int = 15) -> float:
+    """Median of a call, by replays of a graph that holds one of each."""
+    for call in calls[:3]:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    taken = []
+    for _ in range(rounds):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        taken.append(start.elapsed_time(end) / 1e3 / len(calls))
+    return median(taken)
+
+
+def limits() -> dict[str, float]:
+    source = torch.randint(256, (2 << 30,), dtype=torch.uint8, device="cuda")
+    to = torch.empty_like(source)
+    copy = 2 * source.numel() / seconds([lambda: to.copy_(source)])
+    a, b = (torch.randn(8192, 8192, device="cuda").half() for _ in range(2))
+    product = 2 * 8192**3 / seconds([lambda: a @ b])
+    return {"copy_bytes_per_second": copy, "float16_flop_per_second": product}
+
+
+def candidates(n: int, k: int, x: Tensor) -> dict[str, list[Callable[[], object]]]:
+    """For each engine a call on each of its copies of the weight."""
+    from tersor import QSpec, QuantLinear
+
+    made: dict[str, list[Callable[[], object]]] = {}
+    for name, spec in (("tersor W4", QSpec(4, GROUP)), ("tersor W8", QSpec(8, GROUP))):
+        first = QuantLinear(weight(n, k, spec)).to("cuda")
+        count = max(2, COPIES_BYTES // first.packed.numel() + 1)
+        layers = [first]
+        for _ in range(count - 1):
+            twin = QuantLinear.__new__(QuantLinear)
+            twin.__dict__ = first.__dict__ | {"_buffers": dict(first._buffers)}
+            twin.packed = first.packed.clone()
+            layers.append(twin)
+        made[name] = [lambda layer=layer: layer(x) for layer in layers]
+    dense = torch.randn(n, k, device="cuda").to(x.dtype)
+    copies = [dense.clone() for _ in range(max(2, COPIES_BYTES // (2 * n * k) + 1))]
+    made["torch"] = [lambda w=w: F.linear(x, w) for w in copies]
+    if x.dtype == torch.bfloat16:
+        made |= int4pack(n, k, x)
+    return made
+
+
+def int4pack(n: int, k: int, x: Tensor) -> dict[str, list[Callable[[], object]]]:
+    bytes_ = torch.randint(256, (n, k // 2), dtype=torch.uint8, device="cuda")
+    grid = torch.randn(k // GROUP, n, 2, device="cuda", dtype=torch.bfloat16)
+    try:
+        packed = torch.ops.aten._convert_weight_to_int4pack(bytes_, 8)
+        torch.ops.aten._weight_int4pack_mm(x, packed, GROUP, grid)
+    except RuntimeError as error:
+        print(f"_weight_int4pack_mm: {error}", file=sys.stderr)
+        return {}
+    copies = [packed.clone() for _ in range(max(2, COPIES_BYTES // (n * k // 2) + 1))]
+    mm = torch.ops.aten._weight_int4pack_mm
+    return {"torch int4pack": [lambda w=w: mm(x, w, GROUP, grid) for w in copies]}
+
+
+def kernels(quick: bool) -> list[dict[str, Any]]:
+    rows = []
+    for n, k in SHAPES[: 1 if quick else None]:
+        for m in TOKENS[:: 4 if quick else 1]:
+            for name, dtype in HALVES.items():
+                x = torch.randn(m, k, device="cuda").to(dtype)
+                taken = {each: seconds(calls) for each, calls in candidates(n, k, x).items()}
+                rows.append({"n": n, "k": k, "m": m, "dtype": name, "seconds": taken})
+                torch.cuda.empty_cache()
+    return rows
+
+
+# --- 3. whole models -----------------------------------------------------------------------------
+
+
+def models(quick: bool) -> list[dict[str, Any]]:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import tersor
+
+    rows = []
+    for name in list(MODELS)[: 1 if quick else None]:
+        hidden, layers, heads, kv, ffn, vocabulary = MODELS[name]
+        config = LlamaConfig(
+            hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
+            num_key_value_heads=kv, intermediate_size=ffn, vocab_size=vocabulary,
+            max_position_embeddings=8192, torch_dtype="float16",
+        )  # fmt: skip
+        with torch.device("cuda"):
+            torch.set_default_dtype(torch.float16)
+            model = LlamaForCausalLM(config).eval()
+            torch.set_default_dtype(torch.float32)
+        for engine in ("float16", "tersor W4"):
+            if engine != "float16":
+                scheme = tersor.Scheme(tersor.QSpec(4, GROUP))
+                tersor.swap_linears(model.cpu(), scheme, ignore=["lm_head"])
+                model.cuda()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            rows.append({"model": name, "engine": engine, **whole(model, vocabulary)})
+        del model
+        torch.cuda.empty_cache()
+    return rows
+
+
+@torch.inference_mode()
+def whole(model: Any, vocabulary: int, prompt: int = 2048, new: int = 64) -> dict[str, float]:
+    ids = torch.randint(vocabulary, (1, prompt), device="cuda")
+
+    def timed(call: Callable[[], object]) -> float:
+        call()
+        taken = []
+        for _ in range(3):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            call()
+            torch.cuda.synchronize()
+            taken.append(time.perf_counter() - start)
+        return median(taken)
+
+    short = ids[:, :16]
+    generate = {
+        "do_sample": False, "min_new_tokens": new, "max_new_tokens": new, "pad_token_id": 0,
+        "cache_implementation": "static",
+    }  # fmt: skip
+    return {
+        "prefill_tokens_per_second": prompt / timed(lambda: model(ids, logits_to_keep=1)),
+        "decode_tokens_per_second": new / timed(lambda: model.generate(short, **generate)),
+        "peak_bytes": torch.cuda.max_memory_allocated(),
+    }
+
+
+# --- the report ----------------------------------------------------------------------------------
+
+
+def shown(rows: list[dict[str, Any]], limit: dict[str, float]) -> Table:
+    table = Table(title="seconds of torch's float16 linear over ours; bytes of W4 over bandwidth")
+    for head in ("n", "k", "m", "dtype", "W4", "W8", "int4pack / W4", "of bandwidth"):
+        table.add_column(head, justify="right")
+    for row in rows:
+        taken, n, k = row["seconds"], row["n"], row["k"]
+        moved = n * k * (4 + 16 / GROUP) / 8 + 2 * row["m"] * (n + k)
+        share = moved / taken["tersor W4"] / limit["copy_bytes_per_second"]
+        pack = taken.get("torch int4pack")
+        table.add_row(
+            str(n), str(k), str(row["m"]), row["dtype"],
+            *(f"{taken['torch'] / taken[f'tersor W{bits}']:.2f}" for bits in (4, 8)),
+            f"{pack / taken['tersor W4']:.2f}" if pack else "", f"{share:.0%}",
+        )  # fmt: skip
+    return table
+
+
+def device() -> dict[str, Any]:
+    found = torch.cuda.get_device_properties(0)
+    driver = subprocess.run(
+        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    return {
+        "gpu": found.name, "multiprocessors": found.multi_processor_count,
+        "capability": f"{found.major}.{found.minor}", "memory_bytes": found.total_memory,
+        "driver": driver.stdout.strip(), "cuda": torch.version.cuda,
+    }  # fmt: skip
+
+
+PARTS: dict[str, Callable[[bool], Any]] = {
+    "check": check,
+    "limits": lambda quick: limits(),
+    "kernels": kernels,
+    "models": models,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="few shapes; not saved")
+    parser.add_argument("--no-build", action="store_true", help="the tersor that is installed")
+    parser.add_argument("--no-sanitizer", action="store_true", help="without compute-sanitizer")
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("there is no NVIDIA GPU that torch can use; nothing was measured")
+    if given.part:
+        print(json.dumps(PARTS[given.part](given.quick)))
+        return
+    if not given.no_build:
+        build()
+        paths = [str(SITE), os.environ.get("PYTHONPATH", "")]
+        os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    import machine
+
+    found: dict[str, Any] = {"device": device(), "errors": result("check", given.quick)}
+    if not given.no_sanitizer:
+        found["sanitizer"] = sanitize()
+    found["tests"] = tests()
+    for part in ("limits", "kernels", "models"):
+        found[part] = result(part, given.quick)
+    out = Console()
+    out.print(shown(found["kernels"], found["limits"]))
+    for name in ("errors", "sanitizer", "tests", "limits", "models"):
+        out.print(f"{name}: {found.get(name)}", highlight=False)
+    if not given.quick:
+        print(machine.save("cuda", found))
+
+
+if __name__ == "__main__":
+    main()

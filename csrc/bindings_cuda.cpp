@@ -1,0 +1,162 @@
+// The functions cuda_... of the Python module tersor._core: checks every argument that has no type
+// in Python any more. Arrays of a device come as addresses, with the bytes that are there.
+#include "bindings_cuda.h"
+
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+
+#include <optional>
+#include <string>
+
+#include "cuda/cuda.h"
+#include "dispatch.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace {
+
+using tersor::Error;
+namespace cuda = tersor::cuda;
+
+constexpr size_t kAlignment = 128;  // of packed weights
+
+int64_t element_bytes(int dtype) {
+  if (dtype < TERSOR_F32 || dtype > TERSOR_F16)
+    throw Error("values must be float32, bfloat16 or float16");
+  return dtype == TERSOR_F32 ? 4 : 2;
+}
+
+void check_address(uintptr_t address, size_t alignment, const char* what) {
+  if (!address || address % alignment)
+    throw Error(std::string(what) + " must be given, and aligned to " + std::to_string(alignment) +
+                " bytes");
+}
+
+std::optional<std::string> text(const char* reason) {
+  if (reason) return reason;
+  return std::nullopt;
+}
+
+// A weight in CUDA order: checked once, when it is made.
+struct Weight {
+  tersor_spec spec;
+  size_t bytes;
+
+  Weight(int64_t n, int64_t k, int64_t g, int bits, bool asymmetric, int scale_dtype)
+      : spec{n, k, g, bits, asymmetric ? 1 : 0, scale_dtype, TERSOR_A16, 0, 0} {
+    tersor::check(spec);
+    if (const char* why = cuda::refuses(spec)) throw Error(why);
+    bytes = cuda::packed_bytes(spec);
+  }
+
+  void check_packed(uintptr_t packed, size_t size) const {
+    check_address(packed, kAlignment, "a packed weight");
+    if (size != bytes)
+      throw Error("the packed weight has " + std::to_string(size) + " bytes; it should have " +
+                  std::to_string(bytes));
+  }
+
+  tersor_view view(uintptr_t codes, uintptr_t scales, uintptr_t zeros) const {
+    check_address(codes, 1, "codes");
+    check_address(scales, static_cast<size_t>(element_bytes(spec.scale_dtype)), "scales");
+    if ((zeros != 0) != (spec.asymmetric != 0))
+      throw Error("zeros come with an asymmetric weight, and only there");
+    return {reinterpret_cast<uint8_t*>(codes), reinterpret_cast<void*>(scales),
+            reinterpret_cast<uint8_t*>(zeros)};
+  }
+};
+
+cuda::Target target(int device, uintptr_t stream) {
+  if (device < 0) throw Error("a CUDA device has a number from 0 on");
+  return {device, reinterpret_cast<void*>(stream)};
+}
+
+void pack(const Weight& w, uintptr_t codes, uintptr_t scales, uintptr_t zeros, uintptr_t packed,
+          size_t size, int device, uintptr_t stream) {
+  w.check_packed(packed, size);
+  cuda::pack(w.spec, w.view(codes, scales, zeros), reinterpret_cast<void*>(packed),
+             target(device, stream));
+}
+
+void unpack(const Weight& w, uintptr_t packed, size_t size, uintptr_t codes, uintptr_t scales,
+            uintptr_t zeros, int device, uintptr_t stream) {
+  w.check_packed(packed, size);
+  cuda::unpack(w.spec, reinterpret_cast<const void*>(packed), w.view(codes, scales, zeros),
+               target(device, stream));
+}
+
+void dequantize(const Weight& w, uintptr_t packed, size_t size, int64_t begin, int64_t end,
+                uintptr_t to, int dtype, int device, uintptr_t stream) {
+  w.check_packed(packed, size);
+  check_address(to, static_cast<size_t>(element_bytes(dtype)), "the destination");
+  if (begin < 0 || begin >= end || end > w.spec.n)
+    throw Error("rows must be a range of those from 0 to " + std::to_string(w.spec.n));
+  cuda::dequantize(w.spec, reinterpret_cast<const void*>(packed), begin, end,
+                   reinterpret_cast<void*>(to), dtype, target(device, stream));
+}
+
+// The hot path; false where no kernel serves so many tokens.
+bool linear(const Weight& w, uintptr_t packed, size_t size, uintptr_t x, int64_t m, int64_t ldx,
+            int dtype, uintptr_t bias, uintptr_t y, int64_t ldy, uintptr_t workspace,
+            size_t workspace_size, int device, uintptr_t stream) {
+  w.check_packed(packed, size);
+  if (dtype != TERSOR_BF16 && dtype != TERSOR_F16) throw Error("x must be bfloat16 or float16");
+  if (m < 1 || m > INT32_MAX || ldx < w.spec.k || ldy < w.spec.n || ldx > INT32_MAX ||
+      ldy > INT32_MAX || ldx % 8)
+    throw Error(
+        "m must be from 1 to 2^31 - 1; rows must not overlap, and those of x begin at "
+        "multiples of 16 bytes");
+  check_address(x, 16, "x");
+  check_address(y, 2, "y");
+  check_address(workspace, kAlignment, "the workspace");
+  if (bias % 4) throw Error("bias must be aligned to 4 bytes");
+  if (workspace_size < cuda::workspace_bytes(device))
+    throw Error("the workspace is smaller than workspace_bytes()");
+  return cuda::linear(
+      {w.spec, m, reinterpret_cast<const void*>(packed), reinterpret_cast<const void*>(x),
+       reinterpret_cast<void*>(y), ldx, ldy, dtype, reinterpret_cast<const float*>(bias),
+       reinterpret_cast<void*>(workspace)},
+      target(device, stream));
+}
+
+}  // namespace
+
+void tersor::bind_cuda(nb::module_ m) {
+  nb::class_<Weight>(m, "CudaWeight")
+      .def(nb::init<int64_t, int64_t, int64_t, int, bool, int>(), "n"_a, "k"_a, "g"_a, "bits"_a,
+           "asymmetric"_a, "scale_dtype"_a)
+      .def_ro("bytes", &Weight::bytes);
+  m.def("cuda_unavailable", [] { return text(cuda::unavailable()); });
+  m.def("cuda_architectures", cuda::architectures);
+  m.def("cuda_kernels", [] {
+    nb::list rows;
+    for (const cuda::Row& row : cuda::kernels()) rows.append(nb::make_tuple(row.name, row.arch));
+    return rows;
+  });
+  m.def(
+      "cuda_refuses",
+      [](int64_t n, int64_t k, int64_t g, int bits, bool asymmetric, int scale_dtype,
+         int activation) {
+        const tersor_spec spec{n, k, g, bits, asymmetric ? 1 : 0, scale_dtype, activation, 0, 0};
+        tersor::check(spec);
+        return text(cuda::refuses(spec));
+      },
+      "n"_a, "k"_a, "g"_a, "bits"_a, "asymmetric"_a, "scale_dtype"_a, "activation"_a);
+  m.def(
+      "cuda_serves",
+      [](const Weight& w, int64_t m, int dtype, int device) {
+        element_bytes(dtype);
+        return cuda::serves(w.spec, m, dtype, device);
+      },
+      "weight"_a, "m"_a, "dtype"_a, "device"_a);
+  m.def("cuda_workspace_bytes", cuda::workspace_bytes, "device"_a);
+  m.def(
+      "cuda_capture_of",
+      [](int device, uintptr_t stream) { return cuda::capture_of(target(device, stream)); },
+      "device"_a, "stream"_a);
+  m.def("cuda_pack", ::pack);  // not that of tersor, which packs for the CPU
+  m.def("cuda_unpack", ::unpack);
+  m.def("cuda_dequantize", dequantize);
+  m.def("cuda_linear", linear);
+}

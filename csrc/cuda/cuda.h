@@ -1,0 +1,60 @@
+// The CUDA part as the rest of the library sees it; no header of CUDA is needed to read this one.
+//
+// Weights, activations and results are in the memory of a device, and everything is launched on a
+// stream of the caller's: nothing here allocates, waits, or changes the current device of the
+// thread. A build without CUDA has the same functions (no_cuda.cpp), which say so.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "kernel.h"
+
+namespace tersor::cuda {
+
+// Where a call runs: the number of the device, and a cudaStream_t.
+struct Target {
+  int device;
+  void* stream;
+};
+
+// Why no CUDA kernel can run in this process, or nullptr where some device can be used.
+const char* unavailable();
+// The architectures that this build has code for ("75 80 90a"); empty without CUDA.
+std::string architectures();
+
+struct Row {
+  std::string name;
+  int arch;
+};
+// The kernels of products, in the order that they are asked.
+std::vector<Row> kernels();
+
+// Why weights of this spec cannot be in CUDA order, or nullptr where they can.
+const char* refuses(const tersor_spec& spec);
+// Bytes of such a weight, which has no header: what it is, only its owner knows.
+size_t packed_bytes(const tersor_spec& spec);
+
+// Portable order to CUDA order and back; all pointers of the device of `target`. packed: 128-byte
+// aligned. These and those below throw Error where the driver refuses a launch.
+void pack(const tersor_spec& spec, const tersor_view& view, void* packed, Target target);
+void unpack(const tersor_spec& spec, const void* packed, const tersor_view& view, Target target);
+// (code - zero) * scale of rows [begin, end), [end - begin, k] of enum tersor_dtype `dtype`.
+void dequantize(const tersor_spec& spec, const void* packed, int64_t begin, int64_t end, void* to,
+                int32_t dtype, Target target);
+
+// The kernel that serves m tokens of the dtype on a device, by its name, or empty: then a caller
+// dequantizes, and multiplies with the library of its own.
+std::string serves(const tersor_spec& spec, int64_t m, int32_t dtype, int device);
+// Of the workspace of any call on a device. It must be zeros at first; a call leaves it so that the
+// next can have it, whatever its shape, but no two calls can have it at a time.
+size_t workspace_bytes(int device);
+// The number of the capture into a graph that the stream is in, or 0.
+uint64_t capture_of(Target target);
+// y = x * dequantize(W)^T + bias, or false where no kernel serves. Rows of x begin at 16 bytes.
+// args.workspace as above.
+bool linear(const tersor_args& args, Target target);
+
+}  // namespace tersor::cuda

@@ -1,0 +1,257 @@
+// y = x * W^T for a few tokens to some hundreds, on mma.sync: every architecture since sm_75.
+//
+// A worker (a block of four warps) goes through its stretch of the partition, a step of 64 columns
+// at a time; copies of the next steps are under way in a ring of stages, across the borders of
+// tiles. Each warp has its own 16 rows of each block of W, which no other warp reads, and all
+// tokens of the tile. The codes are multiplied as they are, minus their zero point; the scale meets
+// the sum of its group in float32, so that a weight is never rounded to 16 bits.
+//
+// Of shared memory a stage is
+//
+//   codes   [kBlocks] blocks as they are in memory
+//   x       [kTokens][64] of 16 bits; the 16 bytes c of a token stand at c ^ token % 8, so that the
+//           eight rows of a matrix that ldmatrix reads lie in different banks
+//   scales  [kBlocks][groups][64] as in memory, room for two groups of float32
+//   zeros   [kBlocks][groups][64]
+#pragma once
+
+#include "arguments.h"
+#include "dequantize.cuh"
+#include "device.cuh"
+
+namespace tersor::cuda {
+
+template <class T, int kBits_, int kTokens_, int kBlocks_>
+struct MmaGemm {
+  static constexpr int kBits = kBits_, kTokens = kTokens_, kBlocks = kBlocks_;
+  static constexpr int kWarps = 4, kThreads = kWarps * kLanes;
+  static constexpr int kTokenTiles = kTokens / 8;  // of one tensor core operation
+  static constexpr int kSums = kBlocks * kTokenTiles;
+  static constexpr int kTile = kBlocks * kBlock * kTokens;  // floats of a partial sum
+  static constexpr int kStages = kTokens <= 16 ? 6 : kBits == 4 ? 4 : 3;
+  static constexpr int kPerBlock = kTokens <= 16 ? 4 : 2;  // workers that a multiprocessor holds
+
+  static constexpr int kCodes = 0;
+  static constexpr int kX = kCodes + kBlocks * block_bytes(kBits);
+  static constexpr int kScales = kX + kTokens * kBlock * 2;
+  static constexpr int kZeros = kScales + kBlocks * 2 * kBlock * 4;
+  static constexpr int kStage = kZeros + kBlocks * 2 * kBlock;
+  static constexpr int kFlag = kStages * kStage;  // the turn of this worker, where it shares a tile
+  static constexpr int kSharedBytes = kFlag + 16;
+
+  using Sums = float[kBlocks][kTokenTiles][4];
+
+  // --- one step: what is copied, and what is done with it ------------------------------------
+
+  static TERSOR_DEVICE void fetch(const LinearArgs& a, uint8_t* stage, int at) {
+    const int tile = at / a.w.steps, step = at % a.w.steps;
+    const int row_tile = tile / a.token_tiles, first_token = tile % a.token_tiles * kTokens;
+    const int group = step / a.w.steps_per_group * a.w.groups_per_step;
+    const int scale_chunks = a.w.groups_per_step * kBlock * a.w.scale_bytes / 16;
+    const int zero_chunks = a.w.asymmetric ? a.w.groups_per_step * kBlock / 16 : 0;
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+      const int row_block = row_tile * kBlocks + b;
+      const bool inside = row_block < a.w.row_blocks;
+      const int from = inside ? row_block : 0;  // an address that may be read, if only for zeros
+      const uint8_t* codes = a.packed + block_at(a.w, from, step);
+#pragma unroll
+      for (int i = 0; i < block_bytes(kBits) / 16 / kThreads; ++i) {
+        const int at16 = (i * kThreads + thread()) * 16;
+        copy_async(stage + kCodes + b * block_bytes(kBits) + at16, codes + at16, inside);
+      }
+      const int64_t grid = grid_at(a.w, from, group, 0);
+      if (thread() < scale_chunks)
+        copy_async(stage + kScales + b * 2 * kBlock * 4 + thread() * 16,
+                   a.packed + a.w.scales_at + grid * a.w.scale_bytes + thread() * 16, inside);
+      const int chunk = thread() - kThreads / 2;
+      if (chunk >= 0 && chunk < zero_chunks)
+        copy_async(stage + kZeros + b * 2 * kBlock + chunk * 16,
+                   a.packed + a.w.zeros_at + grid + chunk * 16, inside);
+    }
+#pragma unroll
+    for (int i = 0; i < (kTokens * 8 + kThreads - 1) / kThreads; ++i) {
+      const int chunk = i * kThreads + thread(), row = chunk / 8, c = chunk % 8;
+      const int token = first_token + row, column = step * kBlock + c * 8;
+      if (row >= kTokens) break;
+      const bool inside = token < a.m && column < a.w.k;
+      copy_async(stage + kX + (row * 8 + (c ^ row % 8)) * 16,
+                 a.x + (inside ? token * a.ldx + column : 0), inside);
+    }
+  }
+
+  // The second operands of the tensor cores for tile `q` of 16 columns. ldmatrix gives four 8 x 8
+  // matrices: those of 16 tokens and 16 columns; or of the only 8 tokens and 32 columns.
+  static TERSOR_DEVICE void activations(uint32_t (&b)[kTokenTiles][2], const uint8_t* x, int q) {
+    const int lane = thread() % kLanes, matrix = lane / 8, row = lane % 8;
+    uint32_t four[4];
+    if constexpr (kTokenTiles == 1) {
+      const int c = q / 2 * 4 + matrix;
+      load_matrices(four, x + (row * 8 + (c ^ row)) * 16);
+      b[0][0] = q % 2 ? four[2] : four[0];
+      b[0][1] = q % 2 ? four[3] : four[1];
+    } else {
+#pragma unroll
+      for (int j = 0; j < kTokenTiles / 2; ++j) {
+        const int token = j * 16 + matrix / 2 * 8 + row, c = q * 2 + matrix % 2;
+        load_matrices(four, x + (token * 8 + (c ^ row)) * 16);
+        b[2 * j][0] = four[0], b[2 * j][1] = four[1];
+        b[2 * j + 1][0] = four[2], b[2 * j + 1][1] = four[3];
+      }
+    }
+  }
+
+  // sums += scale * group, group = 0. index: of the group within the step.
+  static TERSOR_DEVICE void fold(const LinearArgs& a, const uint8_t* stage, int index, Sums& sums,
+                                 Sums& group) {
+    const int warp = thread() / kLanes, lane = thread() % kLanes;
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+      const uint8_t* scales = stage + kScales + b * 2 * kBlock * 4;
+      const int row = index * kBlock + warp * kStrip + lane / 4;
+      const float upper = scale_of(scales, a.scale_dtype, row);
+      const float lower = scale_of(scales, a.scale_dtype, row + 8);
+#pragma unroll
+      for (int j = 0; j < kTokenTiles; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          sums[b][j][i] += (i < 2 ? upper : lower) * group[b][j][i];
+          group[b][j][i] = 0;
+        }
+    }
+  }
+
+  // ends_group: a group, or what this worker has of it, ends with this step.
+  static TERSOR_DEVICE void step(const LinearArgs& a, const uint8_t* stage, bool ends_group,
+                                 Sums& sums, Sums& group) {
+    const int warp = thread() / kLanes, lane = thread() % kLanes;
+    constexpr int kWords = kBits;  // of a lane: 4 tiles of 8 codes
+    uint32_t words[kBlocks][kWords];
+    Zero<T, kBits> zeros[kBlocks][2];
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+      for (int half = 0; half < kBits / 4; ++half) {
+        const int chunk = (warp * (kBits / 4) + half) * kLanes + lane;
+        const uint8_t* from = stage + kCodes + b * block_bytes(kBits) + chunk * 16;
+        load16(words[b] + half * 4, from);
+      }
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      const int index = a.w.groups_per_step == 2 ? q / 2 : 0;
+      if (q % 2 == 0)
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+          for (int lower = 0; lower < 2; ++lower) {
+            const int row = index * kBlock + warp * kStrip + lane / 4 + lower * 8;
+            zeros[b][lower].set(a.w.asymmetric ? stage[kZeros + b * 2 * kBlock + row]
+                                               : 1 << (kBits - 1));
+          }
+      uint32_t tokens[kTokenTiles][2];
+      activations(tokens, stage + kX, q);
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) {
+        uint32_t codes[4];
+        operands<T, kBits>(codes, words[b] + q * (kBits / 4), zeros[b]);
+#pragma unroll
+        for (int j = 0; j < kTokenTiles; ++j) multiply_add<T>(group[b][j], codes, tokens[j]);
+      }
+      if (q == 1 && a.w.groups_per_step == 2) fold(a, stage, 0, sums, group);
+    }
+    if (ends_group) fold(a, stage, a.w.groups_per_step - 1, sums, group);
+  }
+
+  // --- the end of a tile ---------------------------------------------------------------------
+
+  static TERSOR_DEVICE void store(const LinearArgs& a, int tile, const Sums& sums) {
+    const int warp = thread() / kLanes, lane = thread() % kLanes;
+    const int row_tile = tile / a.token_tiles, first_token = tile % a.token_tiles * kTokens;
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = (row_tile * kBlocks + b) * kBlock + warp * kStrip + lane / 4 + i / 2 * 8;
+        if (row >= a.w.n) continue;
+        const float bias = a.bias ? a.bias[row] : 0.f;
+#pragma unroll
+        for (int j = 0; j < kTokenTiles; ++j) {
+          const int token = first_token + j * 8 + lane % 4 * 2 + i % 2;
+          if (token < a.m) a.y[token * a.ldy + row] = bits_of(sums[b][j][i] + bias, T{});
+        }
+      }
+  }
+
+  // Of a tile that several workers share, each leaves its part, and the one that comes last adds
+  // them all up, its own too, in the order of the steps.
+  static TERSOR_DEVICE void share(const LinearArgs& a, int tile, uint8_t* flag, Sums& sums) {
+    const Partition& p = a.partition;
+    float* mine = a.partials + int64_t{p.slot(worker(), tile)} * kTile;
+#pragma unroll
+    for (int i = 0; i < kSums; ++i)
+      store16(mine + (i * kThreads + thread()) * 4, sums[i / kTokenTiles][i % kTokenTiles]);
+    const int first = p.worker_of(tile * p.steps);
+    const int last = p.worker_of(tile * p.steps + p.steps - 1);
+    fence();
+    sync_block();
+    int* seen = reinterpret_cast<int*>(flag);
+    if (thread() == 0) *seen = add_atomically(a.arrived + tile, 1);
+    sync_block();
+    if (*seen != last - first) return;
+    fence();
+#pragma unroll
+    for (int i = 0; i < kSums; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sums[i / kTokenTiles][i % kTokenTiles][j] = 0;
+    for (int each = first; each <= last; ++each) {
+      const float* part = a.partials + int64_t{p.slot(each, tile)} * kTile;
+#pragma unroll
+      for (int i = 0; i < kSums; ++i) {
+        float four[4];
+        load16(four, part + (i * kThreads + thread()) * 4);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sums[i / kTokenTiles][i % kTokenTiles][j] += four[j];
+      }
+    }
+    store(a, tile, sums);
+    if (thread() == 0) a.arrived[tile] = 0;
+  }
+
+  // --- a worker ------------------------------------------------------------------------------
+
+  static TERSOR_DEVICE void run(const LinearArgs& a) {
+    uint8_t* shared = shared_memory();
+    const Partition& p = a.partition;
+    const int begin = p.begin(worker()), end = p.begin(worker() + 1);
+#pragma unroll
+    for (int i = 0; i < kStages - 1; ++i) {
+      if (begin + i < end) fetch(a, shared + i * kStage, begin + i);
+      commit_copies();
+    }
+    Sums sums{}, group{};
+    int tile_begin = begin;  // of this worker's part of the tile at hand
+    for (int at = begin; at < end; ++at) {
+      wait_copies<kStages - 2>();
+      sync_block();
+      const int ahead = at + kStages - 1;
+      if (ahead < end) fetch(a, shared + (ahead - begin) % kStages * kStage, ahead);
+      commit_copies();
+      const int tile = at / p.steps, next = at % p.steps + 1;
+      const bool ends_tile = next == p.steps || at + 1 == end;
+      step(a, shared + (at - begin) % kStages * kStage,
+           ends_tile || next % a.w.steps_per_group == 0, sums, group);
+      if (!ends_tile) continue;
+      if (at + 1 - tile_begin == p.steps)
+        store(a, tile, sums);
+      else
+        share(a, tile, shared + kFlag, sums);
+      tile_begin = at + 1;
+#pragma unroll
+      for (int i = 0; i < kSums; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sums[i / kTokenTiles][i % kTokenTiles][j] = 0;
+    }
+  }
+};
+
+}  // namespace tersor::cuda

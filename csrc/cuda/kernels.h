@@ -1,0 +1,36 @@
+// The CUDA kernels as the host sees them: what each serves, and a function for cudaLaunchKernel.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "kernel.h"
+
+namespace tersor::cuda {
+
+// A product with a tile of tokens; takes LinearArgs.
+struct Gemm {
+  const char* name;
+  int32_t arch;    // the first that runs it: 75, 80, ...
+  int32_t dtype;   // of x and y, enum tersor_dtype
+  int32_t bits;    // of the codes
+  int32_t tokens;  // of a tile
+  int32_t blocks;  // of 64 rows in a tile
+  int32_t threads;
+  size_t shared;      // bytes
+  size_t tile_bytes;  // of a partial sum
+  const void* function;
+};
+
+// Tables, one for each file of kernels; in a table those of the same bits by growing `tokens`.
+std::vector<Gemm> mma_gemms_f16();
+std::vector<Gemm> mma_gemms_bf16();
+
+// Kernels that take PackArgs.
+const void* pack_kernel();
+const void* unpack_kernel();
+// Takes DequantizeArgs. dtype: enum tersor_dtype of what it writes.
+const void* dequantize_kernel(int32_t dtype);
+
+}  // namespace tersor::cuda

@@ -1,0 +1,30 @@
+// What a build without CUDA says (TERSOR_CUDA=off, or auto where there is no compiler for it).
+#include "cuda/cuda.h"
+#include "dispatch.h"
+
+namespace tersor::cuda {
+namespace {
+
+constexpr const char* kWhy =
+    "tersor was built without CUDA (TERSOR_CUDA=off, or no nvcc was found)";
+
+[[noreturn]] void refuse() { throw Error(kWhy); }
+
+}  // namespace
+
+const char* unavailable() { return kWhy; }
+std::string architectures() { return {}; }
+std::vector<Row> kernels() { return {}; }
+const char* refuses(const tersor_spec&) { return kWhy; }
+size_t packed_bytes(const tersor_spec&) { refuse(); }
+void pack(const tersor_spec&, const tersor_view&, void*, Target) { refuse(); }
+void unpack(const tersor_spec&, const void*, const tersor_view&, Target) { refuse(); }
+void dequantize(const tersor_spec&, const void*, int64_t, int64_t, void*, int32_t, Target) {
+  refuse();
+}
+std::string serves(const tersor_spec&, int64_t, int32_t, int) { refuse(); }
+size_t workspace_bytes(int) { refuse(); }
+uint64_t capture_of(Target) { refuse(); }
+bool linear(const tersor_args&, Target) { refuse(); }
+
+}  // namespace tersor::cuda

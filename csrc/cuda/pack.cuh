@@ -1,0 +1,101 @@
+// A weight in portable order to CUDA order and back, and as plain floats. Every thread makes what
+// it writes whole, so that nothing is written twice; the bytes that it needs lie a few cache lines
+// apart.
+#pragma once
+
+#include "arguments.h"
+#include "device.cuh"
+
+namespace tersor::cuda {
+
+// The groups of a row in portable order.
+TERSOR_DEVICE int64_t portable_groups(const Shape& w) { return w.k / w.g; }
+
+template <class Body>
+TERSOR_DEVICE void each_of(int64_t count, Body body) {
+  for (int64_t i = int64_t{worker()} * kPackThreads + thread(); i < count;
+       i += int64_t{workers()} * kPackThreads)
+    body(i);
+}
+
+// A row and a group of the grid in CUDA order; portable: its index, or -1 where there is only
+// padding.
+TERSOR_DEVICE int64_t portable_grid(const Shape& w, int64_t index) {
+  const int64_t row = index / (int64_t{w.groups} * kBlock) * kBlock + index % kBlock;
+  const int64_t group = index / kBlock % w.groups;
+  return row < w.n && group < portable_groups(w) ? row * portable_groups(w) + group : -1;
+}
+
+TERSOR_DEVICE void pack_body(const PackArgs& a) {
+  const Shape& w = a.w;
+  const int per_word = 32 / w.bits, per_block = kBlock * kBlock / per_word;
+  const uint32_t empty = 1u << (w.bits - 1);
+  each_of(int64_t{w.row_blocks} * w.steps * per_block, [&](int64_t i) {
+    const int64_t block = i / per_block;
+    const int64_t row0 = block / w.steps * kBlock, column0 = block % w.steps * kBlock;
+    uint32_t word = 0;
+    for (int j = 0; j < per_word; ++j) {
+      const Place at = place_of(w.bits, static_cast<int>(i % per_block) * per_word + j);
+      const int64_t row = row0 + at.row, column = column0 + at.column;
+      const uint32_t code = row < w.n && column < w.k ? a.codes[row * w.k + column] : empty;
+      word |= code << (j * w.bits);
+    }
+    reinterpret_cast<uint32_t*>(a.packed)[i] = word;
+  });
+  each_of(int64_t{w.row_blocks} * w.groups * kBlock, [&](int64_t i) {
+    const int64_t from = portable_grid(w, i);
+    for (int byte = 0; byte < w.scale_bytes; ++byte)
+      a.packed[w.scales_at + i * w.scale_bytes + byte] =
+          from < 0 ? 0 : a.scales[from * w.scale_bytes + byte];
+    if (w.asymmetric)
+      a.packed[w.zeros_at + i] = from < 0 ? static_cast<uint8_t>(empty) : a.zeros[from];
+  });
+}
+
+TERSOR_DEVICE uint8_t code_at(const Shape& w, const uint8_t* packed, int64_t row, int64_t column) {
+  const int64_t block =
+      block_at(w, static_cast<int>(row / kBlock), static_cast<int>(column / kBlock));
+  const int bit = bit_of(w.bits, static_cast<int>(row % kBlock), static_cast<int>(column % kBlock));
+  return packed[block + bit / 8] >> bit % 8 & ((1 << w.bits) - 1);
+}
+
+TERSOR_DEVICE int64_t grid_of(const Shape& w, int64_t row, int64_t group) {
+  return grid_at(w, static_cast<int>(row / kBlock), static_cast<int>(group),
+                 static_cast<int>(row % kBlock));
+}
+
+TERSOR_DEVICE void unpack_body(const PackArgs& a) {
+  const Shape& w = a.w;
+  each_of(int64_t{w.n} * w.k,
+          [&](int64_t i) { a.codes[i] = code_at(w, a.packed, i / w.k, i % w.k); });
+  each_of(int64_t{w.n} * portable_groups(w), [&](int64_t i) {
+    const int64_t at = grid_of(w, i / portable_groups(w), i % portable_groups(w));
+    for (int byte = 0; byte < w.scale_bytes; ++byte)
+      a.scales[i * w.scale_bytes + byte] = a.packed[w.scales_at + at * w.scale_bytes + byte];
+    if (w.asymmetric) a.zeros[i] = a.packed[w.zeros_at + at];
+  });
+}
+
+TERSOR_DEVICE void put(float* to, float value) { *to = value; }
+template <class T>
+struct Bits {  // 16 bits of a T
+  uint16_t bits;
+};
+template <class T>
+TERSOR_DEVICE void put(Bits<T>* to, float value) {
+  to->bits = bits_of(value, T{});
+}
+
+template <class To>
+TERSOR_DEVICE void dequantize_body(const DequantizeArgs& a) {
+  const Shape& w = a.w;
+  each_of((a.end - a.begin) * w.k, [&](int64_t i) {
+    const int64_t row = a.begin + i / w.k, column = i % w.k;
+    const int64_t at = grid_of(w, row, column / w.g);
+    const int zero = w.asymmetric ? a.packed[w.zeros_at + at] : 1 << (w.bits - 1);
+    const float code = static_cast<float>(code_at(w, a.packed, row, column) - zero);
+    put(static_cast<To*>(a.to) + i, code * scale_of(a.packed + w.scales_at, a.scale_dtype, at));
+  });
+}
+
+}  // namespace tersor::cuda

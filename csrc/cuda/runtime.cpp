@@ -1,0 +1,257 @@
+// The host side of the CUDA kernels: which one serves, with how many workers, and its launch. Plain
+// C++ over the CUDA runtime, which is linked statically and finds the driver when it is first
+// asked.
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <array>
+#include <memory>
+#include <mutex>
+
+#include "cuda/arguments.h"
+#include "cuda/cuda.h"
+#include "cuda/kernels.h"
+#include "dispatch.h"
+
+namespace tersor::cuda {
+namespace {
+
+// Tiles that the counters of a workspace have room for: the same for all calls, so that what one
+// call left as partial sums is never another's counter.
+constexpr int64_t kMostTiles = 16384;
+constexpr size_t kCounterBytes = kMostTiles * sizeof(int);
+// More tokens than this are better multiplied with a weight that is dequantized once.
+constexpr int64_t kMostTokens = 128;
+// The shortest stretch of steps that is worth a worker of its own.
+constexpr int32_t kLeastSteps = 4;
+
+void check(cudaError_t status, const char* what) {
+  if (status != cudaSuccess)
+    throw Error(std::string("CUDA: ") + what + ": " + cudaGetErrorString(status));
+}
+
+const std::vector<Gemm>& gemms() {
+  static const std::vector<Gemm> all = [] {
+    std::vector<Gemm> table = mma_gemms_f16();
+    for (const Gemm& gemm : mma_gemms_bf16()) table.push_back(gemm);
+    return table;
+  }();
+  return all;
+}
+
+// Makes a device current for as long as it lives, and then the one that was.
+class Current {
+ public:
+  explicit Current(int device) : device_(device) {
+    check(cudaGetDevice(&before_), "no current device");
+    if (before_ != device_) check(cudaSetDevice(device_), "the device cannot be used");
+  }
+  ~Current() {
+    if (before_ != device_) cudaSetDevice(before_);
+  }
+  Current(const Current&) = delete;
+  Current& operator=(const Current&) = delete;
+
+ private:
+  int device_, before_ = 0;
+};
+
+// What a device is, found out once.
+struct Device {
+  int arch = 0;
+  int multiprocessors = 0;
+  std::vector<size_t> resident;  // for each of gemms(): workers that run at once, 0 where it cannot
+
+  explicit Device(int number) {
+    const Current current(number);
+    int major = 0, minor = 0;
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, number), "attributes");
+    check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, number), "attributes");
+    check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, number),
+          "attributes");
+    arch = major * 10 + minor;
+    for (const Gemm& gemm : gemms()) resident.push_back(arch < gemm.arch ? 0 : workers(gemm));
+    cudaGetLastError();  // a kernel without code for this device is no error of the next call
+  }
+
+  size_t workers(const Gemm& gemm) const {
+    int each = 0;
+    if (cudaFuncSetAttribute(gemm.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(gemm.shared)) != cudaSuccess ||
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, gemm.function, gemm.threads,
+                                                      gemm.shared) != cudaSuccess)
+      return 0;
+    return static_cast<size_t>(each) * multiprocessors;
+  }
+};
+
+const Device& device(int number) {
+  static std::mutex mutex;
+  static std::vector<std::unique_ptr<Device>> all;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (const char* why = unavailable()) throw Error(why);
+  int count = 0;
+  check(cudaGetDeviceCount(&count), "no device");
+  if (number < 0 || number >= count)
+    throw Error("there is no CUDA device " + std::to_string(number) + " here, of " +
+                std::to_string(count));
+  if (all.size() < static_cast<size_t>(count)) all.resize(count);
+  if (!all[number]) all[number] = std::make_unique<Device>(number);
+  return *all[number];
+}
+
+Shape shape(const tersor_spec& s) {
+  return shape_of(s.n, s.k, s.g, s.bits, s.asymmetric != 0, s.scale_dtype == TERSOR_F32 ? 4 : 2);
+}
+
+// A kernel, and how it will divide the work.
+struct Plan {
+  const Gemm* gemm = nullptr;  // nullptr: none serves
+  int32_t token_tiles = 0;
+  Partition partition{};
+};
+
+Plan plan(const tersor_spec& spec, int64_t m, int32_t dtype, int number) {
+  if (const char* why = refuses(spec)) throw Error(std::string("a weight in CUDA order: ") + why);
+  if (m < 1 || m > kMostTokens) return {};
+  const Device& on = device(number);
+  const Shape w = shape(spec);
+  Plan best;
+  for (size_t i = 0; i < gemms().size(); ++i) {
+    const Gemm& gemm = gemms()[i];
+    if (!on.resident[i] || gemm.bits != spec.bits || gemm.dtype != dtype) continue;
+    if (best.gemm && best.gemm->tokens >= m) break;  // the narrowest tile that holds all
+    const int64_t rows = (int64_t{w.row_blocks} + gemm.blocks - 1) / gemm.blocks;
+    const int64_t tokens = (m + gemm.tokens - 1) / gemm.tokens, tiles = rows * tokens;
+    if (tiles > kMostTiles || tiles * w.steps > INT32_MAX / 2) continue;
+    best.gemm = &gemm;
+    best.token_tiles = static_cast<int32_t>(tokens);
+    best.partition = partition_of(static_cast<int32_t>(tiles), w.steps,
+                                  static_cast<int32_t>(on.resident[i]), kLeastSteps);
+  }
+  return best;
+}
+
+void launch(const void* function, int blocks, int threads, size_t shared, const void* args,
+            Target target) {
+  void* parameters[] = {const_cast<void*>(args)};
+  check(cudaLaunchKernel(function, dim3(blocks), dim3(threads), parameters, shared,
+                         static_cast<cudaStream_t>(target.stream)),
+        "a kernel could not be launched");
+}
+
+// For the kernels whose threads go through all elements by themselves.
+void launch_over(const void* function, int64_t elements, const void* args, Target target) {
+  const Device& on = device(target.device);
+  const Current current(target.device);
+  const int64_t blocks = (elements + kPackThreads - 1) / kPackThreads;
+  const int64_t most = int64_t{on.multiprocessors} * 32;
+  launch(function, static_cast<int>(std::max<int64_t>(1, std::min(blocks, most))), kPackThreads, 0,
+         args, target);
+}
+
+}  // namespace
+
+const char* unavailable() {
+  static const std::string why = [] {
+    int count = 0;
+    const cudaError_t status = cudaGetDeviceCount(&count);
+    if (status == cudaSuccess && count > 0) return std::string();
+    cudaGetLastError();
+    if (status == cudaErrorInsufficientDriver)
+      return std::string("no NVIDIA driver was found, or it is older than CUDA ") +
+             std::to_string(CUDART_VERSION / 1000) + " asks for";
+    return std::string("no NVIDIA GPU can be used (") +
+           cudaGetErrorString(count == 0 && status == cudaSuccess ? cudaErrorNoDevice : status) +
+           ")";
+  }();
+  return why.empty() ? nullptr : why.c_str();
+}
+
+std::string architectures() { return TERSOR_CUDA_ARCHITECTURES; }
+
+std::vector<Row> kernels() {
+  std::vector<Row> rows;
+  for (const Gemm& gemm : gemms()) rows.push_back({gemm.name, gemm.arch});
+  return rows;
+}
+
+const char* refuses(const tersor_spec& spec) {
+  if (spec.bits != 4 && spec.bits != 8) return "codes have 4 or 8 bits on a GPU";
+  if (spec.activation != TERSOR_A16) return "activations in int8 have no CUDA kernel yet";
+  if (spec.of) return "zeros of a pattern have no CUDA kernel yet";
+  if (spec.n % 16 || spec.k % 16) return "n and k must be multiples of 16 on a GPU";
+  if (!is_group(spec.k, spec.g)) return "the group must be 32, a multiple of 64, or the whole row";
+  return nullptr;
+}
+
+size_t packed_bytes(const tersor_spec& spec) { return static_cast<size_t>(shape(spec).bytes); }
+
+void pack(const tersor_spec& spec, const tersor_view& view, void* packed, Target target) {
+  const PackArgs args{shape(spec), static_cast<uint8_t*>(packed), view.codes,
+                      static_cast<uint8_t*>(view.scales), view.zeros};
+  launch_over(pack_kernel(), spec.n * spec.k * spec.bits / 32, &args, target);
+}
+
+void unpack(const tersor_spec& spec, const void* packed, const tersor_view& view, Target target) {
+  const PackArgs args{shape(spec), static_cast<uint8_t*>(const_cast<void*>(packed)), view.codes,
+                      static_cast<uint8_t*>(view.scales), view.zeros};
+  launch_over(unpack_kernel(), spec.n * spec.k, &args, target);
+}
+
+void dequantize(const tersor_spec& spec, const void* packed, int64_t begin, int64_t end, void* to,
+                int32_t dtype, Target target) {
+  const DequantizeArgs args{
+      shape(spec), spec.scale_dtype, static_cast<const uint8_t*>(packed), begin, end, to};
+  launch_over(dequantize_kernel(dtype), (end - begin) * spec.k, &args, target);
+}
+
+std::string serves(const tersor_spec& spec, int64_t m, int32_t dtype, int number) {
+  const Plan chosen = plan(spec, m, dtype, number);
+  return chosen.gemm ? chosen.gemm->name : "";
+}
+
+size_t workspace_bytes(int number) {
+  const Device& on = device(number);
+  size_t most = 0;
+  for (size_t i = 0; i < gemms().size(); ++i)
+    most = std::max(most, 2 * on.resident[i] * gemms()[i].tile_bytes);
+  return kCounterBytes + most;
+}
+
+uint64_t capture_of(Target target) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  unsigned long long id = 0;
+#if CUDART_VERSION >= 13000
+  check(cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(target.stream), &status, &id),
+        "the stream");
+#else
+  check(cudaStreamGetCaptureInfo_v2(static_cast<cudaStream_t>(target.stream), &status, &id),
+        "the stream");
+#endif
+  return status == cudaStreamCaptureStatusNone ? 0 : id;
+}
+
+bool linear(const tersor_args& call, Target target) {
+  const Plan chosen = plan(call.spec, call.m, call.dtype, target.device);
+  if (!chosen.gemm) return false;
+  LinearArgs args{};
+  args.w = shape(call.spec);
+  args.scale_dtype = call.spec.scale_dtype;
+  args.packed = static_cast<const uint8_t*>(call.packed);
+  args.x = static_cast<const uint16_t*>(call.x);
+  args.y = static_cast<uint16_t*>(call.y);
+  args.bias = call.bias;
+  args.ldx = call.ldx, args.ldy = call.ldy;
+  args.m = static_cast<int32_t>(call.m);
+  args.token_tiles = chosen.token_tiles;
+  args.partition = chosen.partition;
+  args.arrived = static_cast<int*>(call.workspace);
+  args.partials = reinterpret_cast<float*>(static_cast<uint8_t*>(call.workspace) + kCounterBytes);
+  const Current current(target.device);
+  launch(chosen.gemm->function, chosen.partition.workers, chosen.gemm->threads, chosen.gemm->shared,
+         &args, target);
+  return true;
+}
+
+}  // namespace tersor::cuda

@@ -1,0 +1,274 @@
+"""Weights and linear layers on NVIDIA GPUs: the native CUDA kernels seen from Python.
+
+A weight in CUDA order is a uint8 tensor on the device, without a header, so that no call has to
+read from the device what it is: its Grid goes along with it. All kernels share that order.
+
+The kernels serve few tokens, in float16 and bfloat16. Many tokens, float32 and the backward pass go
+through a weight that is dequantized for the call, and torch's product.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tersor import _core
+from tersor.errors import TersorError
+from tersor.kernels import (
+    DTYPES,
+    define_backward,
+    define_operator,
+    dtype_code,
+    recentre,
+    rows_of,
+    stored_bits,
+)
+from tersor.qweight import QSpec, QWeight
+
+_SLAB = 256 << 20  # bytes of a dequantized weight that are there at a time
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What the bytes of a weight in CUDA order stand for; bits, asymmetric and scale_dtype as in
+    kernel.h."""
+
+    n: int
+    k: int
+    g: int
+    bits: int
+    asymmetric: bool
+    scale_dtype: int
+
+    @classmethod
+    def of(cls, q: QWeight) -> Grid:
+        return cls(
+            q.n, q.k, q.k // q.scales.shape[1], stored_bits(q.spec), not q.spec.symmetric,
+            dtype_code(q.scales.dtype),
+        )  # fmt: skip
+
+    def fields(self) -> tuple[int, int, int, int, bool, int]:
+        return self.n, self.k, self.g, self.bits, self.asymmetric, self.scale_dtype
+
+
+def unavailable() -> str | None:
+    """Why no CUDA kernel can run here, or None where one can."""
+    reason: str | None = _core.cuda_unavailable()
+    return reason
+
+
+def built() -> bool:
+    """Whether this build has CUDA kernels, if for another machine."""
+    return bool(_core.cuda_architectures())
+
+
+def refusal(q: QWeight, activation: bool) -> str | None:
+    """Why such a layer cannot be on a GPU, or None where it can. activation: inputs are quantized
+    in the call."""
+    reason: str | None = _core.cuda_refuses(*Grid.of(q).fields(), int(activation))
+    return reason
+
+
+@functools.lru_cache(maxsize=4096)
+def _weight(
+    n: int, k: int, g: int, bits: int, asymmetric: bool, scale_dtype: int
+) -> _core.CudaWeight:
+    """Checked once for each shape of a model."""
+    return _core.CudaWeight(n, k, g, bits, asymmetric, scale_dtype)
+
+
+# --- CUDA order and back --------------------------------------------------------------------------
+
+
+def _place(device: torch.device) -> tuple[int, int]:
+    """The number of a device, and its current stream."""
+    stream = torch.cuda.current_stream(device)
+    return stream.device_index, stream.cuda_stream
+
+
+def pack_weight(q: QWeight, device: torch.device) -> Tensor:
+    """The weight in CUDA order on a device. q: on any device, without an order."""
+    if (reason := unavailable()) is not None:
+        raise TersorError(f"the layer cannot run on {device}: {reason}")
+    if q.order is not None:
+        raise TersorError("pack_weight needs contiguous groups; sort the columns by q.order first")
+    weight, q = _weight(*Grid.of(q).fields()), q.to(device)
+    codes = (q.codes + recentre(q.spec)).contiguous()
+    scales = q.scales.contiguous()
+    zeros = None if q.zeros is None else q.zeros.contiguous()
+    if int(codes.max()) >> stored_bits(q.spec):
+        raise TersorError(f"codes must be below {1 << stored_bits(q.spec)}")
+    packed = torch.empty(weight.bytes, dtype=torch.uint8, device=device)
+    _core.cuda_pack(
+        weight, codes.data_ptr(), scales.data_ptr(), 0 if zeros is None else zeros.data_ptr(),
+        packed.data_ptr(), packed.numel(), *_place(device),
+    )  # fmt: skip
+    return packed
+
+
+def unpack_weight(packed: Tensor, grid: Grid, spec: QSpec) -> QWeight:
+    """The inverse of pack_weight, exactly, on the device of `packed`."""
+    groups = grid.k // grid.g
+    codes = torch.empty(grid.n, grid.k, dtype=torch.uint8, device=packed.device)
+    scales = torch.empty(grid.n, groups, dtype=DTYPES[grid.scale_dtype], device=packed.device)
+    zeros = None
+    if grid.asymmetric:
+        zeros = torch.empty(grid.n, groups, dtype=torch.uint8, device=packed.device)
+    _core.cuda_unpack(
+        _weight(*grid.fields()), packed.data_ptr(), packed.numel(), codes.data_ptr(),
+        scales.data_ptr(), 0 if zeros is None else zeros.data_ptr(), *_place(packed.device),
+    )  # fmt: skip
+    return QWeight(spec, codes.sub_(recentre(spec)), scales, zeros)
+
+
+def dequantize(packed: Tensor, grid: Grid, begin: int, end: int, dtype: torch.dtype) -> Tensor:
+    """Rows [begin, end) of the weight: [end - begin, k] of the dtype."""
+    w = torch.empty(end - begin, grid.k, dtype=dtype, device=packed.device)
+    _core.cuda_dequantize(
+        _weight(*grid.fields()), packed.data_ptr(), packed.numel(), begin, end, w.data_ptr(),
+        dtype_code(dtype), *_place(packed.device),
+    )  # fmt: skip
+    return w
+
+
+# --- the operator ---------------------------------------------------------------------------------
+
+_workspaces: dict[tuple[int, int], Tensor] = {}  # by device and stream
+_captured: dict[int, tuple[int, Tensor]] = {}  # by device: the latest capture, and its own
+
+
+def _workspace(device: int, stream: int) -> Tensor:
+    """Zeros for the kernels of a stream, which leave it so: those of one stream run one after the
+    other. A graph has one of its own, which it sets to zeros when it begins, since it may run on
+    any stream."""
+    capture = _core.cuda_capture_of(device, stream)
+    if capture:
+        latest = _captured.get(device)
+        if latest is None or latest[0] != capture:
+            latest = _captured[device] = capture, _zeros(device)
+        return latest[1]
+    found = _workspaces.get((device, stream))
+    if found is None:
+        found = _workspaces[device, stream] = _zeros(device)
+    return found
+
+
+def _zeros(device: int) -> Tensor:
+    return torch.zeros(_core.cuda_workspace_bytes(device), dtype=torch.uint8, device=device)
+
+
+def _rows(x: Tensor, k: int) -> Tensor:
+    """x [..., k] as a matrix whose rows begin at 16 bytes."""
+    matrix = rows_of(x, k)
+    unit = 16 // x.element_size()
+    if matrix.data_ptr() % 16 or (matrix.shape[0] > 1 and matrix.stride(0) % unit):
+        matrix = matrix.clone(memory_format=torch.contiguous_format)
+    return matrix
+
+
+def _linear(
+    x: Tensor, packed: Tensor, bias: Tensor | None,
+    n: int, k: int, g: int, bits: int, asymmetric: bool, scale_dtype: int,
+) -> Tensor:  # fmt: skip
+    matrix, m = _rows(x, k), x.numel() // k
+    y = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
+    if m == 0:
+        return y
+    if x.dtype != torch.float32:
+        device, stream = _place(x.device)
+        workspace = _workspace(device, stream)
+        served = _core.cuda_linear(
+            _weight(n, k, g, bits, asymmetric, scale_dtype), packed.data_ptr(), packed.numel(),
+            matrix.data_ptr(), m, matrix.stride(0) if m > 1 else k, dtype_code(x.dtype),
+            0 if bias is None else bias.data_ptr(), y.data_ptr(), n,
+            workspace.data_ptr(), workspace.numel(), device, stream,
+        )  # fmt: skip
+        if served:
+            return y
+    grid, rows = Grid(n, k, g, bits, asymmetric, scale_dtype), y.view(m, n)
+    for part in _slabs(n, k, x.element_size()):
+        w = dequantize(packed, grid, part.start, part.stop, x.dtype)
+        if bias is None:
+            rows[:, part] = matrix @ w.t()
+        else:
+            rows[:, part] = torch.addmm(bias[part].to(x.dtype), matrix, w.t())
+    return y
+
+
+def _slabs(n: int, k: int, element: int) -> list[slice]:
+    rows = max(1, _SLAB // (k * element))
+    return [slice(begin, min(begin + rows, n)) for begin in range(0, n, rows)]
+
+
+def _linear_fake(
+    x: Tensor, packed: Tensor, bias: Tensor | None,
+    n: int, k: int, g: int, bits: int, asymmetric: bool, scale_dtype: int,
+) -> Tensor:  # fmt: skip
+    return x.new_empty((*x.shape[:-1], n))
+
+
+def _backward_product(
+    grad: Tensor, packed: Tensor,
+    n: int, k: int, g: int, bits: int, asymmetric: bool, scale_dtype: int,
+) -> Tensor:  # fmt: skip
+    """grad [..., n] @ dequantize(W) [n, k], summed in float32."""
+    matrix, grid = rows_of(grad, n), Grid(n, k, g, bits, asymmetric, scale_dtype)
+    slabs = _slabs(n, k, grad.element_size())
+    parts = (
+        matrix[:, part] @ dequantize(packed, grid, part.start, part.stop, grad.dtype)
+        for part in slabs
+    )
+    if len(slabs) == 1:
+        result = next(parts)
+    else:
+        result = functools.reduce(torch.add, (part.float() for part in parts)).to(grad.dtype)
+    return result.view(*grad.shape[:-1], k)
+
+
+def _backward_fake(
+    grad: Tensor, packed: Tensor,
+    n: int, k: int, g: int, bits: int, asymmetric: bool, scale_dtype: int,
+) -> Tensor:  # fmt: skip
+    return grad.new_empty((*grad.shape[:-1], k))
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+    ctx.grid = inputs[3:]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (packed,) = ctx.saved_tensors
+    return torch.ops.tersor.linear_cuda_backward(grad, packed, *ctx.grid), *(None,) * 8
+
+
+_GRID = "int n, int k, int g, int bits, bool asymmetric, int scale_dtype"
+define_operator(
+    f"linear_cuda_backward(Tensor grad, Tensor packed, {_GRID}) -> Tensor",
+    "CUDA",
+    _backward_product,
+    _backward_fake,
+)
+define_operator(
+    f"linear_cuda(Tensor x, Tensor packed, Tensor? bias, {_GRID}) -> Tensor",
+    "CUDA",
+    _linear,
+    _linear_fake,
+)
+define_backward("linear_cuda", _save_for_backward, _backward)
+
+
+def linear(x: Tensor, packed: Tensor, bias: Tensor | None, grid: Grid) -> Tensor:
+    """x [..., k] @ dequantize(W).T + bias -> [..., n], all on one device. x: float16, bfloat16 or
+    float32; bias: float32 [n] or None."""
+    if x.device != packed.device:
+        raise TersorError(f"the input is on {x.device}, the layer on {packed.device}; move one")
+    if x.dim() == 0 or x.shape[-1] != grid.k:
+        raise TersorError(f"the layer takes inputs [..., {grid.k}], not {list(x.shape)}")
+    dtype_code(x.dtype)
+    y: Tensor = torch.ops.tersor.linear_cuda(x, packed, bias, *grid.fields())
+    return y

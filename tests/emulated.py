@@ -1,0 +1,141 @@
+"""The CUDA kernels on the CPU: tests/emulator compiled, with numpy arrays in and out."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of enum tersor_dtype
+
+
+def compiler() -> str | None:
+    """A C++ compiler of this machine."""
+    configured = (sysconfig.get_config_var("CXX") or "").split()
+    for name in (os.environ.get("CXX"), *configured[:1], "c++", "g++", "clang++"):
+        if name and shutil.which(name):
+            return name
+    return None
+
+
+def build(folder: Path) -> ctypes.CDLL:
+    library = folder / "emulated.so"
+    command = [
+        compiler(), "-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra",
+        "-Wno-unknown-pragmas", "-I", ROOT / "csrc", "-I", ROOT / "tests" / "emulator",
+        ROOT / "tests" / "emulator" / "emulate.cpp", "-o", library,
+    ]  # fmt: skip
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    loaded = ctypes.CDLL(str(library))
+    loaded.packed_bytes.restype = ctypes.c_int64
+    return loaded
+
+
+def pointer(array: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(0 if array is None else array.data_ptr())
+
+
+@dataclass
+class Weight:
+    """A random weight in portable order."""
+
+    codes: Tensor  # uint8 [n, k]
+    scales: Tensor  # [n, k / g]
+    zeros: Tensor | None
+    bits: int
+
+    @classmethod
+    def random(
+        cls, n: int, k: int, g: int, bits: int, asymmetric: bool, dtype: torch.dtype, seed: int = 0
+    ) -> Weight:
+        draw = torch.Generator().manual_seed(seed)
+        codes = torch.randint(1 << bits, (n, k), generator=draw, dtype=torch.uint8)
+        scales = (torch.rand(n, k // g, generator=draw) + 0.5).to(dtype)
+        zeros = torch.randint(1 << bits, (n, k // g), generator=draw, dtype=torch.uint8)
+        return cls(codes, scales, zeros if asymmetric else None, bits)
+
+    @property
+    def g(self) -> int:
+        return self.codes.shape[1] // self.scales.shape[1]
+
+    def spec(self) -> ctypes.Array[ctypes.c_int64]:
+        n, k = self.codes.shape
+        given = (n, k, self.g, self.bits, self.zeros is not None, self.scales.element_size())
+        return (ctypes.c_int64 * 6)(*given)
+
+    def dense(self) -> np.ndarray:
+        """float64 [n, k]."""
+        codes = self.codes.double().numpy()
+        scales = np.repeat(self.scales.double().numpy(), self.g, axis=1)
+        if self.zeros is None:
+            return (codes - (1 << (self.bits - 1))) * scales
+        return (codes - np.repeat(self.zeros.double().numpy(), self.g, axis=1)) * scales
+
+    def empty(self) -> Weight:
+        zeros = None if self.zeros is None else torch.full_like(self.zeros, 0xEE)
+        scales = torch.full_like(self.scales, float("nan"))
+        return Weight(torch.full_like(self.codes, 0xEE), scales, zeros, self.bits)
+
+    def _arrays(self) -> tuple[ctypes.c_void_p, ...]:
+        return pointer(self.codes), pointer(self.scales), pointer(self.zeros)
+
+    def pack(self, library: ctypes.CDLL, workers: int = 3) -> Tensor:
+        size = library.packed_bytes(self.spec())
+        room = torch.full((size + 256,), 0xEE, dtype=torch.uint8)
+        begin = -room.data_ptr() % 128
+        packed = room[begin : begin + size]
+        library.pack(self.spec(), pointer(packed), *self._arrays(), workers)
+        assert bool((room[begin + size :] == 0xEE).all()) and bool((room[:begin] == 0xEE).all())
+        return packed
+
+    def unpack(self, library: ctypes.CDLL, packed: Tensor, workers: int = 2) -> Weight:
+        made = self.empty()
+        library.unpack(self.spec(), pointer(packed), *made._arrays(), workers)
+        return made
+
+    def dequantize(
+        self, library: ctypes.CDLL, packed: Tensor, begin: int, end: int, dtype: torch.dtype
+    ) -> Tensor:
+        made = torch.full((end - begin, self.codes.shape[1]), float("nan"), dtype=dtype)
+        library.dequantize(
+            self.spec(), DTYPES.index(self.scales.dtype), pointer(packed),
+            ctypes.c_int64(begin), ctypes.c_int64(end), pointer(made), DTYPES.index(dtype), 2,
+        )  # fmt: skip
+        return made
+
+
+def linear(
+    library: ctypes.CDLL,
+    weight: Weight,
+    packed: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    tokens: int,
+    resident: int,
+    seed: int,
+    eager: bool,
+) -> Tensor:
+    """x [m, k] with any row stride that is a multiple of 8 -> [m, n]. What lies around y is
+    watched."""
+    m, n = x.shape[0], weight.codes.shape[0]
+    room = torch.full((m + 2, n + 3), float("nan"), dtype=x.dtype)
+    y = room[1:-1, :n]
+    library.linear(
+        weight.spec(), DTYPES.index(weight.scales.dtype), pointer(packed), pointer(x), pointer(y),
+        pointer(bias), m, ctypes.c_int64(x.stride(0)), ctypes.c_int64(y.stride(0)),
+        DTYPES.index(x.dtype), tokens, resident, seed, int(eager),
+    )  # fmt: skip
+    around = room.clone()
+    around[1:-1, :n] = float("nan")
+    assert bool(around.isnan().all())
+    return y

@@ -1,0 +1,210 @@
+"""QuantLinear on NVIDIA GPUs. Without one these tests are skipped, but for what is said then; the
+kernels themselves are also run without one, by test_cuda_emulated.py."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import tersor
+import tiny
+from tersor import ActSpec, QSpec, QuantLinear, Scheme, TersorError, cuda
+from tersor.oracle import random_qweight
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU")
+HALVES = (torch.float16, torch.bfloat16)
+SHAPES = [(64, 64), (80, 96), (4096, 4096), (1024, 4112), (11008, 4096)]
+
+
+def layer(n: int, k: int, spec: QSpec, dtype: torch.dtype, bias: bool = True) -> QuantLinear:
+    q = random_qweight(n, k, spec, dtype)
+    draw = torch.Generator().manual_seed(1)
+    return QuantLinear(q, torch.randn(n, generator=draw) if bias else None, dtype=dtype)
+
+
+def inputs(m: int, k: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    return torch.randn(m, k, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def check(made: QuantLinear, x: torch.Tensor, y: torch.Tensor) -> None:
+    """Against float64: of every sum in float32 the error is that of k additions, and the result is
+    rounded once; a weight that is dequantized to 16 bits first is rounded once more."""
+    w = made.qweight().dequantize(torch.float64).cpu()
+    wide = x.double().cpu()
+    exact = wide @ w.T + (0 if made.bias is None else made.bias.double().cpu())
+    terms = wide.abs() @ w.abs().T + (0 if made.bias is None else made.bias.double().cpu().abs())
+    unit = torch.finfo(x.dtype).eps / 2
+    through_floats = x.dtype == torch.float32 or x.shape[0] > 128
+    error = (x.shape[1] + 8) * 2.0**-24 * terms + unit * exact.abs()
+    if through_floats:
+        error = error + unit * terms
+    assert bool(((y.double().cpu() - exact).abs() <= error + 1e-7).all())
+
+
+# --- without a GPU -------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_what_is_missing_is_said():
+    reason = cuda.unavailable()
+    assert reason and ("NVIDIA" in reason or "without CUDA" in reason)
+    q = random_qweight(64, 64, QSpec(4, 64), torch.bfloat16)
+    with pytest.raises(TersorError, match="cannot run on cuda:0"):
+        cuda.pack_weight(q, torch.device("cuda:0"))
+
+
+def test_the_operator_has_shapes_without_data():
+    grid = cuda.Grid(64, 128, 64, 4, False, 1)
+    x = torch.empty(2, 3, 128, dtype=torch.float16, device="meta")
+    y = cuda.linear(x, torch.empty(9, dtype=torch.uint8, device="meta"), None, grid)
+    assert (y.shape, y.dtype, y.is_meta) == ((2, 3, 64), torch.float16, True)
+    with pytest.raises(TersorError, match=r"takes inputs \[..., 128\]"):
+        cuda.linear(x[..., :64], x, None, grid)
+    with pytest.raises(TersorError, match="the input is on cpu, the layer on meta"):
+        cuda.linear(torch.zeros(1, 128), x, None, grid)
+
+
+@pytest.mark.skipif(not cuda.built(), reason="this build has no CUDA kernels")
+@pytest.mark.parametrize(
+    ("n", "k", "spec", "activation", "reason"),
+    [
+        (64, 64, QSpec(4, 64), False, None),
+        (64, 64, QSpec(8, None), False, None),
+        (48, 4112, QSpec(4, None), False, None),
+        (64, 96, QSpec(2, 32), False, None),
+        (24, 64, QSpec(4, 64), False, "multiples of 16"),
+        (64, 72, QSpec(4, None), False, "multiples of 16"),
+        (64, 96, QSpec(4, 48), False, "the group must be 32"),
+        (64, 64, QSpec(4, 64), True, "int8"),
+    ],
+)
+def test_which_weights_can_be_on_a_gpu(n, k, spec, activation, reason):
+    found = cuda.refusal(random_qweight(n, k, spec, torch.bfloat16), activation)
+    assert found is None if reason is None else reason in found
+
+
+# --- on a GPU ------------------------------------------------------------------------------------
+
+
+@gpu
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(
+    "spec", [QSpec(4, 128), QSpec(4, 32, False), QSpec(8, None), QSpec(8, 64, False)], ids=str
+)
+def test_products_against_float64(dtype, spec):
+    for n, k in SHAPES:
+        if k % (spec.group or k):
+            continue
+        made = layer(n, k, spec, dtype).to("cuda")
+        for m in (1, 2, 8, 9, 16, 33, 64, 65, 128, 129, 513):
+            x = inputs(m, k, dtype, seed=m).cuda()
+            y = made(x)
+            check(made, x, y)
+            assert torch.equal(y, made(x))
+
+
+@gpu
+def test_float32_and_views():
+    made = layer(256, 512, QSpec(4, 64), torch.float32).to("cuda")
+    x = inputs(7, 512, torch.float32).cuda()
+    check(made, x, made(x))
+    wide = inputs(7, 1024, torch.float16).cuda()
+    for view in (wide[:, 1:513], wide[:, ::2], wide[::2, :512], wide[:0, :512]):
+        assert torch.equal(made(view), made(view.contiguous()))
+
+
+@gpu
+def test_there_and_back_nothing_changes():
+    made = layer(192, 320, QSpec(4, 64, False), torch.bfloat16)
+    before = {name: tensor.clone() for name, tensor in made.state_dict().items()}
+    x = inputs(3, 320, torch.bfloat16)
+    expected = made(x)
+    made = made.to("cuda")
+    assert all(tensor.is_cuda for tensor in made.state_dict().values())
+    twin = copy.deepcopy(made)
+    twin.load_state_dict(before)
+    assert torch.equal(twin(x.cuda()), made(x.cuda()))
+    made = made.cpu()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in made.state_dict().items())
+    assert torch.equal(made(x), expected)
+
+
+@gpu
+def test_a_layer_that_has_no_kernel_says_so_and_stays():
+    q = random_qweight(64, 64, QSpec(8, None), torch.bfloat16)
+    made = QuantLinear(q, activation=ActSpec())
+    x = inputs(2, 64, torch.bfloat16)
+    expected = made(x)
+    with pytest.raises(TersorError, match="keep it on the CPU"):
+        nn.Sequential(made).to("cuda")
+    assert torch.equal(made(x), expected)
+
+
+@gpu
+def test_streams_and_graphs():
+    made = layer(4096, 4096, QSpec(4, 128), torch.float16).to("cuda")
+    x = inputs(4, 4096, torch.float16).cuda()
+    expected = made(x)
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    torch.cuda.synchronize()
+    found = []
+    for _ in range(20):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                found.append(made(x))
+    torch.cuda.synchronize()
+    assert all(torch.equal(y, expected) for y in found)
+    graphs, results = [], []
+    for _ in range(2):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results.append(made(made(x)))
+        graphs.append(graph)
+    twice = made(expected)
+    for _ in range(10):
+        for graph, stream in zip(graphs, streams, strict=False):
+            with torch.cuda.stream(stream):
+                graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(y, twice) for y in results)
+
+
+@gpu
+def test_gradients_and_compile():
+    made = layer(256, 512, QSpec(4, 64), torch.float32).to("cuda")
+    x = inputs(5, 512, torch.float32).cuda().requires_grad_()
+    weights = torch.randn(5, 256, device="cuda")
+    (made(x) * weights).sum().backward()
+    exact = weights.double() @ made.qweight().dequantize(torch.float64)
+    assert torch.allclose(x.grad.double(), exact, rtol=1e-4, atol=1e-3)
+    half = inputs(3, 512, torch.float16).cuda()
+    compiled = torch.compile(made, fullgraph=True)
+    assert torch.equal(compiled(half), made(half))
+
+
+@gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU only")
+def test_several_devices_in_one_process():
+    made = layer(256, 512, QSpec(4, 64), torch.float16)
+    x = inputs(3, 512, torch.float16)
+    each = [copy.deepcopy(made).to(f"cuda:{i}") for i in range(2)]
+    first, second = (one(x.to(f"cuda:{i}")).cpu() for i, one in enumerate(each))
+    assert torch.equal(first, second)
+    assert torch.cuda.current_device() == 0
+    assert torch.equal(each[0].to("cuda:1")(x.to("cuda:1")).cpu(), first)
+    with pytest.raises(TersorError, match="move one"):
+        each[0](x.to("cuda:0"))
+
+
+@gpu
+def test_a_model_is_moved_whole(tmp_path):
+    quantized = tmp_path / "quantized"
+    tersor.quantize_checkpoint(tiny.save(tmp_path / "plain"), quantized, Scheme(QSpec(4, 32)))
+    model = tersor.load(quantized)
+    ids = torch.arange(24).view(2, 12)
+    expected = model(ids).logits
+    found = model.to("cuda")(ids.cuda()).logits.cpu()
+    assert torch.allclose(found, expected, atol=0.05 * float(expected.abs().max()))
