@@ -55,13 +55,15 @@ HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def build() -> None:
+    major, minor = torch.cuda.get_device_capability()
+    arch = f"{major}{minor}{'a' * (major == 9)}"  # wgmma is Hopper's alone
     shutil.rmtree(SITE, ignore_errors=True)
     subprocess.run(
         [
             sys.executable, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps",
             "--target", str(SITE), "-C", f"build-dir={ROOT / 'build' / 'cuda-objects'}",
             "-C", "cmake.define.TERSOR_CUDA=on",
-            "-C", "cmake.define.TERSOR_CUDA_ARCHITECTURES=native", str(ROOT),
+            "-C", f"cmake.define.TERSOR_CUDA_ARCHITECTURES={arch}-real", str(ROOT),
         ],
         check=True,
     )  # fmt: skip

@@ -120,12 +120,13 @@ def linear(
     packed: Tensor,
     x: Tensor,
     bias: Tensor | None,
-    tokens: int,
+    kernel: tuple[str, int],
     resident: int,
     seed: int,
     eager: bool,
 ) -> Tensor:
-    """x [m, k] with any row stride that is a multiple of 8 -> [m, n]. What lies around y is
+    """kernel: "mma" or "wgmma", and the tokens of a tile.
+    x [m, k] with any row stride that is a multiple of 8 -> [m, n]. What lies around y is
     watched."""
     m, n = x.shape[0], weight.codes.shape[0]
     room = torch.full((m + 2, n + 3), float("nan"), dtype=x.dtype)
@@ -133,7 +134,7 @@ def linear(
     library.linear(
         weight.spec(), DTYPES.index(weight.scales.dtype), pointer(packed), pointer(x), pointer(y),
         pointer(bias), m, ctypes.c_int64(x.stride(0)), ctypes.c_int64(y.stride(0)),
-        DTYPES.index(x.dtype), tokens, resident, seed, int(eager),
+        DTYPES.index(x.dtype), kernel[0].encode(), kernel[1], resident, seed, int(eager),
     )  # fmt: skip
     around = room.clone()
     around[1:-1, :n] = float("nan")

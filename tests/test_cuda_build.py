@@ -46,8 +46,8 @@ def resources(source: Path, arch: str, folder: Path) -> list[Resources]:
         "-o", folder / f"{source.stem}.{arch}.cubin",
     ]  # fmt: skip
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
     report = done.stderr + done.stdout
+    assert done.returncode == 0 and "serialized" not in report, report
     found = []
     for part in re.split(r"Compiling entry function '", report)[1:]:
         stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes", part)
@@ -63,6 +63,8 @@ def resources(source: Path, arch: str, folder: Path) -> list[Resources]:
 def test_no_kernel_spills_on_any_architecture(source, tmp_path):
     supported = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout
     known = [arch for arch in architectures() if f"sm_{arch.rstrip('a')}" in supported.split()]
+    if "wgmma" in source.stem:
+        known = [arch for arch in known if arch == "90a"]  # which alone has the instructions
     assert known
     with ThreadPoolExecutor(2) as pool:
         each = pool.map(lambda arch: (arch, resources(source, arch, tmp_path)), known)

@@ -14,7 +14,7 @@ from emulated import Weight
 
 pytestmark = pytest.mark.skipif(emulated.compiler() is None, reason="there is no C++ compiler")
 
-TOKENS = (8, 16, 32, 64)  # of a tile, for which there is a kernel each
+KERNELS = [*(("mma", tokens) for tokens in (8, 16, 32, 64)), ("wgmma", 64), ("wgmma", 128)]
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -100,13 +100,13 @@ def bound(x: np.ndarray, w: np.ndarray, bias: np.ndarray, y: np.ndarray, dtype: 
     return (x.shape[1] + 8) * 2.0**-24 * terms + np.abs(y) * torch.finfo(dtype).eps / 2 + 1e-7
 
 
-def check(library, weight, m, dtype, tokens, resident, seed, eager, stride=8, with_bias=True):
+def check(library, weight, m, dtype, kernel, resident, seed, eager, stride=8, with_bias=True):
     n, k = weight.codes.shape
     draw = torch.Generator().manual_seed(seed)
     x = torch.randn(m, k + stride, generator=draw).to(dtype)[:, :k]
     bias = torch.randn(n, generator=draw) if with_bias else None
     packed = weight.pack(library)
-    y = emulated.linear(library, weight, packed, x, bias, tokens, resident, seed, eager)
+    y = emulated.linear(library, weight, packed, x, bias, kernel, resident, seed, eager)
     wide, dense = x.double().numpy(), weight.dense()
     added = np.zeros(n) if bias is None else bias.double().numpy()
     exact = wide @ dense.T + added
@@ -115,10 +115,10 @@ def check(library, weight, m, dtype, tokens, resident, seed, eager, stride=8, wi
     return y
 
 
-@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("bits", [4, 8])
-def test_products_against_float64(library, tokens, dtype, bits):
+def test_products_against_float64(library, kernel, dtype, bits):
     """Few and many workers, so that tiles are whole and shared; any number of tokens; copies as
     early and as late as they may be."""
     cases = itertools.cycle(itertools.product((1, 3, 64), (False, True)))
@@ -127,30 +127,31 @@ def test_products_against_float64(library, tokens, dtype, bits):
         asymmetric = seed % 2 == 0
         scales = emulated.DTYPES[seed % 3]
         weight = Weight.random(n, k, g, bits, asymmetric, scales, seed)
-        m = (1, tokens, tokens + 1, max(1, tokens - 3))[seed % 4]
-        check(library, weight, m, dtype, tokens, resident, seed, eager, with_bias=seed % 3 != 1)
+        m = (1, kernel[1], kernel[1] + 1, max(1, kernel[1] - 3))[seed % 4]
+        check(library, weight, m, dtype, kernel, resident, seed, eager, with_bias=seed % 3 != 1)
 
 
-@pytest.mark.parametrize("tokens", [8, 64])
-def test_the_same_bits_in_any_order_of_threads(library, tokens):
+@pytest.mark.parametrize("kernel", [KERNELS[0], KERNELS[3], KERNELS[4]], ids=str)
+def test_the_same_bits_in_any_order_of_threads(library, kernel):
     weight = Weight.random(144, 448, 64, 4, True, torch.bfloat16)
     for resident in (1, 5, 100):
-        x = torch.randn(tokens, 448, generator=torch.Generator().manual_seed(1)).half()
+        x = torch.randn(20, 448, generator=torch.Generator().manual_seed(1)).half()
         packed = weight.pack(library)
         made = [
-            emulated.linear(library, weight, packed, x, None, tokens, resident, seed, eager)
+            emulated.linear(library, weight, packed, x, None, kernel, resident, seed, eager)
             for seed, eager in ((0, False), (1, True), (2, False))
         ]
         assert torch.equal(made[0], made[1]) and torch.equal(made[0], made[2])
 
 
-def test_a_token_that_is_not_finite_spoils_no_other(library):
+@pytest.mark.parametrize("kernel", [KERNELS[1], KERNELS[4]], ids=str)
+def test_a_token_that_is_not_finite_spoils_no_other(library, kernel):
     weight = Weight.random(64, 128, 64, 4, False, torch.float16)
     x = torch.randn(9, 128, generator=torch.Generator().manual_seed(0)).half()
     packed = weight.pack(library)
-    expected = emulated.linear(library, weight, packed, x, None, 16, 4, 0, False)
+    expected = emulated.linear(library, weight, packed, x, None, kernel, 4, 0, False)
     x[3, 5], x[7, 100] = float("nan"), float("inf")
-    found = emulated.linear(library, weight, packed, x, None, 16, 4, 0, False)
+    found = emulated.linear(library, weight, packed, x, None, kernel, 4, 0, False)
     rest = [0, 1, 2, 4, 5, 6, 8]
     assert torch.equal(found[rest], expected[rest])
     assert not bool(found[[3, 7]].isfinite().any())
@@ -187,8 +188,8 @@ def test_a_kernel_without_barriers_is_caught(library):
     packed = weight.pack(library)
     library.use_barriers(0)
     try:
-        found = emulated.linear(library, weight, packed, x, None, 8, 1, 0, False)
+        found = emulated.linear(library, weight, packed, x, None, ("mma", 8), 1, 0, False)
     finally:
         library.use_barriers(1)
-    expected = emulated.linear(library, weight, packed, x, None, 8, 1, 0, False)
+    expected = emulated.linear(library, weight, packed, x, None, ("mma", 8), 1, 0, False)
     assert not torch.equal(found, expected)

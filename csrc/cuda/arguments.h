@@ -23,6 +23,19 @@ struct LinearArgs {
   int* arrived;         // one for each tile, zero before and after
 };
 
+// A matrix as the memory engine sees it (CUtensorMap of the driver). Here: [rows][columns] of 16
+// bits, copied in boxes of 64 columns, 128 bytes a row; the 16 bytes c of a row stand at c ^ row %
+// 8, so that eight rows of a column lie in different banks.
+struct alignas(64) TensorMap {
+  uint64_t opaque[16];
+};
+
+// The same as LinearArgs for kernels whose x comes by the memory engine.
+struct BoxedArgs {
+  LinearArgs linear;
+  TensorMap x;  // boxes as high as a tile of tokens
+};
+
 constexpr int kPackThreads = 256;  // of the kernels that take the two below
 
 // A weight in both orders; portable: codes [n, k], scales [n, k / g], zeros [n, k / g] or nullptr.

@@ -11,8 +11,12 @@
 
 namespace tersor::cuda {
 
-struct Half {};
-struct Bfloat {};
+struct Half {
+  static constexpr bool kIsBfloat = false;
+};
+struct Bfloat {
+  static constexpr bool kIsBfloat = true;
+};
 
 }  // namespace tersor::cuda
 
@@ -34,11 +38,12 @@ TERSOR_DEVICE int thread() { return static_cast<int>(threadIdx.x); }
 TERSOR_DEVICE int worker() { return static_cast<int>(blockIdx.x); }
 TERSOR_DEVICE int workers() { return static_cast<int>(gridDim.x); }
 TERSOR_DEVICE uint8_t* shared_memory() {
-  extern __shared__ __align__(128) uint8_t bytes[];
+  extern __shared__ __align__(1024) uint8_t bytes[];
   return bytes;
 }
 
 TERSOR_DEVICE void sync_block() { __syncthreads(); }
+TERSOR_DEVICE void sync_warp() { __syncwarp(); }
 
 // Makes this block's writes to global memory seen by other blocks before what follows, for all of
 // its threads together with sync_block.

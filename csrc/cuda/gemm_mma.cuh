@@ -18,6 +18,7 @@
 #include "arguments.h"
 #include "dequantize.cuh"
 #include "device.cuh"
+#include "epilogue.cuh"
 
 namespace tersor::cuda {
 
@@ -26,8 +27,9 @@ struct MmaGemm {
   static constexpr int kBits = kBits_, kTokens = kTokens_, kBlocks = kBlocks_;
   static constexpr int kWarps = 4, kThreads = kWarps * kLanes;
   static constexpr int kTokenTiles = kTokens / 8;  // of one tensor core operation
-  static constexpr int kSums = kBlocks * kTokenTiles;
-  static constexpr int kTile = kBlocks * kBlock * kTokens;  // floats of a partial sum
+  using End = Epilogue<T, kBlocks, kTokenTiles, kThreads>;
+  using Sums = typename End::Sums;
+  static constexpr int kTile = End::kTile;
   static constexpr int kStages = kTokens <= 16 ? 6 : kBits == 4 ? 4 : 3;
   static constexpr int kPerBlock = kTokens <= 16 ? 4 : 2;  // workers that a multiprocessor holds
 
@@ -36,10 +38,8 @@ struct MmaGemm {
   static constexpr int kScales = kX + kTokens * kBlock * 2;
   static constexpr int kZeros = kScales + kBlocks * 2 * kBlock * 4;
   static constexpr int kStage = kZeros + kBlocks * 2 * kBlock;
-  static constexpr int kFlag = kStages * kStage;  // the turn of this worker, where it shares a tile
-  static constexpr int kSharedBytes = kFlag + 16;
-
-  using Sums = float[kBlocks][kTokenTiles][4];
+  static constexpr int kTurn = kStages * kStage;  // of this worker, where it shares a tile
+  static constexpr int kSharedBytes = kTurn + 16;
 
   // --- one step: what is copied, and what is done with it ------------------------------------
 
@@ -162,61 +162,6 @@ struct MmaGemm {
     if (ends_group) fold(a, stage, a.w.groups_per_step - 1, sums, group);
   }
 
-  // --- the end of a tile ---------------------------------------------------------------------
-
-  static TERSOR_DEVICE void store(const LinearArgs& a, int tile, const Sums& sums) {
-    const int warp = thread() / kLanes, lane = thread() % kLanes;
-    const int row_tile = tile / a.token_tiles, first_token = tile % a.token_tiles * kTokens;
-#pragma unroll
-    for (int b = 0; b < kBlocks; ++b)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int row = (row_tile * kBlocks + b) * kBlock + warp * kStrip + lane / 4 + i / 2 * 8;
-        if (row >= a.w.n) continue;
-        const float bias = a.bias ? a.bias[row] : 0.f;
-#pragma unroll
-        for (int j = 0; j < kTokenTiles; ++j) {
-          const int token = first_token + j * 8 + lane % 4 * 2 + i % 2;
-          if (token < a.m) a.y[token * a.ldy + row] = bits_of(sums[b][j][i] + bias, T{});
-        }
-      }
-  }
-
-  // Of a tile that several workers share, each leaves its part, and the one that comes last adds
-  // them all up, its own too, in the order of the steps.
-  static TERSOR_DEVICE void share(const LinearArgs& a, int tile, uint8_t* flag, Sums& sums) {
-    const Partition& p = a.partition;
-    float* mine = a.partials + int64_t{p.slot(worker(), tile)} * kTile;
-#pragma unroll
-    for (int i = 0; i < kSums; ++i)
-      store16(mine + (i * kThreads + thread()) * 4, sums[i / kTokenTiles][i % kTokenTiles]);
-    const int first = p.worker_of(tile * p.steps);
-    const int last = p.worker_of(tile * p.steps + p.steps - 1);
-    fence();
-    sync_block();
-    int* seen = reinterpret_cast<int*>(flag);
-    if (thread() == 0) *seen = add_atomically(a.arrived + tile, 1);
-    sync_block();
-    if (*seen != last - first) return;
-    fence();
-#pragma unroll
-    for (int i = 0; i < kSums; ++i)
-#pragma unroll
-      for (int j = 0; j < 4; ++j) sums[i / kTokenTiles][i % kTokenTiles][j] = 0;
-    for (int each = first; each <= last; ++each) {
-      const float* part = a.partials + int64_t{p.slot(each, tile)} * kTile;
-#pragma unroll
-      for (int i = 0; i < kSums; ++i) {
-        float four[4];
-        load16(four, part + (i * kThreads + thread()) * 4);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) sums[i / kTokenTiles][i % kTokenTiles][j] += four[j];
-      }
-    }
-    store(a, tile, sums);
-    if (thread() == 0) a.arrived[tile] = 0;
-  }
-
   // --- a worker ------------------------------------------------------------------------------
 
   static TERSOR_DEVICE void run(const LinearArgs& a) {
@@ -241,15 +186,15 @@ struct MmaGemm {
       step(a, shared + (at - begin) % kStages * kStage,
            ends_tile || next % a.w.steps_per_group == 0, sums, group);
       if (!ends_tile) continue;
-      if (at + 1 - tile_begin == p.steps)
-        store(a, tile, sums);
-      else
-        share(a, tile, shared + kFlag, sums);
+      const bool whole = at + 1 - tile_begin == p.steps;
+      int* turn = reinterpret_cast<int*>(shared + kTurn);
+      if (whole || End::share(a, tile, thread(), turn, sync_block, sums)) {
+        const int warp = thread() / kLanes, lane = thread() % kLanes;
+        End::store(a, tile / a.token_tiles * kBlocks * kBlock + warp * kStrip + lane / 4,
+                   tile % a.token_tiles * kTokens + lane % 4 * 2, sums);
+      }
       tile_begin = at + 1;
-#pragma unroll
-      for (int i = 0; i < kSums; ++i)
-#pragma unroll
-        for (int j = 0; j < 4; ++j) sums[i / kTokenTiles][i % kTokenTiles][j] = 0;
+      End::clear(sums);
     }
   }
 };

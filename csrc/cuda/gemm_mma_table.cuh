@@ -26,6 +26,7 @@ Gemm row(const char* name, int32_t arch, int32_t dtype) {
           Kernel::kThreads,
           Kernel::kSharedBytes,
           Kernel::kTile * sizeof(float),
+          false,
           reinterpret_cast<const void*>(&mma_gemm<T, kBits, kTokens, kBlocks>)};
 }
 

@@ -9,7 +9,7 @@
 
 namespace tersor::cuda {
 
-// A product with a tile of tokens; takes LinearArgs.
+// A product with a tile of tokens.
 struct Gemm {
   const char* name;
   int32_t arch;    // the first that runs it: 75, 80, ...
@@ -20,12 +20,14 @@ struct Gemm {
   int32_t threads;
   size_t shared;      // bytes
   size_t tile_bytes;  // of a partial sum
+  bool boxed;         // takes BoxedArgs, else LinearArgs
   const void* function;
 };
 
 // Tables, one for each file of kernels; in a table those of the same bits by growing `tokens`.
 std::vector<Gemm> mma_gemms_f16();
 std::vector<Gemm> mma_gemms_bf16();
+std::vector<Gemm> wgmma_gemms();
 
 // Kernels that take PackArgs.
 const void* pack_kernel();

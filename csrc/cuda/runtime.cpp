@@ -1,10 +1,11 @@
 // The host side of the CUDA kernels: which one serves, with how many workers, and its launch. Plain
 // C++ over the CUDA runtime, which is linked statically and finds the driver when it is first
 // asked.
+#include <cuda.h>
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
-#include <array>
+#include <cstring>
 #include <memory>
 #include <mutex>
 
@@ -34,6 +35,9 @@ const std::vector<Gemm>& gemms() {
   static const std::vector<Gemm> all = [] {
     std::vector<Gemm> table = mma_gemms_f16();
     for (const Gemm& gemm : mma_gemms_bf16()) table.push_back(gemm);
+#ifdef TERSOR_HAVE_CUDA90A
+    for (const Gemm& gemm : wgmma_gemms()) table.push_back(gemm);
+#endif
     return table;
   }();
   return all;
@@ -117,19 +121,54 @@ Plan plan(const tersor_spec& spec, int64_t m, int32_t dtype, int number) {
   const Device& on = device(number);
   const Shape w = shape(spec);
   Plan best;
+  int64_t least = INT64_MAX;
   for (size_t i = 0; i < gemms().size(); ++i) {
     const Gemm& gemm = gemms()[i];
     if (!on.resident[i] || gemm.bits != spec.bits || gemm.dtype != dtype) continue;
-    if (best.gemm && best.gemm->tokens >= m) break;  // the narrowest tile that holds all
     const int64_t rows = (int64_t{w.row_blocks} + gemm.blocks - 1) / gemm.blocks;
     const int64_t tokens = (m + gemm.tokens - 1) / gemm.tokens, tiles = rows * tokens;
     if (tiles > kMostTiles || tiles * w.steps > INT32_MAX / 2) continue;
+    // Every tile of tokens reads W again: as few as can be, then the narrowest, and among equals the
+    // last in the table, whose instructions are newer.
+    const int64_t cost = tokens * (kMostTokens + 1) + gemm.tokens;
+    if (cost > least) continue;
+    least = cost;
     best.gemm = &gemm;
     best.token_tiles = static_cast<int32_t>(tokens);
     best.partition = partition_of(static_cast<int32_t>(tiles), w.steps,
                                   static_cast<int32_t>(on.resident[i]), kLeastSteps);
   }
   return best;
+}
+
+// Tells the memory engine where x is; nothing is launched.
+TensorMap tensor_map(const tersor_args& call, int32_t tokens) {
+  static const auto encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
+                                           cudaEnableDefault, &found),
+          "the driver has no cuTensorMapEncodeTiled");
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+  }();
+  CUtensorMap made;
+  const cuuint64_t size[2] = {static_cast<cuuint64_t>(call.spec.k),
+                              static_cast<cuuint64_t>(call.m)};
+  const cuuint64_t stride[1] = {static_cast<cuuint64_t>(call.ldx) * 2};
+  const cuuint32_t box[2] = {kBlock, static_cast<cuuint32_t>(tokens)}, step[2] = {1, 1};
+  const CUresult status = encode(
+      &made,
+      call.dtype == TERSOR_F16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+      2, const_cast<void*>(call.x), size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (status != CUDA_SUCCESS)
+    throw Error("CUDA: x cannot be described to the memory engine (error " +
+                std::to_string(status) + ")");
+  TensorMap map;
+  static_assert(sizeof map == sizeof made, "the driver's own struct");
+  std::memcpy(&map, &made, sizeof map);
+  return map;
 }
 
 void launch(const void* function, int blocks, int threads, size_t shared, const void* args,

@@ -41,14 +41,18 @@ struct Copy {
 };
 
 constexpr int kWarp = 32;
+using Operation = void (*)(void** lanes);
 constexpr size_t kStack = 256 << 10;
 
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStack]};
-  enum { ready, at_barrier, at_warp, done } state = ready;
-  void* operands = nullptr;  // of the warp's operation
-  void (*operation)(void* (&)[kWarp]) = nullptr;
+  // ready: also one that looks again and again whether something has happened.
+  enum { ready, at_barrier, at_others, together, done } state = ready;
+  // What the lanes of a warp, or of four, do together.
+  int lanes = kWarp;
+  void* operands = nullptr;
+  Operation operation = nullptr;
   std::vector<std::vector<Copy>> groups;  // committed and not yet done, oldest first
   std::vector<Copy> open;                 // since the last commit
 };
@@ -67,7 +71,9 @@ struct Machine {
   ucontext_t scheduler;
   int current = 0, worker = 0, workers = 0;
   bool eager = false;
-  bool barriers = true;  // or none, to see that this is noticed
+  std::vector<int> released;                  // threads that may go on
+  std::vector<std::function<void()>> engine;  // copies that are under way by themselves
+  bool barriers = true;                       // or none, to see that this is noticed
   std::function<void()> body;
 };
 
@@ -128,6 +134,9 @@ inline void run_block(std::mt19937& random) {
     makecontext(&fiber.context, enter, 0);
   }
   const int count = static_cast<int>(m.fibers.size());
+  constexpr int kMostLooks = 1 << 20;  // in a row
+  int looks = 0;
+  m.engine.clear();
   std::vector<int> ready(count);
   std::iota(ready.begin(), ready.end(), 0);
   for (;;) {
@@ -137,19 +146,32 @@ inline void run_block(std::mt19937& random) {
       ready[pick] = ready.back();
       ready.pop_back();
       swapcontext(&m.scheduler, &self().context);
-      const int warp = m.current / kWarp * kWarp;
-      void* operands[kWarp];
+      if (self().state == Fiber::ready) {
+        ready.push_back(m.current);
+        if (++looks > kMostLooks) fail("threads wait for what never happens");
+      } else {
+        looks = 0;
+      }
+      const int lanes = self().lanes, first = m.current / lanes * lanes;
+      std::vector<void*> operands(lanes);
       bool together = true;
-      for (int i = 0; i < kWarp && together; ++i) {
-        const Fiber& lane = m.fibers[warp + i];
-        together = lane.state == Fiber::at_warp && lane.operation == m.fibers[warp].operation;
+      for (int i = 0; i < lanes && together; ++i) {
+        const Fiber& lane = m.fibers[first + i];
+        together = lane.state == Fiber::together && lane.operation == m.fibers[first].operation;
         operands[i] = lane.operands;
       }
-      if (!together) continue;
-      m.fibers[warp].operation(operands);
-      for (int i = 0; i < kWarp; ++i) {
-        m.fibers[warp + i].state = Fiber::ready;
-        ready.push_back(warp + i);
+      if (together) {
+        m.fibers[first].operation(operands.data());
+        for (int i = 0; i < lanes; ++i) m.fibers[first + i].state = Fiber::ready;
+        for (int i = 0; i < lanes; ++i) ready.push_back(first + i);
+      }
+      for (int each : m.released) ready.push_back(each);
+      m.released.clear();
+      if (!m.engine.empty() && random() % 4 == 0) {
+        const size_t picked = random() % m.engine.size();
+        const std::function<void()> copy = std::move(m.engine[picked]);
+        m.engine.erase(m.engine.begin() + static_cast<std::ptrdiff_t>(picked));
+        copy();
       }
     }
     const auto all = [&](auto state) {
@@ -171,9 +193,9 @@ inline void launch(int workers, int threads, size_t shared, std::vector<Region> 
   Machine& m = machine();
   std::mt19937 random(seed);
   m.fibers = std::vector<Fiber>(threads);
-  m.shared_bytes.assign(shared + 128, 0);
+  m.shared_bytes.assign(shared + 1024, 0);
   m.shared = m.shared_bytes.data();
-  m.shared += (128 - reinterpret_cast<uintptr_t>(m.shared) % 128) % 128;
+  m.shared += (1024 - reinterpret_cast<uintptr_t>(m.shared) % 1024) % 1024;
   m.shared_size = shared;
   m.readable = std::move(readable);
   m.workers = workers;
@@ -190,12 +212,13 @@ inline void launch(int workers, int threads, size_t shared, std::vector<Region> 
   m.fibers.clear();
 }
 
-// All lanes of a warp meet, then `operation` works on the operands of all of them.
+// All lanes of a warp, or of four, meet; then `operation` works on the operands of all of them.
 template <class Operands>
-void together(Operands& mine, void (*operation)(void* (&)[kWarp])) {
+void together(Operands& mine, Operation operation, int lanes = kWarp) {
   self().operands = &mine;
   self().operation = operation;
-  leave(Fiber::at_warp);
+  self().lanes = lanes;
+  leave(Fiber::together);
 }
 
 }  // namespace emulator
@@ -206,6 +229,10 @@ inline int workers() { return emulator::machine().workers; }
 inline uint8_t* shared_memory() { return emulator::machine().shared; }
 inline void sync_block() {
   if (emulator::machine().barriers) emulator::leave(emulator::Fiber::at_barrier);
+}
+inline void sync_warp() {
+  int nothing = 0;
+  emulator::together(nothing, [](void**) {});
 }
 inline void fence() {}
 inline int add_atomically(int* at, int value) {
@@ -262,7 +289,7 @@ inline void load_matrices(uint32_t (&to)[4], const void* row) {
   } mine{to, static_cast<const uint8_t*>(row)};
   emulator::check_shared(row, 16);
   if (reinterpret_cast<uintptr_t>(row) % 16) emulator::fail("an address is not aligned");
-  emulator::together(mine, [](void*(&lanes)[emulator::kWarp]) {
+  emulator::together(mine, [](void** lanes) {
     const auto of = [&](int lane) { return static_cast<Operands*>(lanes[lane]); };
     for (int lane = 0; lane < emulator::kWarp; ++lane)
       for (int matrix = 0; matrix < 4; ++matrix)
@@ -276,7 +303,7 @@ void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])
     float* c;
     const uint32_t *a, *b;
   } mine{c, a, b};
-  emulator::together(mine, [](void*(&lanes)[emulator::kWarp]) {
+  emulator::together(mine, [](void** lanes) {
     const auto of = [&](int lane) { return static_cast<Operands*>(lanes[lane]); };
     const auto half = [](uint32_t pair, int second) {
       return static_cast<double>(value_of(static_cast<uint16_t>(pair >> 16 * second), T{}));

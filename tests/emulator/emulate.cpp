@@ -2,6 +2,7 @@
 #define TERSOR_EMULATED
 
 #include "cuda/gemm_mma.cuh"
+#include "cuda/gemm_wgmma.cuh"
 #include "cuda/pack.cuh"
 
 namespace {
@@ -24,9 +25,9 @@ struct Run {
   bool eager;
 };
 
-template <class T, int kBits, int kTokens, int kBlocks>
-void gemm(LinearArgs a, const Run& run) {
-  using Kernel = MmaGemm<T, kBits, kTokens, kBlocks>;
+template <class Kernel, class Body>
+void gemm(LinearArgs& a, const Run& run, Body body) {
+  constexpr int kTokens = Kernel::kTokens, kBlocks = Kernel::kBlocks;
   const int row_tiles = (a.w.row_blocks + kBlocks - 1) / kBlocks;
   a.token_tiles = (a.m + kTokens - 1) / kTokens;
   a.partition = partition_of(row_tiles * a.token_tiles, a.w.steps, run.resident, 2);
@@ -38,18 +39,33 @@ void gemm(LinearArgs a, const Run& run) {
   emulator::launch(a.partition.workers, Kernel::kThreads, Kernel::kSharedBytes,
                    {region(a.packed, a.w.bytes), region(a.x, ((a.m - 1) * a.ldx + a.w.k) * 2),
                     region(a.partials, int64_t{8} * a.partition.workers * Kernel::kTile)},
-                   run.seed, run.eager, [&] { Kernel::run(a); });
+                   run.seed, run.eager, body);
   for (int each : arrived)
     if (each) emulator::fail("a counter is left behind");
 }
 
+template <class T, int kBits, int kTokens, int kBlocks>
+void mma(LinearArgs a, const Run& run) {
+  using Kernel = MmaGemm<T, kBits, kTokens, kBlocks>;
+  gemm<Kernel>(a, run, [&] { Kernel::run(a); });
+}
+
+template <class T, int kBits, int kTokens>
+void wgmma(const LinearArgs& a, const Run& run) {
+  using Kernel = WgmmaGemm<T, kBits, kTokens>;
+  BoxedArgs boxed{a, tensor_map(a.x, a.m, a.w.k, a.ldx, kTokens)};
+  gemm<Kernel>(boxed.linear, run, [&] { Kernel::run(boxed); });
+}
+
 template <class T, int kBits>
-void gemm(const LinearArgs& a, int tokens, const Run& run) {
-  if (tokens == 8) return gemm<T, kBits, 8, 1>(a, run);
-  if (tokens == 16) return gemm<T, kBits, 16, 1>(a, run);
-  if (tokens == 32) return gemm<T, kBits, 32, 2>(a, run);
-  if (tokens == 64) return gemm<T, kBits, 64, 2>(a, run);
-  emulator::fail("there is no such kernel");
+void gemm(const LinearArgs& a, const std::string& kind, int tokens, const Run& run) {
+  if (kind == "mma" && tokens == 8) return mma<T, kBits, 8, 1>(a, run);
+  if (kind == "mma" && tokens == 16) return mma<T, kBits, 16, 1>(a, run);
+  if (kind == "mma" && tokens == 32) return mma<T, kBits, 32, 2>(a, run);
+  if (kind == "mma" && tokens == 64) return mma<T, kBits, 64, 2>(a, run);
+  if (kind == "wgmma" && tokens == 64) return wgmma<T, kBits, 64>(a, run);
+  if (kind == "wgmma" && tokens == 128) return wgmma<T, kBits, 128>(a, run);
+  emulator::fail("there is no kernel " + kind);
 }
 
 }  // namespace
@@ -82,8 +98,8 @@ void dequantize(const int64_t* s, int scale_dtype, const uint8_t* packed, int64_
 }
 
 void linear(const int64_t* s, int scale_dtype, const uint8_t* packed, const uint16_t* x,
-            uint16_t* y, const float* bias, int m, int64_t ldx, int64_t ldy, int dtype, int tokens,
-            int resident, unsigned seed, int eager) {
+            uint16_t* y, const float* bias, int m, int64_t ldx, int64_t ldy, int dtype,
+            const char* kind, int tokens, int resident, unsigned seed, int eager) {
   LinearArgs a{};
   a.w = shape(s);
   a.scale_dtype = scale_dtype;
@@ -92,8 +108,10 @@ void linear(const int64_t* s, int scale_dtype, const uint8_t* packed, const uint
   a.ldx = ldx, a.ldy = ldy, a.m = m;
   const Run run{resident, seed, eager != 0};
   const bool half = dtype == TERSOR_F16;
-  if (a.w.bits == 4) return half ? gemm<Half, 4>(a, tokens, run) : gemm<Bfloat, 4>(a, tokens, run);
-  return half ? gemm<Half, 8>(a, tokens, run) : gemm<Bfloat, 8>(a, tokens, run);
+  if (a.w.bits == 4)
+    half ? gemm<Half, 4>(a, kind, tokens, run) : gemm<Bfloat, 4>(a, kind, tokens, run);
+  else
+    half ? gemm<Half, 8>(a, kind, tokens, run) : gemm<Bfloat, 8>(a, kind, tokens, run);
 }
 
 // Of each worker the first step; of each step its worker, and the slot of that worker for its tile.

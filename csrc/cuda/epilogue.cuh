@@ -1,0 +1,77 @@
+// The end of a tile, for every kernel whose threads hold sums in the fragments of mma.m16n8: a lane
+// has rows lane / 4 and lane / 4 + 8 of 16, and tokens lane % 4 * 2 and the next of every 8.
+#pragma once
+
+#include "arguments.h"
+#include "device.cuh"
+
+namespace tersor::cuda {
+
+// kBlocks: of 64 rows, that a thread has sums of; kThreads: that hold a tile together.
+template <class T, int kBlocks, int kTokenTiles, int kThreads>
+struct Epilogue {
+  static constexpr int kSums = kBlocks * kTokenTiles;
+  static constexpr int kTile = kSums * 4 * kThreads;  // floats of a partial sum
+
+  using Sums = float[kBlocks][kTokenTiles][4];
+
+  static TERSOR_DEVICE void clear(Sums& sums) {
+#pragma unroll
+    for (int i = 0; i < kSums; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sums[i / kTokenTiles][i % kTokenTiles][j] = 0;
+  }
+
+  // row, token: the first of this thread's, in y.
+  static TERSOR_DEVICE void store(const LinearArgs& a, int row, int token, const Sums& sums) {
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int r = row + b * kBlock + i / 2 * 8;
+        if (r >= a.w.n) continue;
+        const float bias = a.bias ? a.bias[r] : 0.f;
+#pragma unroll
+        for (int j = 0; j < kTokenTiles; ++j) {
+          const int t = token + j * 8 + i % 2;
+          if (t < a.m) a.y[t * a.ldy + r] = bits_of(sums[b][j][i] + bias, T{});
+        }
+      }
+  }
+
+  // Of a tile that several workers share, each leaves its part, and the one that comes last adds
+  // them all up, its own too, in the order of the steps: true for that one, with the sums.
+  // at: this thread among the kThreads; sync: a barrier of those; turn: 4 bytes in shared memory.
+  template <class Sync>
+  static TERSOR_DEVICE bool share(const LinearArgs& a, int tile, int at, int* turn, Sync sync,
+                                  Sums& sums) {
+    const Partition& p = a.partition;
+    float* mine = a.partials + int64_t{p.slot(worker(), tile)} * kTile;
+#pragma unroll
+    for (int i = 0; i < kSums; ++i)
+      store16(mine + (i * kThreads + at) * 4, sums[i / kTokenTiles][i % kTokenTiles]);
+    const int first = p.worker_of(tile * p.steps);
+    const int last = p.worker_of(tile * p.steps + p.steps - 1);
+    fence();
+    sync();
+    if (at == 0) *turn = add_atomically(a.arrived + tile, 1);
+    sync();
+    if (*turn != last - first) return false;
+    fence();
+    clear(sums);
+    for (int each = first; each <= last; ++each) {
+      const float* part = a.partials + int64_t{p.slot(each, tile)} * kTile;
+#pragma unroll
+      for (int i = 0; i < kSums; ++i) {
+        float four[4];
+        load16(four, part + (i * kThreads + at) * 4);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sums[i / kTokenTiles][i % kTokenTiles][j] += four[j];
+      }
+    }
+    if (at == 0) a.arrived[tile] = 0;
+    return true;
+  }
+};
+
+}  // namespace tersor::cuda
