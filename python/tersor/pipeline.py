@@ -138,6 +138,20 @@ def prune_checkpoint(
     The rest is as in quantize_checkpoint.
     """
     refuse_existing(out)
+    check_allocation(method, allocation)
+    if allocation == "owl" and calibration is None:
+        raise TersorError(
+            "owl counts outliers with text to calibrate on; give --calibration FILE, or use "
+            "--allocation uniform or global"
+        )
+    treatments = {EVERY: Treatment(method, scheme)}
+    return _compress(
+        *(model, out, treatments, calibration, ignore, sequential, strict, progress), allocation
+    )
+
+
+def check_allocation(method: Solver, allocation: str) -> None:
+    """TersorError where a solver has no sparsity, or none that can be spread like that."""
     sparsity = find_solver(method).sparsity
     if sparsity is None:
         raise TersorError(f"{method} prunes nothing; use quantize_checkpoint, or another method")
@@ -148,15 +162,6 @@ def prune_checkpoint(
             f"the pattern {sparsity} is the same in every linear; allocation {allocation!r} is for "
             "a ratio"
         )
-    if allocation == "owl" and calibration is None:
-        raise TersorError(
-            "owl counts outliers with text to calibrate on; give --calibration FILE, or use "
-            "--allocation uniform or global"
-        )
-    treatments = {EVERY: Treatment(method, scheme)}
-    return _compress(
-        *(model, out, treatments, calibration, ignore, sequential, strict, progress), allocation
-    )
 
 
 def _compress(

@@ -136,7 +136,7 @@ def _figures(report: RecipeReport) -> dict[str, list[_Figure]]:
             bits = [stage.bits_per_weight for stage in stages]
             panels.append(draw.Bars("bits per weight", bits, "{:.2f}".format))
         add("size", "Size by stage: of all tensors of the checkpoint; bits per weight of all "
-            "linears in its blocks, scales and those left in 16 bits included.", _listed(names, panels),
+            "linears in its blocks, 16-bit ones and scales included.", _listed(names, panels),
             draw.bars, names, panels, draw.WIDE)  # fmt: skip
     if (layers := _layer_sizes(stages)) is not None:
         labels, before, after = layers

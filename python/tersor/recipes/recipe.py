@@ -107,7 +107,7 @@ class Recipe:
         """From a YAML file, or the name of one of READY. TersorError for anything that is not
         known, with the place where it stands."""
         if str(file) in READY:
-            return cls._parse(_ready(str(file)), str(file), None)
+            return cls._parse(ready_file(str(file)).read_text(encoding="utf-8"), str(file), None)
         path = Path(file)
         try:
             if path.stat().st_size > _LARGEST:
@@ -302,8 +302,9 @@ def _made(kind: Any, settings: Any) -> Any:
     return kind(**given)
 
 
-def _ready(name: str) -> str:
-    return (Path(__file__).parent / "ready" / f"{name}.yaml").read_text(encoding="utf-8")
+def ready_file(name: str) -> Path:
+    """The file of one of READY."""
+    return Path(__file__).parent / "ready" / f"{name}.yaml"
 
 
 class _Loader(yaml.SafeLoader):

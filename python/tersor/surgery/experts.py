@@ -59,12 +59,8 @@ def drop_experts(
     without experts.
     """
     refuse_existing(out)
-    if importance not in EXPERT_IMPORTANCES:
-        raise TersorError(
-            f"importance of experts is {', '.join(EXPERT_IMPORTANCES)}, not {importance!r}"
-        )
     source = Source.open(model)
-    mixture = settle_experts(source, experts)
+    mixture = settle_drop(source, experts=experts, importance=importance)
     windows = None
     if importance != "magnitude":
         if calibration is None:
@@ -72,7 +68,6 @@ def drop_experts(
                 "experts are ranked on text; give --calibration FILE (only --importance magnitude "
                 "needs none)"
             )
-        mixture.check_observable(source)
         windows = text_windows(source, calibration)
     report = begin_report(
         source,
@@ -191,6 +186,19 @@ class Mixture:
         if prefix is None or not name.startswith(prefix):
             return None
         return int(name.removeprefix(prefix).partition(".")[0])
+
+
+def settle_drop(source: Source, *, experts: float, importance: str) -> Mixture:
+    """What drop_experts leaves. TersorError for what it refuses by the model's configuration
+    alone."""
+    if importance not in EXPERT_IMPORTANCES:
+        raise TersorError(
+            f"importance of experts is {', '.join(EXPERT_IMPORTANCES)}, not {importance!r}"
+        )
+    mixture = settle_experts(source, experts)
+    if importance != "magnitude":
+        mixture.check_observable(source)
+    return mixture
 
 
 def settle_experts(source: Source, experts: float) -> Mixture:

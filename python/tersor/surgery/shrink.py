@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -97,26 +98,21 @@ def shrink_checkpoint(
     which transformers makes no smaller one of that kind.
     """
     refuse_existing(out)
-    for name, value, known in (
-        ("importance", importance, IMPORTANCES),
-        ("head_importance", head_importance or importance, IMPORTANCES),
-        ("layer_importance", layer_importance, (*DISTANCES, CONTIGUOUS)),
-        ("ranking", ranking, RANKINGS),
-        ("update", update, UPDATES),
-    ):
-        if value not in known:
-            raise TersorError(f"{name} is {', '.join(known)}, not {value!r}")
-    if not is_number(damp) or not 0 < damp < 1:
-        raise TersorError(f"damp must be between 0 and 1, not {damp!r}; 0.01 is usual")
     source = Source.open(model)
-    cuts = settle_cuts(
-        source, heads=heads, query_heads=query_heads, ffn=ffn, layers=layers, multiple=multiple
+    cuts, how = settle_shrink(
+        source,
+        heads=heads,
+        query_heads=query_heads,
+        ffn=ffn,
+        layers=layers,
+        multiple=multiple,
+        importance=importance,
+        head_importance=head_importance,
+        layer_importance=layer_importance,
+        ranking=ranking,
+        update=update,
+        damp=damp,
     )
-    if head_importance and not any(cut.what == "heads" for cut in cuts.groups):
-        raise TersorError("head_importance is of heads, and none are cut; leave it out")
-    how = {"heads": head_importance or importance, "ffn": importance}
-    how = {cut.what: how[cut.what] for cut in cuts.groups}
-    _check(source, cuts, how, ranking, update)
     ranks = isinstance(cuts.drop, int) and cuts.drop > 0
     observes = update != "none" or any(kind not in ("magnitude", "taylor") for kind in how.values())
     observes = observes and bool(cuts.groups)
@@ -174,6 +170,40 @@ def shrink_checkpoint(
         files = {REPORT: report.to_json(), TIMINGS: run.timings.to_json()}
         writer.finish(cuts.config(source, kept), source.checkpoint.folder, files)
     return report
+
+
+def settle_shrink(
+    source: Source,
+    *,
+    importance: str = "output",
+    head_importance: str | None = None,
+    layer_importance: str = "influence",
+    ranking: str = "local",
+    update: str = "least-squares",
+    damp: float = 0.01,
+    **parts: Any,
+) -> tuple[Cuts, dict[str, str]]:
+    """What shrink_checkpoint cuts, and the importance that each kind of it is ranked by. parts: of
+    settle_cuts; the rest is as in shrink_checkpoint. TersorError for what it refuses by the model's
+    configuration alone."""
+    for name, value, known in (
+        ("importance", importance, IMPORTANCES),
+        ("head_importance", head_importance or importance, IMPORTANCES),
+        ("layer_importance", layer_importance, (*DISTANCES, CONTIGUOUS)),
+        ("ranking", ranking, RANKINGS),
+        ("update", update, UPDATES),
+    ):
+        if value not in known:
+            raise TersorError(f"{name} is {', '.join(known)}, not {value!r}")
+    if not is_number(damp) or not 0 < damp < 1:
+        raise TersorError(f"damp must be between 0 and 1, not {damp!r}; 0.01 is usual")
+    cuts = settle_cuts(source, **parts)
+    if head_importance and not any(cut.what == "heads" for cut in cuts.groups):
+        raise TersorError("head_importance is of heads, and none are cut; leave it out")
+    how = {"heads": head_importance or importance, "ffn": importance}
+    how = {cut.what: how[cut.what] for cut in cuts.groups}
+    _check(source, cuts, how, ranking, update)
+    return cuts, how
 
 
 def _check(source: Source, cuts: Cuts, how: Mapping[str, str], ranking: str, update: str) -> None:

@@ -33,10 +33,9 @@ from tersor.report import REPORT, TIMINGS, Report, Timings
 from tersor.runs import Run, identity, text_windows
 from tersor.shards import ShardWriter, refuse_existing
 from tersor.source import Source
-from tersor.surgery.smaller import PRUNED, begin_report, is_number, is_pruned, parameters
-from tersor.surgery.width import Width, settle_width
+from tersor.surgery.smaller import PRUNED, begin_report, is_pruned, parameters
+from tersor.surgery.width import UPDATES, Width, check_tokens, settle_slice
 
-UPDATES = ("least-squares", "none")
 OVERFLOW = "rotation made it too large for its dtype: convert the model to bfloat16 or float32"
 
 
@@ -77,23 +76,15 @@ def slice_checkpoint(
     known, and for a model whose stream cannot be rotated.
     """
     refuse_existing(out)
-    if update not in UPDATES:
-        raise TersorError(f"update is {' or '.join(UPDATES)} for the hidden width, not {update!r}")
-    if not is_number(damp) or not 0 < damp < 1:
-        raise TersorError(f"damp must be between 0 and 1, not {damp!r}; 0.01 is usual")
     source = Source.open(model)
-    width = settle_width(source, hidden, multiple)
+    width = settle_slice(source, hidden=hidden, multiple=multiple, update=update, damp=damp)
     if calibration is None:
         raise TersorError(
             "the directions of the residual stream that matter are found on text; give "
             "--calibration FILE"
         )
     windows = text_windows(source, calibration)
-    if windows.numel() < width.kept:
-        raise TersorError(
-            f"{windows.numel()} tokens cannot tell which {width.kept} directions matter; give more "
-            "text (--samples, --seq-len)"
-        )
+    check_tokens(width, windows)
     report = begin_report(
         source,
         {
