@@ -161,6 +161,8 @@ def _left(source: Source, made: Width | Mixture) -> Source:
 def _linears(step: Step, source: Source, strict: bool) -> None:
     """Groups, patterns and what is ignored, against the linears that there are."""
     _, settings = step.call()
+    if plan := settings.get("plan"):
+        plan.arguments(Path("training"))  # which transformers may refuse; nothing is written
     qat, method = settings.get("qat"), settings.get("method")
     scheme = qat.scheme if qat is not None else settings.get("scheme")
     sparsity = settings.get("sparsity") or getattr(method, "sparsity", None)

@@ -119,13 +119,16 @@ class Recipe:
             ) from None
         except UnicodeDecodeError:
             raise TersorError(f"{path} is not UTF-8 text; give a YAML file") from None
+        except OSError as error:
+            raise TersorError(f"cannot read {path} ({error.strerror}); give a YAML file") from None
         return cls._parse(text, path.name, path.parent)
 
     @classmethod
     def _parse(cls, text: str, name: str, home: Path | None) -> Recipe:
         try:
             content = yaml.load(text, _Loader)  # a SafeLoader
-        except (yaml.YAMLError, RecursionError) as error:
+        # ValueError and OverflowError: a date or a number that there is not, such as 2020-13-01.
+        except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
             cause = " ".join(str(error).split())
             raise TersorError(f"{name} is not YAML that can be read ({cause})") from None
         if not isinstance(content, dict):
