@@ -124,8 +124,8 @@ def _cells(stage: Stage, texts: list[str], speed: bool) -> list[str]:
     if texts:
         found = [stage.quality.get(text) for text in texts]
         for show in (
-            lambda q: f"{q['perplexity']['mean']:.2f}",
-            lambda q: f"{q['kl']['mean']:.4f}",
+            lambda q: _number(q["perplexity"]["mean"], ".2f"),
+            lambda q: _number(q["kl"]["mean"], ".4f"),
             lambda q: f"{100 * q['top1']:.1f}",
         ):
             cells.append(" / ".join(show(q) if q else "-" for q in found))
@@ -137,3 +137,8 @@ def _cells(stage: Stage, texts: list[str], speed: bool) -> list[str]:
         ]
     seconds = "unknown" if stage.seconds is None else f"{stage.seconds:.1f}"
     return [*cells, seconds if stage.step else ""]
+
+
+def _number(value: float | None, style: str) -> str:
+    """None is what JSON has for a mean that is not finite."""
+    return "not finite" if value is None else format(value, style)

@@ -133,9 +133,12 @@ def _write(
     kl = search.problem.compare(load(made) if quantized else _plain(made))
     front.written = {"bytes": report.bytes_after, "kl": kl}
     front.notes += [f"as written, {name}: {why}" for name, why in report.departures.items()]
-    front.save(made)
     if importlib.util.find_spec("matplotlib") is not None:
-        front.draw(made / "front.svg")
+        try:
+            front.draw(made / "front.svg")
+        except Exception as error:  # whatever a broken installation makes the drawing raise
+            front.notes.append(f"front.svg could not be drawn ({error}); Front.draw draws it again")
+    front.save(made)
     if made != out:
         refuse_existing(out)
         os.rename(made, out)
