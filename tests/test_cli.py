@@ -15,17 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from rich.table import Table
 from safetensors.torch import load_file, save_file
 
 import tiny
-from tersor import calibrate, cli, tasks
-from tersor import evaluate as evaluation
+from tersor import calibrate, cli
 from tersor.commands import folders
-from tersor.commands.opening import console
 from tersor.errors import TersorError
 from tersor.steps import Quantize
-from tersor.tasks import Item, Task
 
 if TYPE_CHECKING:
     from tersor.demo_model import DemoModel
@@ -149,60 +145,6 @@ def test_eval_tasks(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     source.write_text("\n".join(inspect.getsource(each) for each in (argparse, inspect, shutil)))
     code, _, err = run(capsys, *arguments, source, "--tasks", "python")
     assert code == 1 and "nothing is left of the choice" in err  # nonsense words are all it knows
-
-
-def test_eval_keeps_what_was_measured(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """One task of three fails, and the speed: the rest is printed, what failed with its reason."""
-    good = Item("ter so", (" ra", " min"), 0)
-    made = [Task(name, (good,) * 2) for name in ("first", "second", "third")]
-    monkeypatch.setattr(tasks, "local_tasks", lambda text: tuple(made))
-    inner = tasks.run_tasks
-
-    def failing(models: object, tokenizer: object, given: tuple[Task, ...], *rest: object) -> object:
-        if given[0].name == "second":
-            raise MemoryError("no room\nat all")
-        return inner(models, tokenizer, given, *rest)  # type: ignore[arg-type]
-
-    def no_speed(*given: object) -> None:
-        raise TersorError("the clock has stopped")
-
-    monkeypatch.setattr(tasks, "run_tasks", failing)
-    monkeypatch.setattr(evaluation, "measure_speed", no_speed)
-    arguments = ["eval", folder / "int4", "--baseline", folder / "model", "--samples", "2"]
-    arguments += ["--seq-len", "32", "--text", folder / "text.txt", "--tasks", "python", "--speed"]
-    code, out, err = run(capsys, *arguments, "--json")
-    assert code == 1
-    reasons = {"speed": "the clock has stopped", "second": "MemoryError: no room\nat all"}
-    for model in json.loads(out).values():
-        assert model["quality"]["windows"] == 2
-        assert model["tasks"].keys() == {"first", "third"}
-        assert model["failed"] == reasons
-    assert err.count("tersor: error: ") == err.count("\n") == 4
-    assert f"{folder / 'int4'}, second: MemoryError: no room at all" in err
-    code, out, err = run(capsys, *arguments)
-    assert code == 1 and err.count("\n") == 4
-    assert "perplexity" in out and "first" in out and "third" in out and "second" not in out
-    with pytest.raises(TersorError, match="the clock has stopped"):
-        cli.main([*map(str, arguments), "--debug"])
-
-
-def test_sentences_are_lines_in_a_pipe(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    sentence = " ".join(["word"] * 60)
-    wide = Table(*["heading"] * 3, title="a title")
-    wide.add_row(sentence, sentence, sentence)
-    console().print(sentence)
-    assert capsys.readouterr().out == f"{sentence}\n"
-    console().print(wide)
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) > 4 and max(map(len, lines)) <= 160
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    monkeypatch.setenv("COLUMNS", "40")
-    console().print(sentence)
-    assert max(map(len, capsys.readouterr().out.splitlines())) <= 40
 
 
 @pytest.mark.slow

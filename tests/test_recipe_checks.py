@@ -47,7 +47,7 @@ def judge(home: Path, steps: str, kind: str = "llama", strict: bool = False) -> 
         ("[distill, slice: {hidden: 0.25, damp: 0}]", "step 2, slice: damp must be between"),
         ("[distill, drop_experts: {experts: 0.5}]", "step 2, drop_experts: no expert can be cut"),
         ("[distill: {optimizer: love}]", "step 1, distill: transformers has no optimizer 'love'"),
-        ("[prune: {pattern: '2:4', allocation: owl}]", "step 1, prune: the pattern 2:4 is the same"),
+        ("[prune: {pattern: '2:4', allocation: owl}]", "step 1, prune: the pattern 2:4 is the"),
         ("[shrink: {layers: 1}, shrink: {layers: 1}]", "step 2, shrink: layers is from 0 to 0"),
         ("[shrink: {layers: [0]}, shrink: {layers: [1]}]", "step 2, shrink: layers names blocks"),
         ("[shrink: {heads: 0.5}, shrink: {heads: 0.5}]", "step 2, shrink: heads=0.5 of 1 heads"),

@@ -283,6 +283,7 @@ def test_errors_name_the_cause(tmp_path: Path) -> None:
         ("{", "line 2: Expecting"),
         ('{"context": "a", "choices": ["b", "c"]}', "line 2: no item"),
         ('{"context": "a", "choices": ["b", 3], "answer": 0}', "line 2: no item"),
+        ('{"context": "a", "choices": ["b", "c"], "answer": true}', "line 2: no item"),
         ('{"context": "a", "choices": ["b"], "answer": 0}', "line 2: an item needs two"),
         ('{"context": "\\ud800", "choices": ["b", "c"], "answer": 0}', "surrogate"),
     ):

@@ -48,8 +48,8 @@ def evaluate(args: argparse.Namespace) -> int:
         for name, speed in speeds.items():
             out.print(
                 f"{name}: prefill {speed.prefill:.0f} tokens/s ({speed.prompt} tokens), decode "
-                f"{speed.decode:.1f} tokens/s ({speed.generated} tokens), {speed.weights / 1e6:.1f} "
-                f"MB of weights, {speed.peak / 1e6:.0f} MB resident at most",
+                f"{speed.decode:.1f} tokens/s ({speed.generated} tokens), "
+                f"{speed.weights / 1e6:.1f} MB of weights, {speed.peak / 1e6:.0f} MB resident at most",
                 highlight=False,
             )
     scores, shown = _scores(args, tasks, models, tokenizer, failed) if args.tasks else ({}, None)
@@ -57,7 +57,7 @@ def evaluate(args: argparse.Namespace) -> int:
         print(measure.to_json(qualities, speeds, scores, failed), end="")
     elif shown is not None and shown.row_count:
         out.print(shown)
-    told = [f"{model}, {what}: {why}" for model, each in failed.items() for what, why in each.items()]
+    told = [f"{m}, {what}: {why}" for m, each in failed.items() for what, why in each.items()]
     for each in told:
         print("tersor: error:", " ".join(each.split()), file=sys.stderr)
     return int(bool(told))

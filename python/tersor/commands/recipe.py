@@ -103,7 +103,7 @@ def table(report: RecipeReport) -> Table:
     texts = list(dict.fromkeys(name for stage in report.stages for name in stage.quality))
     shown = Table(
         title=f"held-out text: {' / '.join(texts)}" if texts else None,
-        caption="bits: per weight of all linears in the blocks, 16-bit ones included; zeros: of these",
+        caption="bits, zeros: of all linears in the blocks, those left in 16 bits included",
         box=SIMPLE_HEAD,
     )
     shown.add_column("stage", no_wrap=True)

@@ -61,8 +61,8 @@ def measure_size(
 def measure_quality(
     stage: Stage, folder: Path, original: Path, windows: Mapping[str, Tensor], speed: bool
 ) -> None:
-    """Adds what the stage still lacks of quality, text by text, and of speed, in the same run as the
-    original's: pairs of the same windows, and times in turns."""
+    """Adds what the stage still lacks of quality, text by text, and of speed, in the same run as
+    the original's: pairs of the same windows, and times in turns."""
     todo = {text: ids for text, ids in windows.items() if text not in stage.quality}
     speed = speed and stage.speed is None
     if not (todo or speed):

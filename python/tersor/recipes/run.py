@@ -33,7 +33,7 @@ from tersor.recipes.facts import measure_quality, measure_size
 from tersor.recipes.page import write_page
 from tersor.recipes.recipe import Evaluate, Export, Recipe, name_of, settings_of
 from tersor.recipes.stages import RECIPE_REPORT, RecipeReport, Stage
-from tersor.report import Report, peak_memory, versions
+from tersor.report import Report, peak_memory, refuse_departures, versions
 from tersor.shards import LOCK, exists_already, lock_folder
 from tersor.steps import Step, Train
 from tersor.training.checkpoints import check_teacher
@@ -191,6 +191,9 @@ class _Run:
     def stages(self) -> list[Stage]:
         """Of the whole recipe, those done before included."""
         journal = self.journal
+        if self.strict:  # of steps that an earlier run without it has done
+            for stage in journal.stages:
+                refuse_departures(dict(note.partition(": ")[::2] for note in stage.notes))
         if not journal.stages:
             stage = Stage("original" if self.model == self.original else "model", None)
             measure_size(stage, self.model)

@@ -66,7 +66,11 @@ def lm_eval_tasks(
         for name in names:
             try:
                 found = lm_eval.simple_evaluate(
-                    model=wrapped, tasks=[name], task_manager=manager, limit=limit, log_samples=False
+                    model=wrapped,
+                    tasks=[name],
+                    task_manager=manager,
+                    limit=limit,
+                    log_samples=False,
                 )
             except Exception as error:  # of a download, of the task's data, of the model
                 if failed is None:
@@ -83,7 +87,8 @@ def check(tasks: Sequence[str | Path]) -> list[str]:
     Files may include others of their folder. lm-eval's YAML can name Python functions, which it
     imports from beside the file (`!function`), let the code of data sets or of metrics run
     (trust_remote_code, unsafe_code, hf_evaluate; a metric that it does not know it downloads): all
-    that is refused, and templates are rendered in a sandbox. Raises TersorError as lm_eval_tasks does.
+    that is refused, and templates are rendered in a sandbox.
+    Raises TersorError as lm_eval_tasks does.
     """
     with _prepared(tasks) as (names, _):
         return names
