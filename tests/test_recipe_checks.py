@@ -78,7 +78,7 @@ def test_what_a_later_step_would_refuse(home: Path, steps: str, message: str) ->
 @pytest.mark.parametrize(
     "steps",
     [
-        "[shrink: {ffn: 0.3, multiple: 24}, slice: {hidden: 0.25, multiple: 16}, "
+        "[shrink: {ffn: 0.3, multiple: 16}, slice: {hidden: 0.25, multiple: 16}, "
         "quantize: {group: 16}]",
         "[shrink: {layers: 1}, shrink: {ffn: 0.3, multiple: 32}, quantize: {group: 32}]",
         "[shrink: {layers: [0]}, shrink: {heads: 0.5}, distill, qat: {group: 32}]",
@@ -91,7 +91,7 @@ def test_what_goes_together_is_let_through(home: Path, steps: str) -> None:
 def test_experts_and_what_they_leave(home: Path) -> None:
     once = "drop_experts: {experts: 0.5}"
     judge(home, f"[{once}, quantize: {{group: 32}}]", "mixtral")
-    with pytest.raises(TersorError, match="step 2, drop_experts: .*a token chooses 2"):
+    with pytest.raises(TersorError, match=r"step 2, drop_experts: .*a token chooses 2"):
         judge(home, f"[{once}, {once}]", "mixtral")
     with pytest.raises(TersorError, match="step 2, drop_experts: importance of experts is"):
         judge(home, "[distill, drop_experts: {experts: 0.5, importance: taylor}]", "mixtral")

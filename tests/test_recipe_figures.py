@@ -149,9 +149,7 @@ def test_bits_and_zeros_are_of_all_linears(home: Path, out: Path) -> None:
     assert last.bits_per_weight > 8  # where 4.5 are those of the quantized ones alone
 
 
-def test_one_run_at_a_time(
-    home: Path, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_run_at_a_time(home: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the lock that shards have, which knows file systems without locks."""
     recipe = Recipe((Quantize(method="rtn", group=32),))
     partial = out.with_name("out.partial")

@@ -168,7 +168,7 @@ def test_no_such_file(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(TersorError, match="not UTF-8"):
         Recipe.read(tmp_path / "binary")
-    with pytest.raises(TersorError, match="cannot read .*give a YAML file"):
+    with pytest.raises(TersorError, match=r"cannot read .*give a YAML file"):
         Recipe.read(tmp_path)
 
 

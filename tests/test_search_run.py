@@ -23,9 +23,9 @@ from tersor.progress import Progress
 from tersor.qweight import ActSpec, QSpec, QWeight, Scheme
 from tersor.report import Report
 from tersor.search import (
-    Differentiable,
     Candidate,
     Constraint,
+    Differentiable,
     Effort,
     Front,
     Space,

@@ -49,7 +49,8 @@ def evaluate(args: argparse.Namespace) -> int:
             out.print(
                 f"{name}: prefill {speed.prefill:.0f} tokens/s ({speed.prompt} tokens), decode "
                 f"{speed.decode:.1f} tokens/s ({speed.generated} tokens), "
-                f"{speed.weights / 1e6:.1f} MB of weights, {speed.peak / 1e6:.0f} MB resident at most",
+                f"{speed.weights / 1e6:.1f} MB of weights, "
+                f"{speed.peak / 1e6:.0f} MB resident at most",
                 highlight=False,
             )
     scores, shown = _scores(args, tasks, models, tokenizer, failed) if args.tasks else ({}, None)
