@@ -32,7 +32,7 @@ from tersor.layerwise import (
 from tersor.models.arch import spellings
 from tersor.progress import Progress
 from tersor.qweight import QWeight, Scheme
-from tersor.report import REPORT, TIMINGS, LayerReport, Report, Timings, versions
+from tersor.report import LayerReport, Report, Timings, versions
 from tersor.runs import Run, describe, identity, text_windows
 from tersor.scope import BlockScope, Scope, assign, check_inputs, settle
 from tersor.shards import ShardWriter, refuse_existing
@@ -218,16 +218,10 @@ def _compress(
         )
         run.write_outside()
         run.allocate(allocation, windows)
-        for block in run.blocks(windows):
-            report.add(writer.done[block.path])
-            if strict:
-                report.require_strict()
-        report.bytes_after = run.nbytes
-        files = {REPORT: report.to_json(), TIMINGS: run.timings.to_json()}
         config = source.checkpoint.config
         if any(each.scheme for each in own.values()):
             config = config | {"quantization_config": _stated(scope, own, source)}
-        writer.finish(config, source.checkpoint.folder, files)
+        run.complete(report, (block.path for block in run.blocks(windows)), config, strict)
     return report
 
 

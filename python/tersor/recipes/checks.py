@@ -166,7 +166,7 @@ def _linears(step: Step, source: Source, strict: bool) -> None:
     qat, method = settings.get("qat"), settings.get("method")
     scheme = qat.scheme if qat is not None else settings.get("scheme")
     sparsity = settings.get("sparsity") or getattr(method, "sparsity", None)
-    if "allocation" in settings:
+    if method is not None and "allocation" in settings:
         check_allocation(method, settings["allocation"])
     scope = settle(source.model, source.found, getattr(step, "ignore", ()))
     if strict and (qat is not None or not isinstance(step, Train)):

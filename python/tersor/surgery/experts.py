@@ -22,7 +22,7 @@ from tersor.models.arch import respell
 from tersor.progress import Progress
 from tersor.pruning import best
 from tersor.pruning.experts import EXPERT_IMPORTANCES, ExpertStats, expert_importance
-from tersor.report import REPORT, TIMINGS, Report, Timings, ranges
+from tersor.report import Report, Timings, ranges
 from tersor.runs import Run, identity, text_windows
 from tersor.shards import ShardWriter, refuse_existing
 from tersor.source import Source
@@ -96,13 +96,7 @@ def drop_experts(
             importance=importance,
         )
         run.write_outside(tables=False)
-        for path in run.blocks(windows):
-            report.add(writer.done[path])
-            if strict:
-                report.require_strict()
-        report.bytes_after = run.nbytes
-        files = {REPORT: report.to_json(), TIMINGS: run.timings.to_json()}
-        writer.finish(mixture.config(source), source.checkpoint.folder, files)
+        run.complete(report, run.blocks(windows), mixture.config(source), strict)
     return report
 
 

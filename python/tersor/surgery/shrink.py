@@ -19,7 +19,7 @@ from tersor.errors import TersorError
 from tersor.models import GROUPS
 from tersor.progress import Progress
 from tersor.pruning import BY_STATISTICS, best, bias_for, importance, output_error, reconstruct
-from tersor.report import REPORT, TIMINGS, LayerReport, Report, Timings, ranges
+from tersor.report import LayerReport, Report, Timings, ranges
 from tersor.runs import Run, identity, text_windows
 from tersor.shards import ShardWriter, refuse_existing
 from tersor.source import Source
@@ -162,25 +162,20 @@ def shrink_checkpoint(
             layer_importance: distances,
             "blocks": [],
         }
-        for path in run.blocks(kept, small, windows, observes):
-            report.add(writer.done[path])
-            if strict:
-                report.require_strict()
-        report.bytes_after = run.nbytes
-        files = {REPORT: report.to_json(), TIMINGS: run.timings.to_json()}
-        writer.finish(cuts.config(source, kept), source.checkpoint.folder, files)
+        done = run.blocks(kept, small, windows, observes)
+        run.complete(report, done, cuts.config(source, kept), strict)
     return report
 
 
 def settle_shrink(
     source: Source,
     *,
-    importance: str = "output",
-    head_importance: str | None = None,
-    layer_importance: str = "influence",
-    ranking: str = "local",
-    update: str = "least-squares",
-    damp: float = 0.01,
+    importance: str,
+    head_importance: str | None,
+    layer_importance: str,
+    ranking: str,
+    update: str,
+    damp: float,
     **parts: Any,
 ) -> tuple[Cuts, dict[str, str]]:
     """What shrink_checkpoint cuts, and the importance that each kind of it is ranked by. parts: of

@@ -29,7 +29,7 @@ from tersor.pruning.rotation import (
     reading,
     writing,
 )
-from tersor.report import REPORT, TIMINGS, Report, Timings
+from tersor.report import Report, Timings
 from tersor.runs import Run, identity, text_windows
 from tersor.shards import ShardWriter, refuse_existing
 from tersor.source import Source
@@ -106,13 +106,8 @@ def slice_checkpoint(
     with ShardWriter(out, identity(report)) as writer, Progress(progress) as bar:
         run = _Run(source=source, writer=writer, bar=bar, width=width, small=small, damp=damp)
         report.structure["energy"] = run.find_directions(windows)
-        for key in run.write(windows if update == UPDATES[0] else None):
-            report.add(writer.done[key])
-            if strict:
-                report.require_strict()
-        report.bytes_after = run.nbytes
-        files = {REPORT: report.to_json(), TIMINGS: run.timings.to_json()}
-        writer.finish(width.config(source), source.checkpoint.folder, files)
+        keys = run.write(windows if update == UPDATES[0] else None)
+        run.complete(report, keys, width.config(source), strict)
     return report
 
 

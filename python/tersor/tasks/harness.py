@@ -62,7 +62,7 @@ def lm_eval_tasks(
             # cache.
             logits_cache=False,
         )
-        scores = {}
+        scores: dict[str, dict[str, float]] = {}
         for name in names:
             try:
                 found = lm_eval.simple_evaluate(
