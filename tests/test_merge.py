@@ -333,6 +333,26 @@ def test_saving_wants_a_quantized_model_of_transformers(tmp_path: Path) -> None:
         save(llama(), tmp_path / "d")
 
 
+def test_a_folder_that_is_saved_is_whole_or_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = llama()
+    saved = type(model).save_pretrained
+
+    def stopped(self: Any, folder: str, **settings: Any) -> None:
+        saved(self, folder, **settings)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(model), "save_pretrained", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            save(model, tmp_path / "new" / "out")
+    assert not list((tmp_path / "new").iterdir())
+    assert getattr(model.config, "quantization_config", None) is None
+    save(model, tmp_path / "new" / "out")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["out"]
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral", "bert"])
 def test_saving_is_the_inverse_of_loading(kind: str, tmp_path: Path) -> None:
     ignore = {"gpt2": ["*.c_attn"], "llama": ["*.q_proj"]}.get(kind, [])

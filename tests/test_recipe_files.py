@@ -119,6 +119,7 @@ def test_ready_recipes(name: str) -> None:
         ("steps: [distill: {text: /etc/hostname}]", "not in the folder of the recipe"),
         ("steps: [quantize]\nevaluate: {text: ../x}", "not in the folder of the recipe"),
         ("!!python/object/apply:os.system ['true']", "not YAML"),
+        ("steps: 2020-13-45", "not YAML that can be read (month must be in 1..12)"),
     ],
 )
 def test_files_that_are_no_recipes(home: Path, text: str, message: str) -> None:
@@ -167,6 +168,8 @@ def test_no_such_file(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(TersorError, match="not UTF-8"):
         Recipe.read(tmp_path / "binary")
+    with pytest.raises(TersorError, match=r"cannot read .*give a YAML file"):
+        Recipe.read(tmp_path)
 
 
 def test_the_command_line_adds_to_a_recipe(home: Path) -> None:
@@ -195,6 +198,7 @@ def test_the_command_line_adds_to_a_recipe(home: Path) -> None:
     assert options(bare, "--speed").evaluate == Evaluate(speed=True)
     for wrong, message in (
         (["--samples", "4"], "--samples is of a text"),
+        (["--text", "b.txt", "--samples", "4"], "--samples is of a text; give --calibration$"),
         (["--teacher", "x"], "the recipe has none"),
         (["--text", "a/x.txt", "b/x.txt"], "the same name"),
     ):

@@ -128,6 +128,9 @@ def test_methods_compete_and_int8_has_a_scale_per_row() -> None:
     assert all(s and s.weight.group == (None if str(s) == "W8A8" else 128) for s in schemes)
     solvers = [each.treatment.solver for each in space.candidates if each.treatment]
     assert solvers[:2] == [RTN(), GPTQ()]
+    for group in (32, None):  # as asked, whatever the bits
+        asked = replace(space, group=group)
+        assert {each.scheme.weight.group for each in asked.candidates if each.scheme} == {group}
 
 
 @pytest.mark.parametrize(
@@ -139,6 +142,7 @@ def test_methods_compete_and_int8_has_a_scale_per_row() -> None:
         ({"methods": ("wanda",)}, "can quantize; add one of rtn, gptq"),
         ({"bits": (4,), "keep": False}, "nothing to choose"),
         ({"bits": (5,)}, "bits must be one of"),
+        ({"group": "block"}, "group is a number of columns, None for the whole row, or auto"),
     ],
 )
 def test_bad_spaces(arguments: dict[str, Any], message: str) -> None:
@@ -151,7 +155,8 @@ def test_bad_candidates_and_efforts() -> None:
         Candidate(Scheme(QSpec(4)), None, "sparsegpt")
     with pytest.raises(TersorError, match="pruned by one of"):
         Candidate(None, TWO_OF_FOUR, "gptq")
-    for bad in ({"sampler": "ga"}, {"trials": -1}, {"seconds": 0.0}, {"sensitivity": "ppl"}):
+    for bad in ({"sampler": "ga"}, {"trials": -1}, {"seconds": 0.0}, {"sensitivity": "ppl"},
+                {"seconds": 9.0, "trials": 0}):  # fmt: skip
         with pytest.raises(TersorError):
             Effort(**bad)  # type: ignore[arg-type]
 

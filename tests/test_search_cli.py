@@ -126,3 +126,20 @@ def test_mixed_bits_beat_three_everywhere(
     assert uniform is not None
     print(f"KL {mixed.mean:.5f} ± {mixed.error:.5f}, {uniform.mean:.5f} ± {uniform.error:.5f}")
     assert mixed.mean < uniform.mean
+
+
+@pytest.mark.usefixtures("invented_latency")
+def test_a_plot_that_cannot_be_drawn_blocks_nothing(
+    home: Path, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+
+    def broken(*given: object) -> None:
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr(Front, "draw", broken)
+    options = ["--trials", "0", "--bits", "3", "8", "--granularity", "block"]
+    assert search(home, out, "--constraint", "size<=0.65x", *options) == 0
+    assert "front.svg could not be drawn (no fonts)" in capsys.readouterr().out
+    assert any("no fonts" in note for note in Front.read(out).notes)
+    assert not out.with_name("out.search").exists()

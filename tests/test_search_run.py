@@ -25,6 +25,7 @@ from tersor.report import Report
 from tersor.search import (
     Candidate,
     Constraint,
+    Differentiable,
     Effort,
     Front,
     Space,
@@ -324,6 +325,11 @@ def test_what_is_not_of_a_search_stays(llama: Path, tmp_path: Path) -> None:
         ),
         ("size<=0.5x", {"space": Space(bits=(4,), group=64)}, "group 64 does not divide"),
         ("size<=0.5x", {"ignore": ["*.q_prj"]}, "--ignore .* matches no module"),
+        (
+            "size<=0.5x",
+            {"differentiable": Differentiable(), "effort": Effort(seconds=9.0)},
+            "seconds bound trials, in whose place",
+        ),
     ],
 )
 def test_bad_input(
@@ -386,7 +392,7 @@ def test_int8_activations_are_rounded_while_it_measures(llama: Path, tmp_path: P
     _, front = found(llama, tmp_path / "work", "size<=0.9x", space=space, effort=effort)
     kl = {str(front.candidates[p.choice[0]]): p.kl for p in front.uniform}
     out = tmp_path / "w8a8"
-    scheme = Scheme(QSpec(8, None), ActSpec())
+    scheme = Scheme(QSpec(8, 32), ActSpec())
     tersor.quantize_checkpoint(llama, out, scheme=scheme, method="rtn")
     from transformers import AutoModelForCausalLM
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -33,7 +35,7 @@ from tersor.tasks import (
     to_dict,
     write_tasks,
 )
-from tersor.tasks.harness import lm_eval_tasks
+from tersor.tasks.harness import lm_eval_tasks, task_of
 
 COUNT = 80
 
@@ -249,7 +251,7 @@ def test_tasks_that_are_not_there_cost_nothing(
 
     monkeypatch.setattr(harness, "check", lambda names: None)
     monkeypatch.setattr(harness, "lm_eval_tasks", fail)
-    assert cli.main(arguments) == 2
+    assert cli.main(arguments) == 1
     shown = capsys.readouterr()
     assert "the task has no data" in shown.err
     assert "perplexity" in shown.out
@@ -281,6 +283,7 @@ def test_errors_name_the_cause(tmp_path: Path) -> None:
         ("{", "line 2: Expecting"),
         ('{"context": "a", "choices": ["b", "c"]}', "line 2: no item"),
         ('{"context": "a", "choices": ["b", 3], "answer": 0}', "line 2: no item"),
+        ('{"context": "a", "choices": ["b", "c"], "answer": true}', "line 2: no item"),
         ('{"context": "a", "choices": ["b"], "answer": 0}', "line 2: an item needs two"),
         ('{"context": "\\ud800", "choices": ["b", "c"], "answer": 0}', "surrogate"),
     ):
@@ -320,3 +323,149 @@ def test_scores_as_json_and_as_a_table() -> None:
     assert (table(found).row_count, len(table(found).columns)) == (2, 7)
     alone = run_tasks({"a": models["a"]}, tiny.tokenizer(), [nonsense("t")])
     assert len(table(alone).columns) == 6
+
+
+def task_file(folder: Path, name: str, **changes: object) -> Path:
+    content = {"task": name, "dataset_path": "json", "output_type": "multiple_choice"}
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(content | changes), encoding="utf-8")
+    return path
+
+
+def test_task_files_name_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever by which lm-eval would import, download or run something."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    (tmp_path / "mine.py").write_text("raise SystemExit('imported')")
+    tag = tmp_path / "tag.yaml"
+    tag.write_text("task: tag\nprocess_docs: !function mine.process\n")
+    (tmp_path / "base").write_text("doc_to_text: !function mine.text\n")
+    metrics = [{"metric": "acc", "hf_evaluate": True}]
+    for path, cause in (
+        (tag, r"names a Python function \(!function mine.process\)"),
+        (task_file(tmp_path, "a", include="base"), r"base names a Python function"),
+        (task_file(tmp_path, "b", unsafe_code=True), "sets unsafe_code, by which code is run"),
+        (task_file(tmp_path, "c", dataset_kwargs={"trust_remote_code": True}), "trust_remote_code"),
+        (task_file(tmp_path, "d", metric_list=metrics), "sets hf_evaluate"),
+        (task_file(tmp_path, "e", dataset_path="mine.py"), "dataset_path is a Python file"),
+        (task_file(tmp_path, "f", **{"class": "mine.Task"}), "a class or a group"),
+    ):
+        with pytest.raises(TersorError, match=cause) as error:
+            harness.check([path])
+        assert "lm-eval" in str(error.value) or path.stem == "f"
+    (tmp_path / "object.yaml").write_text("task: !!python/object/apply:os.system ['true']\n")
+    with pytest.raises(TersorError, match="not YAML that can be read"):
+        harness.check([tmp_path / "object.yaml"])
+
+
+def test_task_files_include_what_lies_beside_them(tmp_path: Path) -> None:
+    """As lm-eval merges them: the file's own keys win, and later files over earlier ones."""
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "base").write_text("output_type: generate_until\nnum_fewshot: 1\ntest_split: a\n")
+    (home / "other").write_text("test_split: b\n")
+    found = task_of(task_file(home, "t", include=["base", "other"]))
+    assert found == {
+        "output_type": "multiple_choice",
+        "num_fewshot": 1,
+        "test_split": "b",
+        "task": "t",
+        "dataset_path": "json",
+    }
+    (tmp_path / "outside").write_text("num_fewshot: 2\n")
+    (home / "link").symlink_to(tmp_path / "outside")
+    for name in ("../outside", str(tmp_path / "outside"), "link"):
+        with pytest.raises(TersorError, match="is not in its folder"):
+            task_of(task_file(home, "t", include=name))
+    for name, cause in (("t.yaml", "includes itself"), ("gone", "there is no task file"),
+                        ([3], "include is the name of a file")):  # fmt: skip
+        with pytest.raises(TersorError, match=cause):
+            task_of(task_file(home, "t", include=name))
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x]"]
+    for number in range(1, 12):
+        lines.append(f"a{number}: &a{number} [{', '.join([f'*a{number - 1}'] * 8)}]")
+    (home / "grows.yaml").write_text("\n".join(["task: grows", *lines]))
+    assert task_of(home / "grows.yaml")["task"] == "grows"
+
+
+def test_one_failing_task_of_lm_eval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a package in lm-eval's place that has what is used of it."""
+    fake = tmp_path / "fake" / "lm_eval"
+    for name, text in FAKE.items():
+        (fake / name).parent.mkdir(parents=True, exist_ok=True)
+        (fake / name).write_text(text)
+    monkeypatch.syspath_prepend(fake.parent)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
+        monkeypatch.delitem(sys.modules, name)
+    folder = tiny.save(tmp_path / "model")
+    mine = [task_file(tmp_path, name, metric_list=[{"metric": "acc"}]) for name in ("one", "two")]
+    stranger = task_file(tmp_path, "stranger", task="builtin")
+    assert stranger.exists()
+    failed: dict[str, str] = {}
+    found = lm_eval_tasks(folder, [*mine, "builtin"], model=object(), failed=failed)
+    assert found == {"one": {"acc": 0.5}, "builtin": {"acc": 0.5}}
+    assert failed == {"two": "ConnectionError: no network"}
+    with pytest.raises(ConnectionError):
+        lm_eval_tasks(folder, mine, model=object())
+    with pytest.raises(TersorError, match="knows no task absent"):
+        harness.check([mine[0], "absent"])
+    with pytest.raises(TersorError, match="the task one is given twice"):
+        harness.check([mine[0], mine[0]])
+    odd = task_file(tmp_path, "odd", metric_list=[{"metric": "rogue"}])
+    with pytest.raises(TersorError, match="no metric 'rogue' and would download one"):
+        harness.check([odd])
+    for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+# lm-eval as far as it is used: tasks are found in YAML, one of them fails, and templates are
+# rendered by an environment of its own, which must be a sandbox while files are read.
+FAKE = {
+    "__init__.py": """
+from jinja2.exceptions import SecurityError
+
+from lm_eval import utils
+
+
+def simple_evaluate(model, tasks, task_manager, limit, log_samples):
+    (name,) = tasks
+    assert task_manager.files.get(name, {"metric_list": 1})["metric_list"]
+    try:
+        utils.env.from_string("{{ ''.__class__.__mro__ }}").render()
+    except SecurityError:
+        pass
+    else:
+        raise AssertionError("a template has reached Python")
+    assert utils.env.from_string("{{ x | twice }}").render(x="a") == "aa"
+    if name == "two":
+        raise ConnectionError("no network")
+    return {"results": {name: {"acc,none": 0.5, "alias": name}}}
+""",
+    "utils.py": """
+from jinja2 import BaseLoader, Environment, StrictUndefined
+
+env = Environment(loader=BaseLoader, undefined=StrictUndefined, keep_trailing_newline=True)
+env.filters["twice"] = lambda text: 2 * text
+""",
+    "tasks/__init__.py": """
+from pathlib import Path
+
+import yaml
+
+
+class TaskManager:
+    def __init__(self, include_path, include_defaults):
+        paths = [each for path in include_path or [] for each in Path(path).glob("*.yaml")]
+        read = [yaml.safe_load(path.read_text()) for path in paths]
+        self.files = {content["task"]: content for content in read}
+        self.all_tasks = [*self.files, *["builtin"] * include_defaults]
+""",
+    "api/__init__.py": "",
+    "api/metrics.py": """
+from lm_eval.api.registry import METRIC_REGISTRY
+
+METRIC_REGISTRY["acc"] = None
+""",
+    "api/registry.py": "METRIC_REGISTRY = {}\n",
+    "models/__init__.py": "",
+    "models/huggingface.py": "class HFLM:\n    def __init__(self, **settings): ...\n",
+}

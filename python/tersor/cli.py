@@ -63,8 +63,8 @@ EXAMPLES = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; the exit code: 0, 2 for bad input, 1 for what ought not to happen, 130 when
-    interrupted."""
+    """Runs a command; the exit code: 0, 2 for bad input, 1 for what ought not to happen and for
+    results with something missing, 130 when interrupted."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # tersor says itself what is wrong
     warnings.filterwarnings("ignore", module="transformers")
     if not sys.stderr.isatty():  # transformers' bars, which it draws into logs as well
@@ -72,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = argparse.Namespace(debug=False, stopped="stopped")
     try:
         args = build_parser().parse_args(argv)
-        args.run(args)
+        code: int = args.run(args) or 0
+        return code
     except KeyboardInterrupt:
         return _fail(args.stopped, 130)
     except BrokenPipeError:  # the reader of a pipe, such as head, has left
@@ -89,7 +90,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         kind = type(error).__name__
         return _fail(f"internal error: {kind}: {error}; run again with --debug and report it", 1)
-    return 0
 
 
 def _fail(message: str, code: int) -> int:

@@ -348,13 +348,18 @@ def to_json(
     qualities: Mapping[str, Quality],
     speeds: Mapping[str, Speed] | None = None,
     tasks: Mapping[str, Mapping[str, Any]] | None = None,
+    failed: Mapping[str, Mapping[str, str]] | None = None,
 ) -> str:
-    """The results by model, for a file. An unknown error is null: JSON has no NaN."""
+    """The results by model, for a file. failed: what could not be measured of a model, and why; its
+    entry is there where there is any. An unknown error is null: JSON has no NaN."""
     content = {name: {"quality": quality.to_dict()} for name, quality in qualities.items()}
     for name, speed in (speeds or {}).items():
         content[name]["speed"] = asdict(speed)
     for name, scores in (tasks or {}).items():
         content[name]["tasks"] = dict(scores)
+    for name, reasons in (failed or {}).items():
+        if reasons:
+            content[name]["failed"] = dict(reasons)
     known = json.loads(json.dumps(content), parse_constant=lambda _: None)
     return json.dumps(known, indent=2) + "\n"
 

@@ -140,7 +140,13 @@ def add_search_options(sub: argparse.ArgumentParser) -> None:
         "default: 200",
     )
     add("--sampler", default="nsga2", choices=SAMPLERS, help="of trials; default: nsga2")
-    add("--seconds", type=float, metavar="S", help="begin no trial after that long")
+    add(
+        "--seconds",
+        type=float,
+        metavar="S",
+        help="begin no trial once trials have taken that long; what comes before them (solving, "
+        "timing and measuring the candidates) and writing the model are not counted",
+    )
     add(
         "--sensitivity",
         default="kl",

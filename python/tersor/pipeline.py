@@ -32,7 +32,7 @@ from tersor.layerwise import (
 from tersor.models.arch import spellings
 from tersor.progress import Progress
 from tersor.qweight import QWeight, Scheme
-from tersor.report import REPORT, TIMINGS, LayerReport, Report, Timings, versions
+from tersor.report import LayerReport, Report, Timings, versions
 from tersor.runs import Run, describe, identity, text_windows
 from tersor.scope import BlockScope, Scope, assign, check_inputs, settle
 from tersor.shards import ShardWriter, refuse_existing
@@ -138,6 +138,20 @@ def prune_checkpoint(
     The rest is as in quantize_checkpoint.
     """
     refuse_existing(out)
+    check_allocation(method, allocation)
+    if allocation == "owl" and calibration is None:
+        raise TersorError(
+            "owl counts outliers with text to calibrate on; give --calibration FILE, or use "
+            "--allocation uniform or global"
+        )
+    treatments = {EVERY: Treatment(method, scheme)}
+    return _compress(
+        *(model, out, treatments, calibration, ignore, sequential, strict, progress), allocation
+    )
+
+
+def check_allocation(method: Solver, allocation: str) -> None:
+    """TersorError where a solver has no sparsity, or none that can be spread like that."""
     sparsity = find_solver(method).sparsity
     if sparsity is None:
         raise TersorError(f"{method} prunes nothing; use quantize_checkpoint, or another method")
@@ -148,15 +162,6 @@ def prune_checkpoint(
             f"the pattern {sparsity} is the same in every linear; allocation {allocation!r} is for "
             "a ratio"
         )
-    if allocation == "owl" and calibration is None:
-        raise TersorError(
-            "owl counts outliers with text to calibrate on; give --calibration FILE, or use "
-            "--allocation uniform or global"
-        )
-    treatments = {EVERY: Treatment(method, scheme)}
-    return _compress(
-        *(model, out, treatments, calibration, ignore, sequential, strict, progress), allocation
-    )
 
 
 def _compress(
@@ -213,16 +218,10 @@ def _compress(
         )
         run.write_outside()
         run.allocate(allocation, windows)
-        for block in run.blocks(windows):
-            report.add(writer.done[block.path])
-            if strict:
-                report.require_strict()
-        report.bytes_after = run.nbytes
-        files = {REPORT: report.to_json(), TIMINGS: run.timings.to_json()}
         config = source.checkpoint.config
         if any(each.scheme for each in own.values()):
             config = config | {"quantization_config": _stated(scope, own, source)}
-        writer.finish(config, source.checkpoint.folder, files)
+        run.complete(report, (block.path for block in run.blocks(windows)), config, strict)
     return report
 
 

@@ -12,7 +12,7 @@ import math
 import platform
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -138,14 +138,19 @@ class Report:
 
     def require_strict(self) -> None:
         """TersorError naming the modules that were not treated as asked, if there are any."""
-        count = len(self.departures)
-        if count:
-            first = "; ".join(f"{name}: {why}" for name, why in list(self.departures.items())[:3])
-            more = f"; and {count - 3} more" if count > 3 else ""
-            raise TersorError(
-                f"{count} module{'s were' if count > 1 else ' was'} not treated as asked "
-                f"({first}{more}); mend the cause, --ignore them, or leave out --strict"
-            )
+        refuse_departures(self.departures)
+
+
+def refuse_departures(departures: Mapping[str, str]) -> None:
+    """TersorError naming the modules, each with the reason, if there are any."""
+    count = len(departures)
+    if count:
+        first = "; ".join(f"{name}: {why}" for name, why in list(departures.items())[:3])
+        more = f"; and {count - 3} more" if count > 3 else ""
+        raise TersorError(
+            f"{count} module{'s were' if count > 1 else ' was'} not treated as asked "
+            f"({first}{more}); mend the cause, --ignore them, or leave out --strict"
+        )
 
 
 @dataclass

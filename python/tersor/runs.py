@@ -3,7 +3,7 @@ way to the first block."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from tersor.calibrate import Calibration, digest, load_tokenizer
 from tersor.checkpoint import check_finite
 from tersor.errors import TersorError
 from tersor.progress import Progress
-from tersor.report import Report, Timings
+from tersor.report import REPORT, TIMINGS, Report, Timings
 from tersor.shards import ShardWriter
 from tersor.source import Source
 
@@ -107,6 +107,20 @@ class Run:
             if key not in self.writer.done:
                 self.writer.commit(key, {"bytes": 0}, {hidden(0): flow.enter()}, quick=True)
         return flow
+
+    def complete(
+        self, report: Report, keys: Iterable[str], config: Mapping[str, Any], strict: bool
+    ) -> None:
+        """Adds to the report what was recorded under each of the keys, which come as the work is
+        done, and puts the checkpoint together. config: its config.json. strict: raise TersorError
+        as soon as a module is not treated as asked."""
+        for key in keys:
+            report.add(self.writer.done[key])
+            if strict:
+                report.require_strict()
+        report.bytes_after = self.nbytes
+        files = {REPORT: report.to_json(), TIMINGS: self.timings.to_json()}
+        self.writer.finish(config, self.source.checkpoint.folder, files)
 
     @property
     def nbytes(self) -> int:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from tersor.durable import disk_errors
 from tersor.errors import TersorError
 from tersor.formats import quantization_config
 from tersor.linear import QuantLinear
@@ -19,7 +22,8 @@ def save(model: Any, folder: str | Path) -> None:
     model: of transformers, after quantize_model, merge_lora or the like; or with adapters on it
         (a peft.PeftModel), of which the quantized base is written and save_pretrained of the
         PeftModel writes the adapters.
-    folder: one that does not exist yet. The tokenizer is saved by its own save_pretrained.
+    folder: one that does not exist yet; it appears whole or not at all. The tokenizer is saved by
+        its own save_pretrained.
     Raises TersorError for a model without QuantLinear layers, or with NF4Linear ones, for which
     there is no folder.
     """
@@ -47,10 +51,16 @@ def save(model: Any, folder: str | Path) -> None:
         actorder="group" if ordered else None,
     )
     refuse_existing(folder)
+    made = Path(os.path.abspath(folder))
     before = getattr(model.config, "quantization_config", None)
     model.config.quantization_config = config
     try:
-        model.save_pretrained(str(folder), state_dict=_tensors(model))
+        with disk_errors(made.parent):
+            made.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=f".{made.name}-", dir=made.parent) as scratch:
+                whole = Path(scratch, made.name)
+                model.save_pretrained(str(whole), state_dict=_tensors(model))
+                os.rename(whole, made)
     finally:
         if before is None:
             del model.config.quantization_config

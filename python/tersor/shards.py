@@ -277,7 +277,7 @@ class ShardWriter:
             self._commits = journal["commits"]
             self.finished = resume and journal["settings"] == self.settings and self._is_in_out()
             if not self.finished:
-                raise TersorError(_exists(self.out))
+                raise TersorError(exists_already(self.out))
             return
         elif resume and self._worth(journal):
             self._commits = journal["commits"]
@@ -398,14 +398,14 @@ def refuse_existing(out: str | Path) -> None:
     """TersorError if `out` exists, unless a run may have been stopped just after it made it."""
     out = Path(os.path.abspath(out))
     if os.path.lexists(out) and not (_partial(out) / _JOURNAL).exists():
-        raise TersorError(_exists(out))
+        raise TersorError(exists_already(out))
 
 
 def _partial(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
 
 
-def _exists(out: Path) -> str:
+def exists_already(out: Path) -> str:
     return f"{out} exists already; remove it or choose another output folder"
 
 

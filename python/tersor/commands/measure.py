@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +14,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from rich.table import Table
+    from torch import Tensor
+
+    from tersor.evaluate import Speed
 
 
-def evaluate(args: argparse.Namespace) -> None:
+def evaluate(args: argparse.Namespace) -> int:
+    """1 where something could not be measured; the rest is printed all the same."""
     from tersor.corpus import read_text
 
     text = read_text(args.text)
@@ -32,24 +37,54 @@ def evaluate(args: argparse.Namespace) -> None:
     length = _window_length(models.values(), args.seq_len)
     windows = measure.text_windows(text, tokenizer, length, args.bos)[: args.samples]
     qualities = measure.evaluate(models, windows, args.baseline)
-    speeds = measure.measure_speed(models, windows[:1]) if args.speed else None
-    if args.json:
-        scores = _scores(args, tasks, models, tokenizer)[0] if args.tasks else {}
-        print(measure.to_json(qualities, speeds, scores), end="")
-        return
     out = console()
-    count = len(windows)
-    out.print(f"{windows.numel()} tokens in {count} window{'s' * (count > 1)} of {length}")
-    out.print(measure.table(qualities))
-    for name, speed in (speeds or {}).items():
-        out.print(
-            f"{name}: prefill {speed.prefill:.0f} tokens/s ({speed.prompt} tokens), decode "
-            f"{speed.decode:.1f} tokens/s ({speed.generated} tokens), "
-            f"{speed.weights / 1e6:.1f} MB of weights, {speed.peak / 1e6:.0f} MB resident at most",
-            highlight=False,
-        )
-    if args.tasks:  # after the rest, which then is there whatever becomes of them
-        out.print(_scores(args, tasks, models, tokenizer)[1])
+    if not args.json:
+        count = len(windows)
+        out.print(f"{windows.numel()} tokens in {count} window{'s' * (count > 1)} of {length}")
+        out.print(measure.table(qualities))
+    failed: dict[str, dict[str, str]] = {name: {} for name in models}
+    speeds = _speeds(args, models, windows, failed) if args.speed else {}
+    if not args.json:
+        for name, speed in speeds.items():
+            out.print(
+                f"{name}: prefill {speed.prefill:.0f} tokens/s ({speed.prompt} tokens), decode "
+                f"{speed.decode:.1f} tokens/s ({speed.generated} tokens), "
+                f"{speed.weights / 1e6:.1f} MB of weights, "
+                f"{speed.peak / 1e6:.0f} MB resident at most",
+                highlight=False,
+            )
+    scores, shown = _scores(args, tasks, models, tokenizer, failed) if args.tasks else ({}, None)
+    if args.json:
+        print(measure.to_json(qualities, speeds, scores, failed), end="")
+    elif shown is not None and shown.row_count:
+        out.print(shown)
+    told = [f"{m}, {what}: {why}" for m, each in failed.items() for what, why in each.items()]
+    for each in told:
+        print("tersor: error:", " ".join(each.split()), file=sys.stderr)
+    return int(bool(told))
+
+
+def _speeds(
+    args: argparse.Namespace,
+    models: Mapping[str, Any],
+    windows: Tensor,
+    failed: dict[str, dict[str, str]],
+) -> dict[str, Speed]:
+    """Of all models in turns. failed: is told why there are none, where there are none."""
+    from tersor.evaluate import measure_speed
+
+    try:
+        return measure_speed(models, windows[:1])
+    except Exception as error:
+        if args.debug:
+            raise
+        for name in models:
+            failed[name]["speed"] = _reason(error)
+        return {}
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, TersorError) else f"{type(error).__name__}: {error}"
 
 
 def _tasks(names: Sequence[str], text: str) -> tuple[Any, ...]:
@@ -68,24 +103,61 @@ def _tasks(names: Sequence[str], text: str) -> tuple[Any, ...]:
 
 
 def _scores(
-    args: argparse.Namespace, tasks: tuple[Any, ...], models: Mapping[str, Any], tokenizer: Any
+    args: argparse.Namespace,
+    tasks: tuple[Any, ...],
+    models: Mapping[str, Any],
+    tokenizer: Any,
+    failed: dict[str, dict[str, str]],
 ) -> tuple[dict[str, Any], Table]:
-    """model -> task -> figures, and the table of them."""
+    """model -> task -> figures, and the table of them. failed: is told why a task has none."""
+    if tasks:
+        return _local_scores(args, tasks, models, tokenizer, failed)
+
     from rich.table import Table
 
-    from tersor import tasks as scoring
     from tersor.tasks.harness import lm_eval_tasks
 
-    if tasks:
-        found = scoring.run_tasks(models, tokenizer, tasks, args.baseline)
-        return scoring.to_dict(found), scoring.table(found)
-    scores = {n: lm_eval_tasks(n, args.tasks, model=model) for n, model in models.items()}
+    scores: dict[str, dict[str, dict[str, float]]] = {}
+    for name, model in models.items():
+        told = None if args.debug else failed[name]
+        try:
+            scores[name] = lm_eval_tasks(name, args.tasks, model=model, failed=told)
+        except Exception as error:  # before the first task
+            if args.debug:
+                raise
+            scores[name] = {}
+            failed[name]["tasks"] = _reason(error)
     shown = Table("model", "task", "metric", "value")
     for name, by_task in scores.items():
         for task, metrics in by_task.items():
             for metric, value in metrics.items():
                 shown.add_row(name, task, metric, f"{value:.4f}")
     return scores, shown
+
+
+def _local_scores(
+    args: argparse.Namespace,
+    tasks: tuple[Any, ...],
+    models: Mapping[str, Any],
+    tokenizer: Any,
+    failed: dict[str, dict[str, str]],
+) -> tuple[dict[str, Any], Table]:
+    """Task by task, all models on each, which flips are counted by."""
+    from tersor import tasks as scoring
+
+    found: dict[str, dict[str, Any]] = {name: {} for name in models}
+    for task in tasks:
+        try:
+            of_task = scoring.run_tasks(models, tokenizer, (task,), args.baseline)
+        except Exception as error:
+            if args.debug:
+                raise
+            for name in models:
+                failed[name][task.name] = _reason(error)
+            continue
+        for name, by_task in of_task.items():
+            found[name] |= by_task
+    return scoring.to_dict(found), scoring.table(found)
 
 
 def inspect(args: argparse.Namespace) -> None:

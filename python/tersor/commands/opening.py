@@ -12,10 +12,13 @@ if TYPE_CHECKING:
 
 
 def console() -> Console:
-    """On a terminal as wide as it is; in a file or pipe, wide enough for every table."""
+    """On a terminal as wide as it is. In a file or pipe wide enough for every table, and with each
+    sentence on one line, for who looks for it there."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 160)
+    if sys.stdout.isatty():
+        return Console()
+    return Console(width=160, soft_wrap=True)
 
 
 def check_config(folder: str) -> None:

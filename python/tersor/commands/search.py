@@ -26,7 +26,7 @@ def search(args: argparse.Namespace) -> None:
     zeros = [*map(Sparsity.parse, args.pattern), *map(Sparsity, args.sparsity)]
     space = Space(
         bits=tuple(args.bits),
-        group=None if args.group == "row" else args.group or 128,
+        group=None if args.group == "row" else args.group or "auto",
         symmetric=not args.asymmetric,
         activations=(ActSpec() if args.activations else None,),
         sparsities=tuple(zeros),

@@ -135,8 +135,8 @@ def _figures(report: RecipeReport) -> dict[str, list[_Figure]]:
         if any(stage.bits_per_weight != 16 for stage in stages):
             bits = [stage.bits_per_weight for stage in stages]
             panels.append(draw.Bars("bits per weight", bits, "{:.2f}".format))
-        add("size", "Size by stage: of all tensors of the checkpoint; bits per weight of the "
-            "linears in its blocks, scales included.", _listed(names, panels),
+        add("size", "Size by stage: of all tensors of the checkpoint; bits per weight of all "
+            "linears in its blocks, 16-bit ones and scales included.", _listed(names, panels),
             draw.bars, names, panels, draw.WIDE)  # fmt: skip
     if (layers := _layer_sizes(stages)) is not None:
         labels, before, after = layers

@@ -107,7 +107,7 @@ class Recipe:
         """From a YAML file, or the name of one of READY. TersorError for anything that is not
         known, with the place where it stands."""
         if str(file) in READY:
-            return cls._parse(_ready(str(file)), str(file), None)
+            return cls._parse(ready_file(str(file)).read_text(encoding="utf-8"), str(file), None)
         path = Path(file)
         try:
             if path.stat().st_size > _LARGEST:
@@ -119,13 +119,16 @@ class Recipe:
             ) from None
         except UnicodeDecodeError:
             raise TersorError(f"{path} is not UTF-8 text; give a YAML file") from None
+        except OSError as error:
+            raise TersorError(f"cannot read {path} ({error.strerror}); give a YAML file") from None
         return cls._parse(text, path.name, path.parent)
 
     @classmethod
     def _parse(cls, text: str, name: str, home: Path | None) -> Recipe:
         try:
             content = yaml.load(text, _Loader)  # a SafeLoader
-        except (yaml.YAMLError, RecursionError) as error:
+        # ValueError and OverflowError: a date or a number that there is not, such as 2020-13-01.
+        except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
             cause = " ".join(str(error).split())
             raise TersorError(f"{name} is not YAML that can be read ({cause})") from None
         if not isinstance(content, dict):
@@ -302,8 +305,9 @@ def _made(kind: Any, settings: Any) -> Any:
     return kind(**given)
 
 
-def _ready(name: str) -> str:
-    return (Path(__file__).parent / "ready" / f"{name}.yaml").read_text(encoding="utf-8")
+def ready_file(name: str) -> Path:
+    """The file of one of READY."""
+    return Path(__file__).parent / "ready" / f"{name}.yaml"
 
 
 class _Loader(yaml.SafeLoader):

@@ -10,7 +10,6 @@ While it works, all is in a folder beside the output:
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shlex
@@ -31,16 +30,17 @@ from tersor.durable import disk_errors, durable, sync_folder
 from tersor.errors import TersorError
 from tersor.recipes.checks import Checked, check
 from tersor.recipes.facts import measure_quality, measure_size
-from tersor.recipes.page import require, write_page
+from tersor.recipes.page import write_page
 from tersor.recipes.recipe import Evaluate, Export, Recipe, name_of, settings_of
 from tersor.recipes.stages import RECIPE_REPORT, RecipeReport, Stage
-from tersor.report import Report, peak_memory, versions
+from tersor.report import Report, peak_memory, refuse_departures, versions
+from tersor.shards import LOCK, exists_already, lock_folder
 from tersor.steps import Step, Train
 from tersor.training.checkpoints import check_teacher
 
 RECIPE_PAGE = "tersor_recipe.html"
 STAGES = "stages"  # in the output: models on the way that are kept
-_JOURNAL, _LOCK, _STAGING = "recipe.json", "lock", "out"
+_JOURNAL, _STAGING = "recipe.json", "out"
 
 
 def compress(
@@ -57,7 +57,8 @@ def compress(
     model: its folder. out: the folder to make: the last model, with tersor_recipe.json in it, the
         page tersor_recipe.html where tersor[report] is installed, and under `stages` the models on
         the way that the recipe keeps. Until it is there the work is in `<out>.partial`, from which
-        the same call goes on, inside a step too.
+        the same call goes on, inside a step too. Where the page cannot be drawn the report says
+        why (`no_page`), and once that is mended the same call draws it.
     recipe: a Recipe, a YAML file, or one of recipes.recipe.READY.
     original: what every stage is measured against, and what steps that train learn from; by
         default the model itself. Where the model was cut out of another one, that one.
@@ -70,16 +71,16 @@ def compress(
     out = Path(os.path.abspath(out))
     partial = out.with_name(out.name + ".partial")
     if os.path.lexists(out) and not (partial / _JOURNAL).exists():
-        raise TersorError(_exists(out))
-    checked = check(recipe, model)
+        return _draw_again(out, recipe, Path(model))
+    checked = check(recipe, model, strict)
     base = Path(original or model)
     if original is not None:
         check_teacher(base, checked.source)
     with _Journal.open(partial, _identity(checked, base)) as journal:
         run = _Run(checked, Path(model), base, journal, strict, progress)
         if os.path.lexists(out):  # made by a run that was stopped while it cleaned up?
-            if len(journal.done) < len(recipe.steps) or run.unfinished():
-                raise TersorError(_exists(out))
+            if len(journal.done) <= len(recipe.steps) or run.unfinished():
+                raise TersorError(exists_already(out))
             journal.remove()
             return RecipeReport.read(out)
         return run.finish(out, run.stages())
@@ -87,7 +88,8 @@ def compress(
 
 @dataclass
 class _Journal:
-    """What is done, on the disk. stages: in order; numbers: of the steps that they came of."""
+    """What is done, on the disk. stages: in order, those that were made, with what was measured of
+    them. done: numbers of the steps that nothing is left to do of; 0: of the model itself."""
 
     folder: Path
     identity: dict[str, Any]
@@ -99,24 +101,18 @@ class _Journal:
     def open(cls, folder: Path, identity: dict[str, Any]) -> Iterator[_Journal]:
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            handle = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW)
+            lock = lock_folder(folder)
         try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise TersorError(
-                    f"another run is writing {folder}; wait for it, or choose another output"
-                ) from None
             journal = cls(folder, json.loads(json.dumps(identity)))
             journal._read()
             yield journal
         finally:
-            os.close(handle)
+            os.close(lock)
 
     def _read(self) -> None:
         path = self.folder / _JOURNAL
         if not path.exists():
-            strangers = set(os.listdir(self.folder)) - {_LOCK, _JOURNAL + ".tmp"}
+            strangers = set(os.listdir(self.folder)) - {LOCK, _JOURNAL + ".tmp"}
             if strangers:
                 raise TersorError(
                     f"{self.folder} is not a partial run of a recipe (it holds {min(strangers)}); "
@@ -133,8 +129,8 @@ class _Journal:
             raise TersorError(f"{path} is damaged ({error}); {remove}") from None
         if before == self.identity:
             return
-        begun = set(os.listdir(self.folder)) - {_LOCK, _JOURNAL, _JOURNAL + ".tmp"}
-        if self.done or begun:
+        begun = set(os.listdir(self.folder)) - {LOCK, _JOURNAL, _JOURNAL + ".tmp"}
+        if any(self.done) or begun:
             keys = sorted(before.keys() | self.identity.keys())
             changed = [key for key in keys if before.get(key) != self.identity.get(key)]
             raise TersorError(
@@ -142,7 +138,7 @@ class _Journal:
                 f"on with it, use what it was begun with; or {remove}"
             )
         self.clear()
-        self.stages = []
+        self.stages, self.done = [], []
         self.write()
 
     def write(self) -> None:
@@ -154,21 +150,27 @@ class _Journal:
         with durable(self.folder / _JOURNAL) as file:
             file.write((json.dumps(content, indent=2) + "\n").encode())
 
+    def finish(self, number: int) -> None:
+        """Nothing is left to do of that step."""
+        self.done.append(number)
+        self.write()
+
     def clear(self) -> None:
         """Removes all but the lock, the journal last."""
         for name in sorted(os.listdir(self.folder), key=lambda n: (n == _JOURNAL, n)):
             path = self.folder / name
             if path.is_dir():
                 shutil.rmtree(path)
-            elif name != _LOCK:
+            elif name != LOCK:
                 path.unlink()
 
     def remove(self) -> None:
         """The work is done, and the folder goes."""
         with disk_errors(self.folder):
             self.clear()
-            (self.folder / _LOCK).unlink()
-            self.folder.rmdir()
+            (self.folder / LOCK).unlink()
+            with suppress(OSError):  # a run that waits for this output may have come in
+                self.folder.rmdir()
 
 
 class _Run:
@@ -189,24 +191,28 @@ class _Run:
     def stages(self) -> list[Stage]:
         """Of the whole recipe, those done before included."""
         journal = self.journal
+        if self.strict:  # of steps that an earlier run without it has done
+            for stage in journal.stages:
+                refuse_departures(dict(note.partition(": ")[::2] for note in stage.notes))
         if not journal.stages:
             stage = Stage("original" if self.model == self.original else "model", None)
-            measure_size(stage, self.model, None, None)
-            self._measure(stage, self.model, 0)
+            measure_size(stage, self.model)
             journal.stages.append(stage)
-            journal.write()
+        if 0 not in journal.done:
+            self._measure(journal.stages[0], self.model, 0)
+            journal.finish(0)
         folder = self.model
         for number, step in enumerate(self.recipe.steps, 1):
             if isinstance(step, Step):
                 before, folder = folder, self._folder(number)
                 if number not in journal.done:
                     self._step(number, step, before, folder)
-                self._forget(before)
             elif isinstance(step, Evaluate) and number not in journal.done:
                 self._evaluate(number, folder)
             if number not in journal.done:
-                journal.done.append(number)
-                journal.write()
+                journal.finish(number)
+            if isinstance(step, Step):
+                self._forget(before)
         return journal.stages
 
     def finish(self, out: Path, stages: list[Stage]) -> RecipeReport:
@@ -229,13 +235,9 @@ class _Run:
                 if kept.exists():
                     (staging / STAGES).mkdir(exist_ok=True)
                     os.rename(kept, staging / STAGES / name)
-            with durable(staging / RECIPE_REPORT) as file:
-                file.write(report.to_json().encode())
-            sync_folder(staging)
-        with suppress(TersorError):  # where matplotlib is not installed, the JSON is all there is
-            require()
-            write_page(report, staging / RECIPE_PAGE)
+        _draw(report, staging)
         with disk_errors(folder):
+            sync_folder(staging)
             os.rename(staging, out)
             sync_folder(out.parent)
             self.journal.remove()
@@ -247,7 +249,16 @@ class _Run:
         return any(place.exists() for place in places)
 
     def _step(self, number: int, step: Step, before: Path, folder: Path) -> None:
+        stages = self.journal.stages
+        if stages[-1].name != f"{number} {step.name}":  # or it was made, and could not be measured
+            stages.append(self._made(number, step, before, folder))
+            self.journal.write()
+        self._measure(stages[-1], folder, 0)
+
+    def _made(self, number: int, step: Step, before: Path, folder: Path) -> Stage:
+        """The stage that the step ends in, not measured yet."""
         stage = Stage(f"{number} {step.name}", step.name, settings_of(step))
+        interrupted = folder.with_name(f"{folder.name}.partial").exists() or folder.exists()
         start = time.perf_counter()
         report = Report.read(folder) if folder.exists() else None
         with peak_memory() as peak:
@@ -255,16 +266,15 @@ class _Run:
                 asked = step.learns_from(self.original) if isinstance(step, Train) else step
                 text = self.recipe.calibration
                 report = asked(before, folder, text, strict=self.strict, progress=self.progress)
-        stage.seconds = round(time.perf_counter() - start, 3)
-        stage.peak_bytes = peak.bytes
+        stage.seconds = None if interrupted else round(time.perf_counter() - start, 3)
+        stage.peak_bytes = 0 if interrupted else peak.bytes
         if self.strict:
             report.require_strict()
-        measure_size(stage, folder, report, self.journal.stages[-1])
+        measure_size(stage, folder, report, before)
         stage.layers = [asdict(layer) for layer in report.layers]
         stage.losses = [tuple(row) for row in (report.training or {}).get("log", [])]
         stage.notes = [f"{name}: {why}" for name, why in report.departures.items()]
-        self._measure(stage, folder, 0)
-        self.journal.stages.append(stage)
+        return stage
 
     def _evaluate(self, number: int, folder: Path) -> None:
         """What an Evaluate among the steps asks for, of the model as it is and of the original."""
@@ -276,9 +286,18 @@ class _Run:
     def _measure(self, stage: Stage, folder: Path, number: int) -> None:
         """number: of the Evaluate among the steps; 0: that of the whole recipe."""
         asked = self.recipe.steps[number - 1] if number else self.recipe.evaluate
-        if isinstance(asked, Evaluate):
-            windows = self.checked.windows[number]
+        if not isinstance(asked, Evaluate):
+            return
+        windows = self.checked.windows[number]
+        try:
             measure_quality(stage, folder, self.original, windows, asked.speed)
+        except TersorError as error:
+            raise TersorError(
+                f"{stage.name} cannot be measured: {error}; its model is {folder}, and what was "
+                f"measured before is in {self.journal.folder / _JOURNAL}"
+            ) from None
+        finally:  # what was measured is kept, whatever stopped the rest
+            self.journal.write()
 
     def _writes(self) -> list[int]:
         """Numbers of the steps that write a model."""
@@ -323,13 +342,41 @@ def _identity(checked: Checked, original: Path) -> dict[str, Any]:
     }
 
 
-def _exists(out: Path) -> str:
-    return f"{out} exists already; remove it or choose another output folder"
+def _draw(report: RecipeReport, folder: Path) -> None:
+    """Writes the report into its folder, with the page, or with what kept that from being drawn."""
+    report.no_page = ""
+    try:
+        write_page(report, folder / RECIPE_PAGE)
+    except Exception as error:  # whatever a broken installation makes the drawing raise
+        kind = "" if isinstance(error, TersorError) else f"{type(error).__name__}: "
+        report.no_page = f"{kind}{error}"
+    with durable(folder / RECIPE_REPORT) as file:
+        file.write(report.to_json().encode())
+
+
+def _draw_again(out: Path, recipe: Recipe, model: Path) -> RecipeReport:
+    """The report of a run of this recipe that ended without its page, which is drawn now.
+    TersorError for any other output, and where it still cannot be drawn."""
+    if not (out / RECIPE_REPORT).is_file() or (out / RECIPE_PAGE).exists():
+        raise TersorError(exists_already(out))
+    report = RecipeReport.read(out)
+    steps = json.loads(json.dumps(recipe.to_dicts()))
+    if (report.model, report.steps) != (model.resolve().name, steps):
+        raise TersorError(exists_already(out))
+    _draw(report, out)
+    if report.no_page:
+        raise TersorError(
+            f"{out} is whole but for its page ({report.no_page}); mend that and run the same "
+            "command again, or remove the folder to start anew"
+        )
+    return report
 
 
 def _machine() -> dict[str, Any]:
-    with open("/proc/cpuinfo", encoding="utf-8") as file:
-        names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    names = []
+    with suppress(OSError):  # of Linux alone
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n")
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     usable = [kernel.isa for kernel in kernels.table() if not kernel.unavailable]
     return {
         "processor": names[0] if names else "unknown",

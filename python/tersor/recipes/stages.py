@@ -24,10 +24,11 @@ class Stage:
     name: "original" (or "model", where it is measured against another one), or the step with its
         number: "2 prune".
     step: the name of the step; None for the original. settings: what it was given.
-    seconds: that the step took; peak_bytes: the most memory that was resident meanwhile.
+    seconds: that the step took, None where it was interrupted and nobody timed all of it;
+        peak_bytes: the most memory that was resident meanwhile, 0 where that is not known.
     bytes: of all tensors of its checkpoint. parameters: as if none were quantized.
-    bits_per_weight: mean over the linears of the blocks, scales included; sparsity: share of zeros
-        among their weights.
+    bits_per_weight: mean over all linears of the blocks, scales included, and those that were left
+        in 16 bits with them; sparsity: share of zeros among the weights of the same.
     quality: text -> Quality.to_dict() of tersor.evaluate against the original; empty where it was
         not measured. speed: asdict(Speed), or None.
     layers: LayerReport dicts of tersor.report, of the linears that the step changed.
@@ -40,7 +41,7 @@ class Stage:
     name: str
     step: str | None
     settings: dict[str, Any] = field(default_factory=dict)
-    seconds: float = 0.0
+    seconds: float | None = 0.0
     peak_bytes: int = 0
     bytes: int = 0
     parameters: int = 0
@@ -62,6 +63,7 @@ class RecipeReport:
     machine: processor, threads, instruction set. stages: the original first.
     front: points of a search, where there was one (see tersor.search): dicts with at least
         bytes, kl and latency (seconds).
+    no_page: why the page could not be drawn; "" where it was.
     """
 
     model: str
@@ -71,6 +73,7 @@ class RecipeReport:
     machine: dict[str, Any]
     stages: list[Stage] = field(default_factory=list)
     front: list[dict[str, Any]] = field(default_factory=list)
+    no_page: str = ""
 
     def to_json(self) -> str:
         known = json.loads(json.dumps(asdict(self)), parse_constant=lambda _: None)  # no NaN

@@ -22,7 +22,8 @@ class Effort:
     """How hard to look.
 
     trials: choices that are tried, those that the search begins with among them; 0 for none beyond
-        what the sensitivities propose. seconds: after which no new one is begun, or None.
+        what the sensitivities propose. seconds: that trials may take before no new one is begun, or
+        None; solving, timing and sensitivities come before and are not counted.
     sampler: "nsga2", evolution (Deb et al., 2002), or "tpe", Bayesian (Bergstra et al., 2011).
     population: of the evolution; also how many choices it begins with, each the best by
         sensitivity for another bound.
@@ -56,6 +57,8 @@ class Effort:
                 raise TersorError(f"{name} must be a whole number from {least} on, not {value!r}")
         if self.seconds is not None and not self.seconds > 0:
             raise TersorError(f"seconds must be more than 0, not {self.seconds}; None is no limit")
+        if self.seconds is not None and not self.trials:
+            raise TersorError("seconds bound trials, and there are none; leave seconds out")
 
 
 @dataclass(frozen=True)

@@ -113,12 +113,12 @@ def _write(
     assignment = front.assignment(front.points[front.chosen])
     treatments = {name: each.treatment for name, each in assignment.items()}
     settings = json.loads(json.dumps(settings_of(treatments, ignore, sequential)))
-    made = out
-    if not _is_written(out, settings):  # or an earlier run was stopped just after that
+    made, fingerprint = out, search.source.checkpoint.fingerprint()
+    if not _is_written(out, settings, fingerprint):  # or an earlier run was stopped just after that
         refuse_existing(out)
         name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
         made = search.work / f"chosen-{name}"
-        if not _is_written(made, settings):
+        if not _is_written(made, settings, fingerprint):
             compress_checkpoint(
                 *(search.source.checkpoint.folder, made),
                 treatments=treatments,
@@ -133,19 +133,23 @@ def _write(
     kl = search.problem.compare(load(made) if quantized else _plain(made))
     front.written = {"bytes": report.bytes_after, "kl": kl}
     front.notes += [f"as written, {name}: {why}" for name, why in report.departures.items()]
-    front.save(made)
     if importlib.util.find_spec("matplotlib") is not None:
-        front.draw(made / "front.svg")
+        try:
+            front.draw(made / "front.svg")
+        except Exception as error:  # whatever a broken installation makes the drawing raise
+            front.notes.append(f"front.svg could not be drawn ({error}); Front.draw draws it again")
+    front.save(made)
     if made != out:
         refuse_existing(out)
         os.rename(made, out)
         sync_folder(out.parent)
 
 
-def _is_written(folder: Path, settings: Mapping[str, Any]) -> bool:
-    """Whether an earlier run of the same search was interrupted after it had written the folder."""
+def _is_written(folder: Path, settings: Mapping[str, Any], fingerprint: str) -> bool:
+    """Whether an earlier run of the same search was interrupted after it had written the folder.
+    fingerprint: of the checkpoint that is searched."""
     report = Report.read(folder) if folder.is_dir() else None
-    if report is None:
+    if report is None or report.fingerprint != fingerprint:
         return False
     return all(report.settings.get(key) == value for key, value in settings.items())
 
@@ -201,6 +205,10 @@ class Search:
                 f"{type(calibration).__name__}"
             )
         space, effort = space or Space(), effort or Effort()
+        if differentiable is not None and effort.seconds is not None:
+            raise TersorError(
+                "seconds bound trials, in whose place logits are trained; leave seconds out"
+            )
         if effort.trials and differentiable is None:
             require_optuna()
         source = Source.open(model)

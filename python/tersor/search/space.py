@@ -15,6 +15,7 @@ from tersor.sparsity import Sparsity
 
 Choice = tuple[int, ...]  # the number of a candidate for each unit
 GRANULARITIES = ("linear", "input", "block", "kind")
+_GROUP = 128  # columns that share a scale, where it is left open
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,10 @@ class Unit:
 class Space:
     """The candidates, which are the same for every unit, and how linears are put into units.
 
-    bits: of codes, to choose from; () leaves all weights in 16 bits. group, symmetric: of every
-        grid. activations: None for 16 bits, ActSpec() for int8. An 8-bit weight under int8
-        activations has one scale per row.
+    bits: of codes, to choose from; () leaves all weights in 16 bits. activations: None for 16 bits,
+        ActSpec() for int8.
+    group, symmetric: of every grid. group: columns that share a scale; None is one per row, and
+        "auto" as in quantize: 128, but one per row for an 8-bit weight under int8 activations.
     sparsities: zeros to choose from, beside none; each with every grid and in 16 bits.
     methods: keys of SOLVERS for what is not pruned, and of PRUNERS for what is. Several of a sort
         are candidates of their own.
@@ -115,7 +117,7 @@ class Space:
     """
 
     bits: tuple[int, ...] = (2, 3, 4, 8)
-    group: int | None = 128
+    group: int | str | None = "auto"
     symmetric: bool = True
     activations: tuple[ActSpec | None, ...] = (None,)
     sparsities: tuple[Sparsity, ...] = ()
@@ -127,6 +129,10 @@ class Space:
         if self.granularity not in GRANULARITIES:
             raise TersorError(
                 f"granularity must be one of {', '.join(GRANULARITIES)}, not {self.granularity!r}"
+            )
+        if isinstance(self.group, str) and self.group != "auto":
+            raise TersorError(
+                f"group is a number of columns, None for the whole row, or auto, not {self.group!r}"
             )
         for method in self.methods:
             if method not in SOLVERS and method not in PRUNERS:
@@ -168,7 +174,9 @@ class Space:
     def _schemes(self) -> Iterator[Scheme]:
         for bits in sorted(set(self.bits), reverse=True):
             for activation in dict.fromkeys(self.activations):
-                group = None if bits == 8 and activation else self.group
+                group = self.group
+                if isinstance(group, str):  # "auto"
+                    group = None if bits == 8 and activation else _GROUP
                 yield Scheme(QSpec(bits, group, self.symmetric), activation)
 
     def units(self, scope: Scope) -> tuple[Unit, ...]:

@@ -22,7 +22,7 @@ from tersor.models.arch import respell
 from tersor.progress import Progress
 from tersor.pruning import best
 from tersor.pruning.experts import EXPERT_IMPORTANCES, ExpertStats, expert_importance
-from tersor.report import REPORT, TIMINGS, Report, Timings, ranges
+from tersor.report import Report, Timings, ranges
 from tersor.runs import Run, identity, text_windows
 from tersor.shards import ShardWriter, refuse_existing
 from tersor.source import Source
@@ -59,12 +59,8 @@ def drop_experts(
     without experts.
     """
     refuse_existing(out)
-    if importance not in EXPERT_IMPORTANCES:
-        raise TersorError(
-            f"importance of experts is {', '.join(EXPERT_IMPORTANCES)}, not {importance!r}"
-        )
     source = Source.open(model)
-    mixture = settle_experts(source, experts)
+    mixture = settle_drop(source, experts=experts, importance=importance)
     windows = None
     if importance != "magnitude":
         if calibration is None:
@@ -72,7 +68,6 @@ def drop_experts(
                 "experts are ranked on text; give --calibration FILE (only --importance magnitude "
                 "needs none)"
             )
-        mixture.check_observable(source)
         windows = text_windows(source, calibration)
     report = begin_report(
         source,
@@ -101,13 +96,7 @@ def drop_experts(
             importance=importance,
         )
         run.write_outside(tables=False)
-        for path in run.blocks(windows):
-            report.add(writer.done[path])
-            if strict:
-                report.require_strict()
-        report.bytes_after = run.nbytes
-        files = {REPORT: report.to_json(), TIMINGS: run.timings.to_json()}
-        writer.finish(mixture.config(source), source.checkpoint.folder, files)
+        run.complete(report, run.blocks(windows), mixture.config(source), strict)
     return report
 
 
@@ -191,6 +180,19 @@ class Mixture:
         if prefix is None or not name.startswith(prefix):
             return None
         return int(name.removeprefix(prefix).partition(".")[0])
+
+
+def settle_drop(source: Source, *, experts: float, importance: str) -> Mixture:
+    """What drop_experts leaves. TersorError for what it refuses by the model's configuration
+    alone."""
+    if importance not in EXPERT_IMPORTANCES:
+        raise TersorError(
+            f"importance of experts is {', '.join(EXPERT_IMPORTANCES)}, not {importance!r}"
+        )
+    mixture = settle_experts(source, experts)
+    if importance != "magnitude":
+        mixture.check_observable(source)
+    return mixture
 
 
 def settle_experts(source: Source, experts: float) -> Mixture:

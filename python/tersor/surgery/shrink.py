@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from tersor.errors import TersorError
 from tersor.models import GROUPS
 from tersor.progress import Progress
 from tersor.pruning import BY_STATISTICS, best, bias_for, importance, output_error, reconstruct
-from tersor.report import REPORT, TIMINGS, LayerReport, Report, Timings, ranges
+from tersor.report import LayerReport, Report, Timings, ranges
 from tersor.runs import Run, identity, text_windows
 from tersor.shards import ShardWriter, refuse_existing
 from tersor.source import Source
@@ -97,26 +98,21 @@ def shrink_checkpoint(
     which transformers makes no smaller one of that kind.
     """
     refuse_existing(out)
-    for name, value, known in (
-        ("importance", importance, IMPORTANCES),
-        ("head_importance", head_importance or importance, IMPORTANCES),
-        ("layer_importance", layer_importance, (*DISTANCES, CONTIGUOUS)),
-        ("ranking", ranking, RANKINGS),
-        ("update", update, UPDATES),
-    ):
-        if value not in known:
-            raise TersorError(f"{name} is {', '.join(known)}, not {value!r}")
-    if not is_number(damp) or not 0 < damp < 1:
-        raise TersorError(f"damp must be between 0 and 1, not {damp!r}; 0.01 is usual")
     source = Source.open(model)
-    cuts = settle_cuts(
-        source, heads=heads, query_heads=query_heads, ffn=ffn, layers=layers, multiple=multiple
+    cuts, how = settle_shrink(
+        source,
+        heads=heads,
+        query_heads=query_heads,
+        ffn=ffn,
+        layers=layers,
+        multiple=multiple,
+        importance=importance,
+        head_importance=head_importance,
+        layer_importance=layer_importance,
+        ranking=ranking,
+        update=update,
+        damp=damp,
     )
-    if head_importance and not any(cut.what == "heads" for cut in cuts.groups):
-        raise TersorError("head_importance is of heads, and none are cut; leave it out")
-    how = {"heads": head_importance or importance, "ffn": importance}
-    how = {cut.what: how[cut.what] for cut in cuts.groups}
-    _check(source, cuts, how, ranking, update)
     ranks = isinstance(cuts.drop, int) and cuts.drop > 0
     observes = update != "none" or any(kind not in ("magnitude", "taylor") for kind in how.values())
     observes = observes and bool(cuts.groups)
@@ -166,14 +162,43 @@ def shrink_checkpoint(
             layer_importance: distances,
             "blocks": [],
         }
-        for path in run.blocks(kept, small, windows, observes):
-            report.add(writer.done[path])
-            if strict:
-                report.require_strict()
-        report.bytes_after = run.nbytes
-        files = {REPORT: report.to_json(), TIMINGS: run.timings.to_json()}
-        writer.finish(cuts.config(source, kept), source.checkpoint.folder, files)
+        done = run.blocks(kept, small, windows, observes)
+        run.complete(report, done, cuts.config(source, kept), strict)
     return report
+
+
+def settle_shrink(
+    source: Source,
+    *,
+    importance: str,
+    head_importance: str | None,
+    layer_importance: str,
+    ranking: str,
+    update: str,
+    damp: float,
+    **parts: Any,
+) -> tuple[Cuts, dict[str, str]]:
+    """What shrink_checkpoint cuts, and the importance that each kind of it is ranked by. parts: of
+    settle_cuts; the rest is as in shrink_checkpoint. TersorError for what it refuses by the model's
+    configuration alone."""
+    for name, value, known in (
+        ("importance", importance, IMPORTANCES),
+        ("head_importance", head_importance or importance, IMPORTANCES),
+        ("layer_importance", layer_importance, (*DISTANCES, CONTIGUOUS)),
+        ("ranking", ranking, RANKINGS),
+        ("update", update, UPDATES),
+    ):
+        if value not in known:
+            raise TersorError(f"{name} is {', '.join(known)}, not {value!r}")
+    if not is_number(damp) or not 0 < damp < 1:
+        raise TersorError(f"damp must be between 0 and 1, not {damp!r}; 0.01 is usual")
+    cuts = settle_cuts(source, **parts)
+    if head_importance and not any(cut.what == "heads" for cut in cuts.groups):
+        raise TersorError("head_importance is of heads, and none are cut; leave it out")
+    how = {"heads": head_importance or importance, "ffn": importance}
+    how = {cut.what: how[cut.what] for cut in cuts.groups}
+    _check(source, cuts, how, ranking, update)
+    return cuts, how
 
 
 def _check(source: Source, cuts: Cuts, how: Mapping[str, str], ranking: str, update: str) -> None:

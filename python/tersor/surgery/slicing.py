@@ -29,14 +29,13 @@ from tersor.pruning.rotation import (
     reading,
     writing,
 )
-from tersor.report import REPORT, TIMINGS, Report, Timings
+from tersor.report import Report, Timings
 from tersor.runs import Run, identity, text_windows
 from tersor.shards import ShardWriter, refuse_existing
 from tersor.source import Source
-from tersor.surgery.smaller import PRUNED, begin_report, is_number, is_pruned, parameters
-from tersor.surgery.width import Width, settle_width
+from tersor.surgery.smaller import PRUNED, begin_report, is_pruned, parameters
+from tersor.surgery.width import UPDATES, Width, check_tokens, settle_slice
 
-UPDATES = ("least-squares", "none")
 OVERFLOW = "rotation made it too large for its dtype: convert the model to bfloat16 or float32"
 
 
@@ -77,23 +76,15 @@ def slice_checkpoint(
     known, and for a model whose stream cannot be rotated.
     """
     refuse_existing(out)
-    if update not in UPDATES:
-        raise TersorError(f"update is {' or '.join(UPDATES)} for the hidden width, not {update!r}")
-    if not is_number(damp) or not 0 < damp < 1:
-        raise TersorError(f"damp must be between 0 and 1, not {damp!r}; 0.01 is usual")
     source = Source.open(model)
-    width = settle_width(source, hidden, multiple)
+    width = settle_slice(source, hidden=hidden, multiple=multiple, update=update, damp=damp)
     if calibration is None:
         raise TersorError(
             "the directions of the residual stream that matter are found on text; give "
             "--calibration FILE"
         )
     windows = text_windows(source, calibration)
-    if windows.numel() < width.kept:
-        raise TersorError(
-            f"{windows.numel()} tokens cannot tell which {width.kept} directions matter; give more "
-            "text (--samples, --seq-len)"
-        )
+    check_tokens(width, windows)
     report = begin_report(
         source,
         {
@@ -115,13 +106,8 @@ def slice_checkpoint(
     with ShardWriter(out, identity(report)) as writer, Progress(progress) as bar:
         run = _Run(source=source, writer=writer, bar=bar, width=width, small=small, damp=damp)
         report.structure["energy"] = run.find_directions(windows)
-        for key in run.write(windows if update == UPDATES[0] else None):
-            report.add(writer.done[key])
-            if strict:
-                report.require_strict()
-        report.bytes_after = run.nbytes
-        files = {REPORT: report.to_json(), TIMINGS: run.timings.to_json()}
-        writer.finish(width.config(source), source.checkpoint.folder, files)
+        keys = run.write(windows if update == UPDATES[0] else None)
+        run.complete(report, keys, width.config(source), strict)
     return report
 
 

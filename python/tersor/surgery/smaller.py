@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from tersor.calibrate import Calibration
 from tersor.errors import TersorError
 from tersor.layerwise import machine
-from tersor.models import build_skeleton, find_arch, plain_linears
+from tersor.models import Stored, build_skeleton, find_arch, plain_linears
 from tersor.report import Report, versions
 from tersor.runs import describe
 from tersor.source import Source
@@ -43,6 +44,18 @@ def smaller_skeleton(
                 "takes no other number than the one that follows from the rest of config.json"
             )
     return model
+
+
+def foreseen(source: Source, config: Mapping[str, Any], model: nn.Module) -> Source:
+    """The source that a step will leave, as far as its configuration and shapes tell: what can be
+    asked of it before its files are there.
+
+    config, model: config.json and the skeleton of what the step leaves."""
+    checkpoint = copy.copy(source.checkpoint)
+    checkpoint.config = dict(config)
+    names = (name for name, _ in model.named_parameters(remove_duplicate=False))
+    where = {name: Stored(name, name) for name in names}
+    return Source(checkpoint, model, find_arch(model), where, source.dtype)
 
 
 def begin_report(

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tersor.errors import TersorError
 from tersor.models import Stream, config_value, parts_of
 from tersor.source import Source
 from tersor.surgery.smaller import channels_left, is_number, parameters, smaller_skeleton
+
+UPDATES = ("least-squares", "none")  # of what reads the stream
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,28 @@ def settle_width(source: Source, hidden: float, multiple: int | None) -> Width:
             "cut more, or cut heads, ffn or layers"
         )
     return width
+
+
+def settle_slice(
+    source: Source, *, hidden: float, multiple: int | None, update: str, damp: float
+) -> Width:
+    """What slice_checkpoint leaves of the width. TersorError for what it refuses by the model's
+    configuration alone."""
+    if update not in UPDATES:
+        raise TersorError(f"update is {' or '.join(UPDATES)} for the hidden width, not {update!r}")
+    if not is_number(damp) or not 0 < damp < 1:
+        raise TersorError(f"damp must be between 0 and 1, not {damp!r}; 0.01 is usual")
+    return settle_width(source, hidden, multiple)
+
+
+def check_tokens(width: Width, windows: Tensor) -> None:
+    """TersorError for a text, token ids int64 [samples, seq_len], too short to find as many
+    directions in."""
+    if windows.numel() < width.kept:
+        raise TersorError(
+            f"{windows.numel()} tokens cannot tell which {width.kept} directions matter; give more "
+            "text (--samples, --seq-len)"
+        )
 
 
 def _stream_of(source: Source) -> Stream:

@@ -108,7 +108,7 @@ def _item(record: Any) -> Item:
     match record:
         case {"context": str(context), "choices": [*choices], "answer": int(answer)} if all(
             isinstance(choice, str) for choice in choices
-        ):
+        ) and not isinstance(answer, bool):
             for text in (context, *choices):
                 check_characters(text, "a text")
             return Item(context, tuple(choices), answer)
