@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,26 @@ def distilled(folder: Path, processes: int) -> dict[str, Tensor]:
     }
 
 
+def loaded(folder: Path) -> Tensor:
+    """What was logged with a student of which each process has loaded its part."""
+    from transformers.distributed import DistributedConfig
+
+    student, teacher = pair()
+    how = args(folder, ddp_backend="gloo", per_device_train_batch_size=4, optim="sgd",
+               learning_rate=0.1, max_grad_norm=0.5)  # fmt: skip
+    if torch.distributed.get_rank() == 0:
+        student.save_pretrained(folder / "model")
+    torch.distributed.barrier()
+    parts = AutoModelForCausalLM.from_pretrained(
+        folder / "model", distributed_config=DistributedConfig(fsdp_size=2)
+    )
+    assert all(map(is_sharded, parts.parameters()))
+    made = DistillTrainer(parts, teacher, args=how, train_dataset=examples())
+    made.train()
+    logs = [log for log in made.state.log_history if "loss" in log]
+    return torch.tensor([[log[name] for name in LOGGED] for log in logs])
+
+
 def aware(folder: Path, processes: int) -> nn.Module:
     """A student that was trained for a grid, and is quantized if one process has all of it."""
     student, teacher = pair()
@@ -125,6 +146,8 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     wanted = distilled(tmp_path / "one", 1)
     found = load_file(tmp_path / "result.safetensors")
+    if "loaded" in found:
+        torch.testing.assert_close(found.pop("loaded"), wanted["logs"], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
     models = [
         AutoModelForCausalLM.from_pretrained(tmp_path / name / "model") for name in ("two", "one")
@@ -155,6 +178,8 @@ def linears(model: Any) -> dict[str, Any]:
 if __name__ == "__main__":
     root = Path(sys.argv[1])
     result = distilled(root / "two", 2)
+    if find_spec("transformers.distributed.fsdp") is not None:
+        result["loaded"] = loaded(root / "six")
     if torch.distributed.get_rank() == 0:
         save_file(result, root / "result.safetensors")
     aware(root / "four", 2)
