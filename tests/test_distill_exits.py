@@ -264,6 +264,22 @@ def test_gradients_of_heads_are_looked_at_and_clipped(tmp_path: Path) -> None:
         trainer.train()
 
 
+def test_heads_do_not_shorten_the_steps_of_the_model(tmp_path: Path) -> None:
+    """Gradients are clipped on their own: a weight of the exits that is a thousand times as large
+    leaves the model's step as it is, where nothing of their loss reaches the model."""
+
+    def step(weight: float) -> dict[str, Tensor]:
+        model = deep(num_hidden_layers=3)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name == "lm_head.weight")
+        exits = ExitHeads(model, [0], own=True)
+        how = args(tmp_path, max_steps=1, optim="sgd", learning_rate=1.0, max_grad_norm=0.1)
+        ExitTrainer(model, exits, weights={0: weight}, args=how, train_dataset=examples()).train()
+        return weights(model)
+
+    torch.testing.assert_close(step(1.0), step(1000.0), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
 def test_predictions_and_the_evaluation_after_them(tmp_path: Path, kind: str) -> None:
     """Logits of all tokens, of the model as it is; and logs of what was evaluated alone."""

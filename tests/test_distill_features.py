@@ -152,3 +152,18 @@ def test_refusals() -> None:
         Features(hidden=1, kind="l1")
     with pytest.raises(TersorError, match="hidden is -1"):
         Features(hidden=-1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "name", "wants"),
+    [
+        ({"embedding": 1.0, "layers": {0: 1}}, "layers", "hidden, values or attention"),
+        ({"values": 1.0, "kind": "cosine"}, "kind", "hidden or embedding"),
+        ({"hidden": 1.0, "heads": 2}, "heads", "values"),
+        ({"hidden": 1.0, "attention_kind": "mse"}, "attention_kind", "attention"),
+        ({"hidden": 1.0, "attention_heads": {0: 0}}, "attention_heads", "attention"),
+    ],
+)
+def test_settings_without_effect(settings: dict[str, Any], name: str, wants: str) -> None:
+    with pytest.raises(TersorError, match=f"{name} changes nothing without a weight for {wants};"):
+        Features(**settings)

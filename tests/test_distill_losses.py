@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from tersor import TersorError
 from tersor.training import LOSSES, Distillation, Head, distill, token_losses
-from tersor.training.losses import GeneralizedJS, Loss, SkewedKL, SkewedReverseKL
+from tersor.training.losses import Cosine, GeneralizedJS, Loss, SkewedKL, SkewedReverseKL
 
 
 def kl(a: Tensor, b: Tensor) -> Tensor:
@@ -36,6 +36,11 @@ def by_hand(name: str, student: Tensor, teacher: Tensor, temperature: float = 1.
         "total_variation": lambda: (p - q).abs().sum(-1) / 2,
     }
     return divergence[name]() * temperature**2
+
+
+def temperatures(name: str, *others: float) -> tuple[float, ...]:
+    """1, and the others where the loss knows temperatures."""
+    return (1.0, *others) if LOSSES[name].of_distributions else (1.0,)
 
 
 def batch(dtype: torch.dtype = torch.float64, spread: float = 3.0) -> dict[str, Tensor]:
@@ -74,8 +79,9 @@ def fused(made: dict[str, Tensor], **settings: Any) -> list[Tensor]:
     return [loss, *torch.autograd.grad(loss, inputs)]
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7, 4.0])
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(
+    ("name", "temperature"), [(name, t) for name in LOSSES for t in temperatures(name, 0.7, 4.0)]
+)
 def test_plain_losses(name: str, temperature: float) -> None:
     torch.manual_seed(1)
     student, teacher = 4 * torch.randn(2, 9, 31, dtype=torch.float64)
@@ -97,7 +103,7 @@ def test_plain_losses(name: str, temperature: float) -> None:
 def test_pieces_are_the_whole(name: str, chunk: int) -> None:
     """Loss and gradients, whatever the pieces, are those of plain autograd."""
     made = batch()
-    for temperature, alpha in ((2.0, 0.3), (1.0, 1.0)):
+    for temperature, alpha in ((temperatures(name, 2.0)[-1], 0.3), (1.0, 1.0)):
         wanted = whole(made, name, temperature, alpha)
         found = fused(made, loss=name, temperature=temperature, alpha=alpha, chunk=chunk)
         for a, b in zip(found, wanted, strict=True):
@@ -107,8 +113,9 @@ def test_pieces_are_the_whole(name: str, chunk: int) -> None:
 @pytest.mark.parametrize("name", LOSSES)
 def test_float32_is_accurate(name: str) -> None:
     made = batch(torch.float32)
-    wanted = whole(made, name, 2.0, 0.5)
-    for a, b in zip(fused(made, loss=name, temperature=2.0, chunk=200), wanted, strict=True):
+    t = temperatures(name, 2.0)[-1]
+    wanted = whole(made, name, t, 0.5)
+    for a, b in zip(fused(made, loss=name, temperature=t, chunk=200), wanted, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=2e-5, atol=2e-6)
 
 
@@ -137,7 +144,8 @@ def test_a_student_that_is_its_teacher(name: str, dtype: torch.dtype) -> None:
     made = batch(dtype, spread=20)
     hidden, weight = made["hidden"].requires_grad_(), made["weight"].requires_grad_()
     for chunk in (90, 1 << 20):
-        settings = Distillation(name, temperature=2.0, alpha=1.0, chunk=chunk)
+        t = temperatures(name, 2.0)[-1]
+        settings = Distillation(name, temperature=t, alpha=1.0, chunk=chunk)
         teacher = Head(hidden.detach(), weight.detach())
         loss = distill(Head(hidden, weight), teacher, settings, made["labels"]).loss
         loss.backward()
@@ -298,6 +306,8 @@ def test_refusals() -> None:
         Head(torch.randn(4, 3), torch.randn(9, 5))
     with pytest.raises(TersorError, match="of one vocabulary"):
         token_losses("forward_kl", logits, other)
+    with pytest.raises(TersorError, match="changes nothing in Cosine"):
+        token_losses("cosine", logits, logits, 2.0)
 
 
 @pytest.mark.parametrize(
@@ -308,6 +318,8 @@ def test_refusals() -> None:
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"temperature": -1.0}, "above 0"),
         ({"temperature": float("inf")}, "temperature is inf"),
+        ({"loss": "logit_mse", "temperature": 2.0}, "2.0 and changes nothing in LogitMSE"),
+        ({"loss": Cosine(), "temperature": 0.5}, "0.5 and changes nothing in Cosine"),
         ({"alpha": 1.5}, "alpha is 1.5"),
         ({"chunk": 0}, "chunk is 0"),
     ],

@@ -179,6 +179,31 @@ def test_killed_and_continued(tmp_path: Path) -> None:
         cache_teacher(teacher, windows, tmp_path / "cut", **how)
 
 
+def test_a_teacher_that_was_being_trained(tmp_path: Path) -> None:
+    """Nothing is dropped while it reads; afterwards its modes are as they were."""
+    model, windows = tiny.model("gpt2", attn_pdrop=0.5, resid_pdrop=0.5), text(2)
+    wanted = cache_teacher(model.eval(), windows, tmp_path / "eval", Keep(8)).targets(windows)
+    model.train().transformer.h[0].eval()
+    found = cache_teacher(model, windows, tmp_path / "train", Keep(8)).targets(windows)
+    assert torch.equal(found.p, wanted.p) and found.ids.equal(wanted.ids)
+    assert model.training and not model.transformer.h[0].training
+
+
+def test_draws_do_not_depend_on_batches(tmp_path: Path) -> None:
+    """So that a run that ran out of memory can go on with smaller ones."""
+    model, windows = tiny.model("llama").double(), text(4)
+    found = [
+        cache_teacher(model, windows, tmp_path / f"{batch}", Keep(4, samples=6), batch=batch)
+        for batch in (1, 4)
+    ]
+    targets = [cache.targets(windows) for cache in found]
+    assert targets[0].ids.equal(targets[1].ids)
+    drawn = targets[0].ids[:, 4:].reshape(4, -1)
+    assert len({tuple(row) for row in drawn.tolist()}) == 4
+    other = cache_teacher(model, windows, tmp_path / "seed", Keep(4, samples=6, seed=1))
+    assert not other.targets(windows).ids.equal(targets[0].ids)
+
+
 def test_another_teacher_is_another_fingerprint(tmp_path: Path) -> None:
     model, windows = tiny.model("llama"), text(2)
     first = cache_teacher(model, windows, tmp_path / "1").manifest["teacher"]
@@ -218,6 +243,8 @@ def test_refusals(tmp_path: Path) -> None:
         Keep(proposal=0.0)
     with pytest.raises(TersorError, match="samples is -1"):
         Keep(samples=-1)
+    with pytest.raises(TersorError, match=r"proposal is 0\.5 and changes nothing without samples"):
+        Keep(proposal=0.5)
 
 
 def test_damaged_folders(tmp_path: Path) -> None:

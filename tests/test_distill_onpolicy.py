@@ -134,6 +134,19 @@ def test_long_prompts() -> None:
     assert torch.equal(longer["input_ids"][0, :61], ids[0, :61])  # rotary positions have no end
 
 
+def test_long_prompts_of_a_teacher_with_fewer_positions() -> None:
+    """Its table is the limit, where the student has none."""
+    ids = windows(2, 62)
+    labels = torch.full_like(ids, -100)
+    student, teacher = tiny.model("llama"), tiny.model("opt")
+    made = OnPolicy(share=1.0, new_tokens=8).written(
+        student, {"input_ids": ids, "labels": labels}, WHEN, teacher=teacher
+    )
+    assert made["input_ids"].shape[1] <= 64
+    assert torch.equal(made["input_ids"][0, :56], ids[0, 6:])
+    teacher(made["input_ids"])
+
+
 def test_share() -> None:
     """About so many batches, the same ones in every process."""
     settings = OnPolicy(share=0.25, new_tokens=1, prompt_tokens=1)
@@ -221,6 +234,7 @@ def test_refusals(tmp_path: Path) -> None:
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"top_p": 0.9, "temperature": 0}, "top_p=0.9 changes nothing at temperature 0"),
         ({"prompt_tokens": 0}, "prompt_tokens is 0"),
         ({"prompts": []}, "prompts must be token ids"),
         ({"prompts": [[1], []]}, "prompts must be token ids"),
@@ -240,8 +254,12 @@ def test_refusals(tmp_path: Path) -> None:
         {"new_tokens": 5, "prompt_tokens": 60},
         {"new_tokens": 64},
     ):
-        with pytest.raises(TersorError, match="beyond the model's 64 positions"):
-            DistillTrainer(tiny.model("opt"), teacher, on_policy=OnPolicy(**wrong), **how)
+        for models, whose in (
+            ((tiny.model("opt"), teacher), "student"),
+            ((student, tiny.model("opt")), "teacher"),
+        ):
+            with pytest.raises(TersorError, match=f"beyond the {whose}'s 64 positions"):
+                DistillTrainer(*models, on_policy=OnPolicy(**wrong), **how)
     whole = [row | {"labels": row["input_ids"]} for row in examples()]
     trainer = DistillTrainer(
         student, teacher, on_policy=OnPolicy(share=1.0), args=args(tmp_path), train_dataset=whole

@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 import tiny
 
 pytest.importorskip("accelerate")
 
 from tersor import QSpec, Scheme, TersorError, swap_linears
-from tersor.training import Distillation
+from tersor.training import Distillation, Features
+from tersor.training.losses import SkewedKL
 from tersor.training.progressive import by_distillation, progressive
 from test_distill_trainer import examples, weights
 
@@ -38,6 +39,23 @@ def teacher() -> Any:
 
 def distil(**changes: Any) -> Any:
     return by_distillation(Distillation(), examples(), **(HOW | changes))
+
+
+class KilledError(Exception):
+    pass
+
+
+class Kill(TrainerCallback):
+    """After the first step, and its checkpoint."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            raise KilledError
+
+
+def killed(student: Any, source: Any, folder: Path) -> None:
+    way = by_distillation(Distillation(), examples(), {"callbacks": [Kill()]}, **HOW)
+    way(student, source, folder)
 
 
 def test_chain(tmp_path: Path) -> None:
@@ -69,15 +87,10 @@ def test_killed(tmp_path: Path, stage: int) -> None:
     whole = progressive(teacher(), [3, 1], distil(), tmp_path / "whole")
     calls: list[int] = []
 
-    class KilledError(Exception):
-        pass
-
     def train(student: Any, source: Any, folder: Path) -> None:
         calls.append(student.config.num_hidden_layers)
-        if len(calls) == stage:
-            distil(max_steps=1)(student, source, folder)
-            raise KilledError
-        distil()(student, source, folder)
+        way = killed if len(calls) == stage else distil()
+        way(student, source, folder)
 
     with pytest.raises(KilledError):
         progressive(teacher(), [3, 1], train, tmp_path / "again")
@@ -98,11 +111,7 @@ def test_killed(tmp_path: Path, stage: int) -> None:
 def test_begun_with_another_teacher(tmp_path: Path) -> None:
     """A stage that was killed is not gone on with from what another one learnt."""
 
-    def killed(student: Any, source: Any, folder: Path) -> None:
-        distil(max_steps=1)(student, source, folder)
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KilledError):
         progressive(teacher(), [3], killed, tmp_path / "chain")
     begun = tmp_path / "chain" / "stage-1.training"
     other = tiny.model("llama", num_hidden_layers=5)
@@ -115,6 +124,58 @@ def test_begun_with_another_teacher(tmp_path: Path) -> None:
     begun.mkdir()  # as if it had been killed just after the stage had its name
     progressive(teacher(), [3], distil(), tmp_path / "chain")
     assert not begun.exists()
+
+
+def test_other_settings_of_the_training(tmp_path: Path) -> None:
+    """Are refused for a stage that is begun and for one that is done, by name; but not those that
+    change nothing in the result."""
+
+    class Killed:
+        def __init__(self, plain: Any) -> None:
+            self.settings = plain.settings
+
+        def __call__(self, student: Any, source: Any, folder: Path) -> None:
+            killed(student, source, folder)
+
+    with pytest.raises(KilledError):
+        progressive(teacher(), [3], Killed(distil()), tmp_path / "chain")
+    slower, featured = distil(learning_rate=1e-3, seed=1), {"features": Features(hidden=1.0)}
+    with pytest.raises(TersorError, match=r"training was made with another learning_rate, seed;"):
+        progressive(teacher(), [3], slower, tmp_path / "chain")
+    for other, name in (
+        (by_distillation(Distillation("reverse_kl"), examples(), **HOW), "loss"),
+        (by_distillation(Distillation(SkewedKL(0.3)), examples(), **HOW), "loss"),
+        (by_distillation(Distillation(), examples()[1:], **HOW), "rows"),
+        (by_distillation(Distillation(), examples(), featured, **HOW), "features"),
+    ):
+        with pytest.raises(TersorError, match=rf"training was made with another {name};"):
+            progressive(teacher(), [3], other, tmp_path / "chain")
+    rarely = {"save_steps": 5, "logging_steps": 7}
+    last = progressive(teacher(), [3], distil(**rarely), tmp_path / "chain")
+    whole = progressive(teacher(), [3], distil(), tmp_path / "whole")
+    torch.testing.assert_close(weights(last), weights(whole), rtol=0, atol=0)
+    with pytest.raises(TersorError, match="stage-1 was made with another learning_rate, seed;"):
+        progressive(teacher(), [3], slower, tmp_path / "chain")
+
+
+def test_killed_at_the_end_of_a_stage(tmp_path: Path) -> None:
+    """After its last step, and before it has its name: no step is done twice or once more. There
+    are more steps than one pass of the data has, and the last one is in the middle of a pass."""
+    how: dict[str, Any] = {"max_steps": 3}
+    whole = progressive(teacher(), [3], distil(**how), tmp_path / "whole")
+
+    def killed(student: Any, source: Any, folder: Path) -> None:
+        distil(**how)(student, source, folder)
+        newest = folder / "checkpoint-2" / "trainer_state.json"
+        assert newest.exists() and not (folder / "checkpoint-3").exists()
+        (folder / "checkpoint-9").mkdir()  # as a machine that goes down leaves it
+        (folder / "checkpoint-9" / "trainer_state.json").write_text("")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        progressive(teacher(), [3], killed, tmp_path / "chain")
+    last = progressive(teacher(), [3], distil(**how), tmp_path / "chain")
+    torch.testing.assert_close(weights(last), weights(whole), rtol=0, atol=0)
 
 
 def test_a_student_that_comes_out_quantized(tmp_path: Path) -> None:

@@ -154,6 +154,13 @@ def test_what_reads_it(tmp_path: Path) -> None:
     assert torch.isfinite(torch.tensor(trainer.state.log_history[0]["loss"]))
 
 
+def test_a_name_with_a_slash(tmp_path: Path) -> None:
+    out = generate_corpus(
+        teacher(), tiny.tokenizer(), ["so"], f"{tmp_path}/c.jsonl/", new_tokens=2, temperature=0
+    )
+    assert out.is_file() and [path.name for path in tmp_path.iterdir()] == ["c.jsonl"]
+
+
 def test_refusals(tmp_path: Path) -> None:
     tokenizer, model = tiny.tokenizer(), teacher()
     out = tmp_path / "c.jsonl"

@@ -276,6 +276,36 @@ def test_masked_language_models(tmp_path: Path) -> None:
     assert found == pytest.approx(sum(logs) / len(logs), rel=1e-5)
 
 
+def test_a_class_of_ones_own(tmp_path: Path) -> None:
+    """A subclass predicts the next token as its base does, whatever it is called; a class of which
+    nothing is known is refused, not trained on labels that may be off by one."""
+    student, teacher = pair()
+    kl, cross = map(float, plain_loss(student, teacher, examples()))
+    student.__class__ = type("Mine", (type(student),), {})
+    settings = Distillation(temperature=2.0)
+    trainer = DistillTrainer(
+        student, teacher, settings, args=args(tmp_path), eval_dataset=examples()
+    )
+    found = trainer.evaluate()
+    assert found["eval_distillation"] == pytest.approx(kl, rel=1e-5)
+    assert found["eval_cross_entropy"] == pytest.approx(cross, rel=1e-5)
+    unknown = nn.Module()
+    unknown.config = teacher.config
+    with pytest.raises(TersorError, match="Module is not known to be a causal or a masked"):
+        DistillTrainer(unknown, teacher, args=args(tmp_path))
+
+
+def test_rows_beyond_a_table_of_positions(tmp_path: Path) -> None:
+    """Of the teacher; before the first step."""
+    ids = windows(4, 70)
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    student = pair()[0]
+    trainer = DistillTrainer(student, tiny.model("opt"), args=args(tmp_path), train_dataset=rows)
+    with pytest.raises(TersorError, match=r"70 tokens are beyond the 64 positions of a OPTFor"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
 def test_refusals(tmp_path: Path) -> None:
     student, teacher = pair()
     how: dict[str, Any] = {"args": args(tmp_path), "train_dataset": examples()}

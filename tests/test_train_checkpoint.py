@@ -4,8 +4,10 @@ checkpoint."""
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +31,7 @@ from tersor.sparsity import Sparsity
 from tersor.training import Distillation
 from tersor.training import checkpoints as module
 from tersor.training.checkpoints import QAT, train_checkpoint
+from tersor.training.losses import SkewedKL, SkewedReverseKL
 from tersor.training.plan import Plan
 from tersor.training.trainer import DistillTrainer
 
@@ -91,6 +94,16 @@ class StopAfter(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.step:
             raise Stop
+
+
+class Fill(TrainerCallback):
+    """Whatever else writes on the disk."""
+
+    def __init__(self, free: dict[str, int]) -> None:
+        self.free = free
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.free["bytes"] = 0
 
 
 @pytest.mark.parametrize("step", [1, 3, 4])
@@ -295,7 +308,7 @@ def test_commands(
     model: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "text.txt").write_text(tiny.text())
-    common = ["--calibration", str(tmp_path / "text.txt"), "--seq-len", "24", "--samples", "8"]
+    common = ["--calibration", str(tmp_path / "text.txt"), "--seq-len", "24"]
     common += ["--steps", "3", "--batch", "2", "--teacher", str(teacher)]
     options = ["--loss", "skewed_kl", "--temperature", "2", "--alpha", "0.5", "--pattern", "2:4"]
     code = cli.main(["distill", str(model), "--out", str(tmp_path / "d"), *common, *options])
@@ -312,3 +325,92 @@ def test_commands(
     assert "training needs text; give --calibration FILE" in capsys.readouterr().err
     assert cli.main(["qat", str(model), "--out", str(tmp_path / "x"), "--alpha", "1"]) == 2
     assert "--alpha is of what a teacher predicts; add --teacher" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("distill --samples 8", "--samples changes nothing for distill: training reads as many"),
+        ("qat --start rtn --samples 8", "--samples changes nothing for --start rtn"),
+        ("distill --loss cosine --temperature 2", "changes nothing in Cosine"),
+        ("distill --loss logit_mse --temperature 0.5", "changes nothing in LogitMSE"),
+    ],
+)
+def test_options_without_effect(
+    model: Path, teacher: Path, out: Path, capsys: pytest.CaptureFixture[str], options: str,
+    message: str,
+) -> None:  # fmt: skip
+    (out.parent / "text.txt").write_text(tiny.text())
+    name, *rest = options.split()
+    files = ["--out", str(out), "--teacher", str(teacher)]
+    files += ["--calibration", str(out.parent / "text.txt"), "--steps", "1"]
+    assert cli.main([name, str(model), *files, *rest]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not out.exists()
+
+
+def test_samples_are_what_gptq_starts_from(model: Path, tmp_path: Path) -> None:
+    """And not what is trained on."""
+    written = []
+    for samples in (2, 12):
+        text = replace(TEXT, samples=samples)
+        out = tmp_path / str(samples)
+        train_checkpoint(model, out, plan=PLAN, qat=QAT(scheme=INT4), calibration=text)
+        train_checkpoint(model, tmp_path / f"plain{samples}", plan=PLAN, calibration=text)
+        written.append(load_file(out / "model.safetensors"))
+    name = "model.layers.0.mlp.up_proj.weight_scale"
+    assert not torch.equal(written[0][name], written[1][name])
+    assert content(tmp_path / "plain2") == content(tmp_path / "plain12")
+
+
+def test_losses_of_ones_own_are_told_apart(
+    model: Path, teacher: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also those whose settings are the same, in the report and by a run that goes on."""
+    steps = module._Steps
+    monkeypatch.setattr(module, "_Steps", lambda bar: StopAfter(3))
+    given: dict[str, Any] = {"plan": PLAN, "teacher": teacher, "calibration": TEXT}
+    with pytest.raises(Stop):
+        train_checkpoint(model, out, distillation=Distillation(SkewedKL(0.2)), **given)
+    monkeypatch.setattr(module, "_Steps", steps)
+    with pytest.raises(TersorError, match="distillation was"):
+        train_checkpoint(model, out, distillation=Distillation(SkewedReverseKL(0.2)), **given)
+    report = train_checkpoint(model, out, distillation=Distillation(SkewedKL(0.2)), **given)
+    assert report.settings["distillation"]["loss"] == "SkewedKL(skew=0.2)"
+
+
+def test_no_room_on_the_disk(
+    model: Path, teacher: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Known before the first step: three checkpoints at a time, each with Adam's two numbers beside
+    every weight. What an interrupted run has there is not asked for again."""
+    weights = sum(t.numel() for t in load_file(model / "model.safetensors").values())
+    need = 3 * 12 * weights
+    free = {"bytes": need - 1}
+
+    def usage(folder: Any) -> Any:
+        return SimpleNamespace(free=free["bytes"])
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    plan = replace(PLAN, steps=12)
+    given: dict[str, Any] = {"teacher": teacher, "calibration": TEXT}
+    told = rf"needs {need / 1e6:,.1f} MB and .* MB are free; free some space"
+    with pytest.raises(TersorError, match=told):
+        train_checkpoint(model, out, plan=plan, **given)
+    assert not list(out.with_name("out.partial").rglob("checkpoint-*"))
+    free["bytes"] += 1
+    monkeypatch.setattr(module, "_Steps", lambda bar: StopAfter(9))
+    with pytest.raises(Stop):
+        train_checkpoint(model, out, plan=plan, **given)
+    monkeypatch.setattr(module, "_Steps", lambda bar: StopAfter(10))
+    free["bytes"] = need // 2  # beside two checkpoints
+    with pytest.raises(Stop):
+        train_checkpoint(model, out, plan=plan, **given)
+    monkeypatch.setattr(module, "_Steps", lambda bar: Fill(free))
+    with pytest.raises(TersorError, match=rf"needs {need / 3e6:,.1f} MB and 0.0 MB are free"):
+        train_checkpoint(model, out, plan=plan, **given)
+    assert not list(out.with_name("out.partial").rglob("checkpoint-10"))
+    monkeypatch.setattr(module, "_Steps", lambda bar: StopAfter(99))
+    free["bytes"] = 5 * weights  # for the result alone
+    few = replace(PLAN, checkpoint_every=4)
+    train_checkpoint(model, out.with_name("few"), plan=few, **given)

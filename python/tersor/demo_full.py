@@ -35,12 +35,15 @@ PATTERN = "2:4"
 @dataclass(frozen=True)
 class Effort:
     """steps: of the first training; the second takes half as many. Both ways of the comparison
-    take `compared` steps in all. samples: windows of each held-out text, and of calibration."""
+    take `compared` steps in all. samples: windows of each held-out text, and of calibration.
+    rate: the learning rate of students that were cut or masked just before; aware: of one that has
+    learnt already, and is trained for its grid."""
 
     steps: int = 240
     compared: int = 160
     batch: int = 8
     rate: float = 2e-3
+    aware: float = 2e-4
     samples: int = 64
 
 
@@ -48,7 +51,7 @@ def recipe(source: DemoModel, effort: Effort) -> Recipe:
     """The whole pipeline: distil, prune, train for the grid, GPTQ."""
     first = Distill(**_training(effort, effort.steps, effort.rate))
     aware = QuantizationAware(
-        output="weights", group="row", **_training(effort, effort.steps // 2, effort.rate / 2)
+        output="weights", group="row", **_training(effort, effort.steps // 2, effort.aware)
     )
     cuts = (Slice(hidden=0.625, multiple=32), Shrink(heads=0.5, layers=2))
     steps = (*cuts, first, Shrink(ffn=0.6), aware, Quantize(group="row"))

@@ -52,6 +52,7 @@ def add_teacher(sub: argparse.ArgumentParser, required: bool) -> None:
 
 
 def add_plan(sub: argparse.ArgumentParser) -> None:
+    sub.set_defaults(samples=None)  # the steps say how much text is read
     add = sub.add_argument_group("settings of the training").add_argument
     add("--steps", type=whole(1), metavar="N", help="of the optimizer; default: 200")
     add("--batch", type=whole(1), metavar="N", help="windows in a pass; default: 8")

@@ -21,6 +21,7 @@ from tersor.errors import TersorError
 from tersor.qweight import ActSpec, QSpec, Scheme
 from tersor.solvers import PRUNERS, SOLVERS
 from tersor.sparsity import Sparsity
+from tersor.training.plan import Plan, plan_of
 
 if TYPE_CHECKING:
     from tersor.calibrate import Calibration
@@ -205,8 +206,8 @@ class Prune(Step):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train(Step):
-    """train_checkpoint, with the settings of its Plan.
+class Train(Plan, Step):
+    """train_checkpoint; a Plan with what is learned from and on.
 
     teacher: the folder of a model to learn from; "original": in a recipe, the model that it begins
         with; None: none, the text alone. loss, temperature, alpha: of Distillation.
@@ -221,18 +222,6 @@ class Train(Step):
     text: tuple[str, ...] = ()
     sparsity: float | None = None
     pattern: str | None = None
-    steps: int = 200
-    batch: int = 8
-    accumulate: int = 1
-    seq_len: int | None = None
-    learning_rate: float = 2e-4
-    warmup: float = 0.05
-    schedule: str = "cosine"
-    weight_decay: float = 0.0
-    optimizer: str = "adamw_torch"
-    precision: str = "float32"
-    checkpoint_every: int = 100
-    seed: int = 0
 
     def call(self) -> tuple[Callable[..., Report], dict[str, Any]]:
         if find_spec("accelerate") is None:
@@ -240,7 +229,6 @@ class Train(Step):
 
         from tersor.training.checkpoints import train_checkpoint
         from tersor.training.losses import Distillation
-        from tersor.training.plan import plan_of
 
         settings: dict[str, Any] = {"plan": plan_of(self), "text": self.text}
         settings["sparsity"] = self._sparsity()

@@ -20,6 +20,7 @@ def distill(args: argparse.Namespace) -> None:
 
     from tersor.steps import Distill
 
+    _refuse_samples(args, "distill")
     report = _train(args, Distill(**settings_of(args, Distill)))
     show(args, report, _training(report))
 
@@ -33,9 +34,20 @@ def qat(args: argparse.Namespace) -> None:
         for option in ("loss", "temperature", "alpha"):
             if getattr(args, option) is not None:
                 raise TersorError(f"--{option} is of what a teacher predicts; add --teacher MODEL")
+    if args.start == "rtn":
+        _refuse_samples(args, "--start rtn")
     report = _train(args, QuantizationAware(**settings_of(args, QuantizationAware)))
     bits = f"{report.bits_per_weight:.2f} bits per quantized weight, " if report.layers else ""
     show(args, report, bits + _training(report))
+
+
+def _refuse_samples(args: argparse.Namespace, where: str) -> None:
+    """Where GPTQ reads no text."""
+    if args.samples is not None:
+        raise TersorError(
+            f"--samples changes nothing for {where}: training reads as many windows as its steps "
+            "take (--steps, --batch, --accumulate); leave it out"
+        )
 
 
 def _train(args: argparse.Namespace, step: Train) -> Report:

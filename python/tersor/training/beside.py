@@ -18,7 +18,12 @@ from tersor.training.finite import StopAtNaN
 
 class Forget(TrainerCallback):
     """What a Trainer does with the gradients of its model alone: it looks whether they are numbers,
-    clips them to max_grad_norm (these on their own), and forgets them after a step."""
+    clips them to max_grad_norm, and forgets them after a step.
+
+    They are clipped on their own. Under one norm with the model's, a module that begins at random,
+    or with a large weight in the loss, would shorten the model's steps, and the model would be
+    clipped where the norm of its gradient, which is what a Trainer logs, is below max_grad_norm.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module

@@ -6,7 +6,6 @@ The whole model is in memory, in float32, with its gradients and the state of th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -36,6 +35,7 @@ from tersor.surgery.smaller import is_pruned
 from tersor.training.losses import Distillation
 from tersor.training.plan import Plan, plan_settings
 from tersor.training.qat import QuantizationTraining
+from tersor.training.resuming import NoneAtTheEnd, last_checkpoint
 
 BEGUN, SAVED, TRAINED = "begun", "saved", "trained"  # commits
 
@@ -93,7 +93,8 @@ def train_checkpoint(
     sparsity: weights are masked little by little in the course of the training, by magnitude, and
         are zero in the end.
     text: files to train on, as in Calibration.sources; by default those of the calibration.
-    calibration: beside text to train on, what GPTQ starts from.
+    calibration: beside text to train on, what GPTQ starts from. So much is trained on as the steps
+        read, whatever its `samples`, which are what GPTQ sees.
     The rest is as in quantize_checkpoint.
 
     Raises TersorError for bad input, before any work where that can be known, and where the loss is
@@ -171,15 +172,17 @@ class _Run:
     def train(self) -> None:
         job = self.job
         args = job.plan.arguments(self.folder)
+        self._require_space(args)
         teacher = None if job.teacher is None else load_any(job.teacher)
         model = job.source.whole().float().requires_grad_(True)
         masks, fake = self._masks(model), self._fake(model)
         callbacks = [each for each in (masks, fake, _Steps(self.bar)) if each is not None]
-        trainer = self._trainer(model, teacher, args, [*callbacks, _Saves(self.writer)])
+        callbacks += [NoneAtTheEnd(), _Saves(self.writer, self._checkpoint)]
+        trainer = self._trainer(model, teacher, args, callbacks)
         self.bar.expect(job.plan.steps)
         self.bar.say("training")
         with self.timings.stage("train"):
-            trainer.train(resume_from_checkpoint=self._last())
+            trainer.train(resume_from_checkpoint=last_checkpoint(self.folder))
         with self.timings.stage("write"):
             self._write(model, _log(trainer.state.log_history))
 
@@ -204,7 +207,7 @@ class _Run:
         job, qat = self.job, self.job.qat
         if qat is None:
             return None
-        begins = self._last() is None and qat.start == "gptq"
+        begins = last_checkpoint(self.folder) is None and qat.start == "gptq"
         if begins:
             self.bar.say("GPTQ, to start from")
         make = QuantizationTraining if qat.output == "codes" else _Weights
@@ -236,11 +239,20 @@ class _Run:
         trainer.remove_callback(PrinterCallback)
         return trainer
 
-    def _last(self) -> str | None:
-        """The last checkpoint that is whole: the state is what a Trainer writes last."""
-        states = self.folder.glob("checkpoint-*/trainer_state.json")
-        found = [path.parent for path in states if _is_json(path)]
-        return str(max(found, key=lambda p: int(p.name.rpartition("-")[2]))) if found else None
+    @property
+    def _checkpoint(self) -> int:
+        """Bytes on disk: the weights in float32, and beside each two numbers, as Adam has them."""
+        return 12 * sum(p.numel() for p in self.job.source.model.parameters())
+
+    def _require_space(self, args: Any) -> None:
+        """TersorError unless the disk has room for the result, and for the checkpoints that are
+        there at a time, of which the Trainer writes one before it removes one."""
+        written = (self.job.plan.steps - 1) // args.save_steps
+        kept = min(written, args.save_total_limit)
+        most = min(written, kept + 1) * self._checkpoint
+        nbytes = max(most, kept * self._checkpoint + self.job.source.nbytes)
+        there = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+        self.writer.require_space(max(0, nbytes - there))
 
     def _write(self, model: nn.Module, log: list[Any]) -> None:
         source = self.job.source
@@ -301,15 +313,15 @@ class _Steps(TrainerCallback):
 
 
 class _Saves(TrainerCallback):
-    """Commits that there is a checkpoint, so that other settings do not throw it away unasked. None
-    is written after the last step, from which a Trainer would go on with one more."""
+    """Commits that there is a checkpoint, so that other settings do not throw it away unasked; and
+    begins none that the disk has no room for, of so many bytes."""
 
-    def __init__(self, writer: ShardWriter) -> None:
-        self.writer = writer
+    def __init__(self, writer: ShardWriter, nbytes: int) -> None:
+        self.writer, self.nbytes = writer, nbytes
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step >= state.max_steps:
-            control.should_save = False
+        if control.should_save:
+            self.writer.require_space(self.nbytes)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if SAVED not in self.writer.done:
@@ -331,14 +343,6 @@ def _layer(name: str, linear: QuantLinear, w: Tensor, tensors: Mapping[str, Tens
     )
 
 
-def _is_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_bytes())
-    except ValueError:  # a machine that went down while it was written
-        return False
-    return True
-
-
 def _log(history: Iterable[Mapping[str, float]]) -> list[Any]:
     """What a Trainer logged, as [step, name -> value], without what depends on the clock."""
     told = ("loss", "grad_norm", "learning_rate", "distillation", "cross_entropy", "features")
@@ -354,7 +358,7 @@ def _settings(job: _Job) -> dict[str, Any]:
     settings: dict[str, Any] = plan_settings(job.plan)
     if job.teacher is not None:
         settings["teacher"] = Checkpoint.open(job.teacher).fingerprint()
-        settings["distillation"] = asdict(job.distillation)
+        settings["distillation"] = job.distillation.settings()
     if job.qat is not None:
         settings["qat"] = asdict(job.qat)
         if job.calibration is not None:

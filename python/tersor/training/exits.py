@@ -16,20 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Trainer
 
 from tersor.errors import TersorError
 from tersor.models import find_arch
 from tersor.tensorfile import TensorFile
 from tersor.training import beside
 from tersor.training.features import recording
-from tersor.training.finite import StopAtNaN, check_loss, check_rows
 from tersor.training.fused import IGNORED, Head, distill
 from tersor.training.losses import Distillation
+from tersor.training.own_loss import OwnLossTrainer
 from tersor.training.reading import Reader
-from tersor.training.tally import Tally, check_own_loss
 
 FILE = "exit_heads.safetensors"
 
@@ -110,7 +107,7 @@ class ExitHeads(nn.Module):
         return heads
 
 
-class ExitTrainer(Trainer):
+class ExitTrainer(OwnLossTrainer):
     """Trains a causal model and its exit heads, which learn from its last layer:
 
         full · cross-entropy of the model
@@ -150,79 +147,41 @@ class ExitTrainer(Trainer):
         if not full >= 0:
             raise TersorError(f"full is {full!r}; give a weight of at least 0")
         self.full = full
-        check_own_loss(given)
-        check_rows(given.get("train_dataset"))
-        super().__init__(model, **given)
+        super().__init__(model, model, given)
         if self.args.world_size > 1 or self.args.n_gpu > 1:
             raise TersorError("exit heads are trained by one process on one device; use one")
         self.exits = exits.to(self.args.device)
         beside.check_trained(self.optimizer, self.exits, "the exit heads")
         self._reader = Reader(model)
-        self._whole_outputs = False
-        self._tally = Tally()
-        self.add_callback(StopAtNaN())
         self.add_callback(beside.Forget(exits))
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Any:
-        if "labels" not in inputs:
-            raise TersorError("the batches have no labels, which say what tokens count")
-        fed = {name: value for name, value in inputs.items() if name != "labels"}
-        labels = F.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED).flatten()
+    def _loss(
+        self, model: nn.Module, inputs: Mapping[str, Any], count: Any
+    ) -> tuple[Tensor, Any, dict[str, Any]]:
+        fed, labels = self._read(inputs)
         tokens = (labels != IGNORED).sum()
-        count = num_items_in_batch if self.model_accepts_loss_kwargs else None
         divisor = tokens if count is None else count
-        with self.accelerator.autocast():
-            with recording(self._reader.model, self.exits.paths.values()) as hidden:
-                last, outputs = self._reader.read(model, fed)
-            if not isinstance(last, Head):
-                raise TersorError(
-                    f"{type(model).__name__} does more to its logits than its head does, and exits "
-                    "would predict something else"
-                )
-            if self._whole_outputs:  # which have the logits of each row's last token alone
-                rows = torch.arange(len(last.hidden), device=last.hidden.device)
-                outputs["logits"] = last.logits(rows).unflatten(0, inputs["input_ids"].shape)
-            teacher = last.detach()
-            # The cheapest loss beside a cross-entropy that is wanted alone.
-            own = distill(last, teacher, Distillation("logit_mse", alpha=0.0), labels, divisor)
-            loss = self.full * own.loss
-            said = {"cross_entropy": (own.cross_entropy * divisor, tokens)}
-            for number, path in self.exits.paths.items():
-                head = self.exits.head(number, hidden[path].flatten(0, 1))
-                parts = distill(head, teacher, self.distillation, labels, divisor)
-                loss = loss + self.weights[number] * parts.loss
-                said[f"exit_{number}"] = (parts.distillation * divisor, tokens)
-        self._tally.add(model.training, **said)
-        if model.training:
-            check_loss(loss, self.state.global_step, self.args.output_dir)
-        return (loss, outputs) if return_outputs else loss
-
-    def log(self, logs: dict[str, float], *given: Any, **named: Any) -> None:
-        self._tally.into(logs, self.accelerator)
-        super().log(logs, *given, **named)
-
-    def evaluation_loop(self, *given: Any, **named: Any) -> Any:
-        self._tally.forget_evaluation()  # of a prediction, which logs nothing
-        return super().evaluation_loop(*given, **named)
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> Any:
-        self._whole_outputs = not prediction_loss_only
-        try:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        finally:
-            self._whole_outputs = False
+        with recording(self._reader.model, self.exits.paths.values()) as hidden:
+            last, outputs = self._reader.read(model, fed)
+        if not isinstance(last, Head):
+            raise TersorError(
+                f"{type(model).__name__} does more to its logits than its head does, and exits "
+                "would predict something else"
+            )
+        if self._whole_outputs:  # which have the logits of each row's last token alone
+            rows = torch.arange(len(last.hidden), device=last.hidden.device)
+            outputs["logits"] = last.logits(rows).unflatten(0, inputs["input_ids"].shape)
+        teacher = last.detach()
+        # The cheapest loss beside a cross-entropy that is wanted alone.
+        own = distill(last, teacher, Distillation("logit_mse", alpha=0.0), labels, divisor)
+        loss = self.full * own.loss
+        told = {"cross_entropy": (own.cross_entropy * divisor, tokens)}
+        for number, path in self.exits.paths.items():
+            head = self.exits.head(number, hidden[path].flatten(0, 1))
+            parts = distill(head, teacher, self.distillation, labels, divisor)
+            loss = loss + self.weights[number] * parts.loss
+            told[f"exit_{number}"] = (parts.distillation * divisor, tokens)
+        return loss, outputs, told
 
     def create_optimizer(self, *given: Any, **named: Any) -> Any:
         made = self.optimizer is None

@@ -72,6 +72,15 @@ class Features:
             raise TersorError(f"there is no kind {self.kind!r}; choose mse or cosine")
         if self.heads is not None and self.heads < 1:
             raise TersorError(f"heads is {self.heads}; give at least 1")
+        for name, of, counts in (
+            ("layers", "hidden, values or attention", self.hidden or self.values or self.attention),
+            ("kind", "hidden or embedding", self.hidden or self.embedding),
+            ("heads", "values", self.values),
+            ("attention_kind", "attention", self.attention),
+            ("attention_heads", "attention", self.attention),
+        ):
+            if not counts and getattr(self, name) != getattr(Features, name):
+                raise TersorError(f"{name} changes nothing without a weight for {of}; leave it out")
 
 
 def even_layers(student: int, teacher: int) -> dict[int, int]:

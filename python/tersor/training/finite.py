@@ -23,10 +23,20 @@ class StopAtNaN(TrainerCallback):
         grads = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
         if not grads:
             return
+        sharded = any(map(is_sharded, grads))
+        if sharded:  # each process looks at its own parts, and all stop where one has to
+            grads = [grad.to_local() if is_sharded(grad) else grad for grad in grads]
         norms = torch._foreach_norm(grads)
         total = torch.stack([norm.float().to(norms[0].device) for norm in norms]).sum()
+        if sharded:
+            torch.distributed.all_reduce(total)
         if not bool(total.isfinite()):
             raise TersorError(_message("gradient", total, state.global_step + 1, args.output_dir))
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a process has a part of it alone, as FSDP leaves it (a DTensor)."""
+    return hasattr(tensor, "to_local")
 
 
 def check_loss(loss: Tensor, done: int, folder: str) -> None:

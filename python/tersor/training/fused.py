@@ -190,7 +190,7 @@ class _Pass:
     def _block(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """The losses [tokens] of these rows, and the sum of their cross-entropies."""
         settings, loss = self.settings, self.loss
-        t = settings.temperature if loss.of_distributions else 1.0
+        t = settings.temperature
         labels = None if self.labels is None else self.labels[rows]
         tiles = _Tiles(self.student, self.teacher, rows, self.columns)
         of_student = of_teacher = at_one = None

@@ -91,12 +91,18 @@ def check_can_write(model: nn.Module) -> None:
         )
 
 
-def check_room(model: nn.Module, longest: int, new_tokens: int, what: str = "a prompt") -> None:
+def check_room(
+    model: nn.Module,
+    longest: int,
+    new_tokens: int,
+    what: str = "a prompt",
+    whose: str = "model",
+) -> None:
     """TersorError where a prompt of so many tokens leaves a model no room for the new ones."""
     limit = position_limit(model)
     if limit is not None and longest + new_tokens > limit:
         raise TersorError(
-            f"{what} of {longest} tokens and {new_tokens} new ones are beyond the model's "
+            f"{what} of {longest} tokens and {new_tokens} new ones are beyond the {whose}'s "
             f"{limit} positions; use shorter prompts or fewer new tokens"
         )
 
@@ -109,6 +115,10 @@ def check_drawing(new_tokens: int, temperature: float, top_p: float) -> None:
         raise TersorError(f"the temperature is {temperature!r}; give 0 (greedy) or more, usually 1")
     if not 0 < top_p <= 1:
         raise TersorError(f"top_p is {top_p!r}; give a probability above 0 and up to 1")
+    if temperature == 0 and top_p < 1:
+        raise TersorError(
+            f"top_p={top_p} changes nothing at temperature 0, which draws nothing; leave it out"
+        )
 
 
 def _until(ids: list[int], ends: list[int]) -> list[int]:

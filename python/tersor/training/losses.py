@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -233,7 +233,8 @@ class Distillation:
     """How a student learns from its teacher: alpha · loss + (1 - alpha) · cross-entropy.
 
     loss: a name in LOSSES, or a loss with settings of its own: SkewedKL(skew=0.2).
-    temperature: above 1 the distributions are softer. The cross-entropy is always at 1.
+    temperature: above 1 the distributions are softer; 1 for losses of logits, which know none. The
+        cross-entropy is always at 1.
     alpha: from 0 to 1; 1 needs no labels but those that say which tokens count.
     chunk: logits that are in memory at a time, in a few tensors of so many entries each.
     """
@@ -244,14 +245,19 @@ class Distillation:
     chunk: int = 1 << 22
 
     def __post_init__(self) -> None:
-        find_loss(self.loss)
-        check_temperature(self.temperature)
+        check_temperature(self.temperature, find_loss(self.loss))
         if not 0 <= self.alpha <= 1:
             raise TersorError(
                 f"alpha is {self.alpha!r}; give the share of the distillation loss, from 0 to 1"
             )
         if isinstance(self.chunk, bool) or not isinstance(self.chunk, int) or self.chunk < 1:
             raise TersorError(f"chunk is {self.chunk!r}; give a number of logits, such as 4194304")
+
+    def settings(self) -> dict[str, Any]:
+        """As JSON data, in which losses of one kind with other settings differ, and of two kinds
+        with the same."""
+        loss = self.loss if isinstance(self.loss, str) else repr(self.loss)
+        return {field.name: getattr(self, field.name) for field in fields(self)} | {"loss": loss}
 
 
 def find_loss(loss: str | Loss) -> Loss:
@@ -266,10 +272,16 @@ def find_loss(loss: str | Loss) -> Loss:
     return LOSSES[loss]()
 
 
-def check_temperature(temperature: float) -> None:
+def check_temperature(temperature: float, loss: Loss | None = None) -> None:
+    """TersorError for what is no temperature, or changes nothing in that loss."""
     if not (temperature > 0 and math.isfinite(temperature)):
         raise TersorError(
             f"the temperature is {temperature!r}; give a number above 0, usually from 1 to 4"
+        )
+    if loss is not None and not loss.of_distributions and temperature != 1:
+        raise TersorError(
+            f"the temperature is {temperature!r} and changes nothing in {type(loss).__name__}, "
+            "which compares logits; leave it at 1, or choose a divergence such as forward_kl"
         )
 
 
@@ -280,10 +292,11 @@ def token_losses(
 
     student, teacher: logits [tokens, vocabulary], floating point and finite. This is the plain
     form, which holds several tensors of their size; `fused.distill` gives mean and gradient in
-    pieces. Raises TersorError for an unknown loss, another shape or a temperature of 0 or less.
+    pieces. Raises TersorError for an unknown loss, another shape, and a temperature of 0 or
+    less or where the loss knows none.
     """
     found = find_loss(loss)
-    check_temperature(temperature)
+    check_temperature(temperature, found)
     if student.dim() != 2 or student.shape != teacher.shape:
         raise TersorError(
             f"the student's logits are {list(student.shape)} and the teacher's "
@@ -292,8 +305,7 @@ def token_losses(
     s, t = working(student), working(teacher)
     if found.of_distributions:
         s, t = (s / temperature).log_softmax(-1), (t / temperature).log_softmax(-1)
-    values = found.value(found.sums(s, t), student.shape[1])
-    return values * temperature**2 if found.of_distributions else values
+    return found.value(found.sums(s, t), student.shape[1]) * temperature**2
 
 
 def working(x: Tensor) -> Tensor:

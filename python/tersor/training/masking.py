@@ -34,6 +34,7 @@ from tersor.pruning.masks import (
 )
 from tersor.pruning.schedule import Schedule
 from tersor.sparsity import Sparsity
+from tersor.training.finite import is_sharded
 from tersor.training.mask_targets import (
     Structured,
     check_pattern,
@@ -331,7 +332,12 @@ class HoldZeros(TrainerCallback):
             self.attach(kwargs["model"])
         if self.model is not kwargs["model"]:
             raise TersorError("the trainer trains another model than the one whose zeros are held")
-        for linear in self.linears.values():
+        for name, linear in self.linears.items():
+            if is_sharded(original(linear)):
+                raise TersorError(
+                    f"the zeros of {name} are held in whole weights, and no process has those "
+                    "(FSDP); train with data parallelism alone"
+                )
             linear.parametrizations.weight[0].ends = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -9,22 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Trainer
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tersor.errors import TersorError
-from tersor.training.finite import StopAtNaN, check_loss, check_rows
 from tersor.training.fused import IGNORED, distill
 from tersor.training.losses import Distillation
+from tersor.training.own_loss import OwnLossTrainer
 from tersor.training.reading import Reader, vocabulary_of
-from tersor.training.tally import Tally, check_own_loss
 
 _CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")  # by version
 
 
-class MutualTrainer(Trainer):
+class MutualTrainer(OwnLossTrainer):
     """Trains several language models in the same steps, each on
 
         alpha · mean of its distillations from the others + (1 - alpha) · cross-entropy
@@ -51,9 +47,7 @@ class MutualTrainer(Trainer):
     ) -> None:
         _check(models)
         self.distillation = distillation or Distillation()
-        check_own_loss(given)
-        check_rows(given.get("train_dataset"))
-        super().__init__(_Peers(models), **given)
+        super().__init__(_Peers(models), next(iter(models.values())), given)
         if self.args.world_size > 1 or self.args.n_gpu > 1:
             raise TersorError("models that learn from each other need one process; use one")
         if any(getattr(self.args, name, False) for name in _CHECKPOINTING):
@@ -63,73 +57,30 @@ class MutualTrainer(Trainer):
             )
         self.models = dict(models)
         self._readers = {name: Reader(model) for name, model in models.items()}
-        first = next(iter(models.values()))
-        self._causal = type(first).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-        self._whole_outputs = False
-        self._tally = Tally()
-        self.add_callback(StopAtNaN())
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Any:
-        if "labels" not in inputs:
-            raise TersorError("the batches have no labels, which say what tokens count")
-        fed = {name: value for name, value in inputs.items() if name != "labels"}
-        labels: Tensor = inputs["labels"]
-        if self._causal:
-            labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-        labels = labels.flatten()
+    def _loss(
+        self, model: nn.Module, inputs: Mapping[str, Any], count: Any
+    ) -> tuple[Tensor, Any, dict[str, Any]]:
+        fed, labels = self._read(inputs)
         tokens = (labels != IGNORED).sum()
-        said: dict[str, Any] = {}
+        made = {
+            name: reader.read(self.models[name], fed, self._whole_outputs)
+            for name, reader in self._readers.items()
+        }
+        told: dict[str, Any] = {}
         losses = []
-        with self.accelerator.autocast():
-            made = {
-                name: reader.read(self.models[name], fed, self._whole_outputs)
-                for name, reader in self._readers.items()
-            }
-            for name, (ours, _) in made.items():
-                others = [logits for other, (logits, _) in made.items() if other != name]
-                parts = [
-                    distill(ours, theirs.detach(), self.distillation, labels) for theirs in others
-                ]
-                losses.append(torch.stack([part.loss for part in parts]).mean())
-                distillation = torch.stack([part.distillation for part in parts]).mean()
-                said[f"{name}_distillation"] = (distillation * tokens, tokens)
-                said[f"{name}_cross_entropy"] = (parts[0].cross_entropy * tokens, tokens)
+        for name, (ours, _) in made.items():
+            others = [logits for other, (logits, _) in made.items() if other != name]
+            parts = [distill(ours, other.detach(), self.distillation, labels) for other in others]
+            losses.append(torch.stack([part.loss for part in parts]).mean())
+            distillation = torch.stack([part.distillation for part in parts]).mean()
+            told[f"{name}_distillation"] = (distillation * tokens, tokens)
+            told[f"{name}_cross_entropy"] = (parts[0].cross_entropy * tokens, tokens)
         loss = torch.stack(losses).sum()
-        if num_items_in_batch is not None and self.model_accepts_loss_kwargs:
-            loss = loss * (tokens / num_items_in_batch)
-        self._tally.add(model.training, **said)
-        if model.training:
-            check_loss(loss, self.state.global_step, self.args.output_dir)
-        if not return_outputs:
-            return loss
-        return loss, {"loss": loss} | {name: outputs.logits for name, (_, outputs) in made.items()}
-
-    def log(self, logs: dict[str, float], *given: Any, **named: Any) -> None:
-        self._tally.into(logs, self.accelerator)
-        super().log(logs, *given, **named)
-
-    def evaluation_loop(self, *given: Any, **named: Any) -> Any:
-        self._tally.forget_evaluation()  # of a prediction, which logs nothing
-        return super().evaluation_loop(*given, **named)
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> Any:
-        self._whole_outputs = not prediction_loss_only
-        try:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        finally:
-            self._whole_outputs = False
+        if count is not None:
+            loss = loss * (tokens / count)
+        outputs = {"loss": loss} | {name: each.logits for name, (_, each) in made.items()}
+        return loss, outputs, told
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)

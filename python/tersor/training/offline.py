@@ -14,7 +14,8 @@ on, and it appears under its name whole or not at all.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from tersor.folder import member
 from tersor.progress import Progress
 from tersor.shards import ShardWriter
 from tersor.tensorfile import TensorFile, TensorMeta, loose_json
+from tersor.training.generation import seed_of
 from tersor.training.sparse_targets import Keep, SparseTargets, sparse_targets
 
 _FORMAT = "tersor teacher cache"
@@ -50,7 +52,8 @@ def cache_teacher(
     """Lets a teacher read windows int64 [count, length] and writes what is kept to the folder out.
 
     teacher: a causal model of transformers, or a function from token ids to logits
-        [batch, length, vocabulary]; position i holds the prediction of token i + 1.
+        [batch, length, vocabulary]; position i holds the prediction of token i + 1. A model reads
+        in evaluation mode.
     batch: windows per forward pass. part: windows per commit, done again if the run is killed.
     fingerprint: names the teacher; by default a digest of all its weights. A run goes on only with
         the same teacher, text and settings.
@@ -79,12 +82,16 @@ def cache_teacher(
         "length": windows.shape[1],
         "part": part,
     }
-    with ShardWriter(out, settings, resume) as writer, Progress(progress) as bar:
+    with (
+        ShardWriter(out, settings, resume) as writer,
+        Progress(progress) as bar,
+        _evaluating(teacher),
+    ):
         parts = windows.split(part)
         bar.expect(len(parts))
         for number, ids in enumerate(parts):
             if str(number) not in writer.done:
-                tensors = _read(teacher, ids, keep, batch, keep.seed + number)
+                tensors = _read(teacher, ids, keep, batch, number * part)
                 vocabulary = tensors.pop("vocabulary")
                 for name, tensor in tensors.items():
                     writer.add(f"{name}.{number}", tensor)
@@ -95,11 +102,26 @@ def cache_teacher(
     return TeacherCache.open(out)
 
 
+@contextmanager
+def _evaluating(teacher: Callable[..., Any]) -> Iterator[None]:
+    """Without dropout, while it lasts."""
+    modules = list(teacher.modules()) if isinstance(teacher, nn.Module) else []
+    modes = [module.training for module in modules]
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
+
+
 @torch.inference_mode()
 def _read(
-    teacher: Callable[..., Any], windows: Tensor, keep: Keep, batch: int, seed: int
+    teacher: Callable[..., Any], windows: Tensor, keep: Keep, batch: int, first: int
 ) -> dict[str, Any]:
-    """The tensors of one part, and the size of the vocabulary. Draws depend on the seed alone."""
+    """The tensors of one part, whose first window has that number, and the size of the vocabulary.
+    Draws depend on the seed and the number of a window alone."""
     found: list[SparseTargets] = []
     weights = teacher.parameters() if isinstance(teacher, nn.Module) else ()
     device = next((weight.device for weight in weights), windows.device)
@@ -111,8 +133,10 @@ def _read(
                 f"the teacher gave logits {list(logits.shape)} for token ids {list(ids.shape)}; "
                 "it must give [batch, length, vocabulary]"
             )
-        draw = torch.Generator(logits.device).manual_seed((seed << 20) + len(found))
-        found.append(sparse_targets(logits.flatten(0, 1), keep, draw))
+        for window in logits:
+            seed = seed_of("cache", keep.seed, first + len(found))
+            draw = torch.Generator(logits.device).manual_seed(seed)
+            found.append(sparse_targets(window, keep, draw))
     shape = windows.shape
     tensors: dict[str, Any] = {
         name: torch.cat([getattr(one, name) for one in found]).cpu().unflatten(0, shape)

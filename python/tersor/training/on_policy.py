@@ -34,8 +34,8 @@ class OnPolicy:
     new_tokens: that the student writes after each prompt, at most.
     temperature, top_p: of the draws; temperature 0 is greedy.
     prompt_tokens: so many tokens at the beginning of each row are its prompt; None: those before
-        the first one that counts (whose label is not -100). Of a prompt that leaves the student's
-        positions no room for new_tokens, the end that does.
+        the first one that counts (whose label is not -100). Of a prompt that leaves new_tokens no
+        room in the positions of student and teacher, the end that does.
     prompts: token ids to begin with in the place of the rows' own, drawn at random.
 
     What is drawn depends on the Trainer's seed, the step and the number of the batch, so a training
@@ -66,18 +66,25 @@ class OnPolicy:
                 raise TersorError("prompts must be token ids, at least one in each")
 
     def written(
-        self, student: nn.Module, batch: dict[str, Any], when: tuple[int, ...], process: int = 0
+        self,
+        student: nn.Module,
+        batch: dict[str, Any],
+        when: tuple[int, ...],
+        process: int = 0,
+        teacher: nn.Module | None = None,
     ) -> dict[str, Any]:
         """The batch, or in its place one that the student has written.
 
         when: seed, step and number of the batch in it, which decide whether to write, in all
             processes alike. process: its number, on which too depends what is written.
+        teacher: that is to read the same tokens, and so must have room for them as well.
         """
         if random.Random(seed_of("write", *when)).random() >= self.share:
             return batch
         draws = seed_of("draw", *when, process)
-        limit = position_limit(student)
-        room = None if limit is None else limit - self.new_tokens
+        limits = [position_limit(model) for model in (student, teacher) if model is not None]
+        known = [limit for limit in limits if limit is not None]
+        room = min(known) - self.new_tokens if known else None
         prompts = self._prompts(batch, random.Random(draws), room)
         texts = complete(
             student,
@@ -140,16 +147,21 @@ def _batch(
     return {name: tensor.to(device) for name, tensor in tensors.items()} | {OWN_TEXT: True}
 
 
-def check_on_policy(student: nn.Module, teacher: Any, sharded: bool, how: OnPolicy) -> None:
-    """TersorError where a student cannot learn from its own text."""
+def check_on_policy(
+    student: nn.Module, teacher: Any, sharded: bool, how: OnPolicy, same_tokens: bool = True
+) -> None:
+    """TersorError where a student cannot learn from its own text. same_tokens: whether the teacher
+    reads the student's tokens, and not the text as its own."""
     check_can_write(student)
-    longest = max(map(len, how.prompts)) if how.prompts is not None else how.prompt_tokens or 1
-    check_room(student, longest, how.new_tokens)
     if not isinstance(teacher, nn.Module):
         raise TersorError(
             "a cache holds nothing of text that the student is yet to write; give the teacher "
             "itself, or no on_policy"
         )
+    longest = max(map(len, how.prompts)) if how.prompts is not None else how.prompt_tokens or 1
+    check_room(student, longest, how.new_tokens, whose="student")
+    if same_tokens:
+        check_room(teacher, longest, how.new_tokens, whose="teacher")
     if sharded:
         raise TersorError(
             "the student's weights are sharded, and it cannot write with a part of them; train "

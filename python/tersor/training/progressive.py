@@ -13,24 +13,33 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from transformers import PreTrainedModel, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from tersor.durable import disk_errors, durable, sync_folder
 from tersor.errors import TersorError
 from tersor.packed_linear import PackedLinear
 from tersor.tensorfile import loose_json
+from tersor.training.features import Features
 from tersor.training.losses import Distillation
 from tersor.training.offline import digest_of_weights
+from tersor.training.on_policy import OnPolicy
+from tersor.training.resuming import NoneAtTheEnd, last_checkpoint
 from tersor.training.students import student_of
 from tersor.training.trainer import DistillTrainer
 
-# Trains a student, in place, from a teacher, and may keep what it needs to go on in the folder.
+# Trains a student, in place, from a teacher, and may keep what it needs to go on in the folder. If
+# it has a method `settings`, what that gives (JSON data, by name) is recorded.
 Train: TypeAlias = Callable[[PreTrainedModel, PreTrainedModel, Path], Any]
 _STAGE = "stage.json"
+# Arguments that the result does not depend on.
+_NO_MATTER = {
+    *("save_strategy", "save_steps", "save_total_limit", "logging_strategy", "logging_steps"),
+    *("report_to", "disable_tqdm"),
+}
 
 
 def progressive(
@@ -47,9 +56,9 @@ def progressive(
     out: a folder for all stages. Those that are finished there are not done again; one that was
         killed goes on where its `train` can.
 
-    Raises TersorError where a stage that is finished, or was begun, is of another teacher or kind
-    of student, where a student comes out of its training quantized, and for sizes that do not
-    become smaller.
+    Raises TersorError where a stage that is finished, or was begun, is of another teacher, kind of
+    student or settings of by_distillation, where a student comes out of its training quantized, and
+    for sizes that do not become smaller.
     """
     if not students:
         raise TersorError("a chain needs students; give their numbers of blocks, such as [6, 4, 2]")
@@ -72,36 +81,52 @@ def by_distillation(
 ) -> Train:
     """For progressive: a DistillTrainer with TrainingArguments(folder, **args), which goes on from
     the last checkpoint in the folder. given: more for the DistillTrainer."""
+    return _Distilling(distillation, train_dataset, given or {}, args)
 
-    def train(student: PreTrainedModel, teacher: PreTrainedModel, folder: Path) -> None:
+
+@dataclass(frozen=True)
+class _Distilling:
+    distillation: Distillation
+    train_dataset: Any
+    given: dict[str, Any]
+    args: dict[str, Any]
+
+    def __call__(self, student: PreTrainedModel, teacher: PreTrainedModel, folder: Path) -> None:
         trainer = DistillTrainer(
             student,
             teacher,
-            distillation,
-            args=TrainingArguments(str(folder), **args),
-            train_dataset=train_dataset,
-            **(given or {}),
+            self.distillation,
+            args=TrainingArguments(str(folder), **self.args),
+            train_dataset=self.train_dataset,
+            **self.given,
         )
-        last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-        trainer.train(resume_from_checkpoint=last)
+        trainer.add_callback(NoneAtTheEnd())
+        trainer.train(resume_from_checkpoint=last_checkpoint(folder))
 
-    return train
+    def settings(self) -> dict[str, Any]:
+        """What the result depends on, as JSON data."""
+        rows = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None
+        args = {name: value for name, value in self.args.items() if name not in _NO_MATTER}
+        everything = self.distillation.settings() | {"rows": rows} | args | self.given
+        return {name: _plain(value) for name, value in everything.items()}
 
 
 def _stage(teacher: PreTrainedModel, kind: Any, train: Train, folder: Path) -> PreTrainedModel:
+    settings = getattr(train, "settings", None)
     made = {
         "teacher": digest_of_weights(teacher),
         "student": kind if isinstance(kind, int) else getattr(kind, "__name__", repr(kind)),
+        "training": json.loads(json.dumps(settings())) if callable(settings) else None,
     }
     done = _read(folder)
     work = folder.with_name(f"{folder.name}.training")
     begun = _read(work) if done is None else None
     for place, found in ((folder, done), (work, begun)):
-        if found is not None and found != made:
-            changed = ", ".join(key for key in made if found.get(key) != made[key])
+        changed = [] if found is None else _changes(found, made)
+        if changed:
             raise TersorError(
-                f"{place} was made with another {changed}; use that again, or remove the folder "
-                "and the stages after it"
+                f"{place} was made with another {', '.join(changed)}; use that again, or remove "
+                "the folder and the stages after it"
             )
     student = student_of(teacher, kind) if isinstance(kind, int) else kind(teacher)
     if student is teacher:
@@ -145,6 +170,27 @@ def _check_plain(student: PreTrainedModel, work: Path) -> None:
             f"the student came out of its training with {found} quantized, and the next one cannot "
             f"be made of it; quantize after the chain (the checkpoints are in {work})"
         )
+
+
+def _changes(found: dict[str, Any], made: dict[str, Any]) -> list[str]:
+    """What a stage was made with otherwise; of its training, where both ways tell settings."""
+    changed = [key for key in ("teacher", "student") if found.get(key) != made[key]]
+    before, now = found.get("training"), made["training"]
+    if before is not None and now is not None:
+        names = sorted(before.keys() | now.keys())
+        changed += [name for name in names if before.get(name) != now.get(name)]
+    return changed
+
+
+def _plain(value: Any) -> Any:
+    """As JSON data: settings by what they say, other things by their kind."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    if isinstance(value, dict):
+        return {str(name): _plain(each) for name, each in value.items()}
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    return repr(value) if isinstance(value, (Features, OnPolicy)) else type(value).__name__
 
 
 def _write(folder: Path, made: dict[str, Any]) -> None:

@@ -30,9 +30,14 @@ from tersor.training.fake import (
     into_cells,
     ready,
 )
+from tersor.training.finite import is_sharded
 from tersor.training.mask_targets import linear_targets, zeros
 
 SCALES = ("learned", "fixed")
+_WHOLE = (
+    "no process has all of them (FSDP); save them with the Trainer's save_model(), and in one "
+    "process attach(model), model.load_state_dict(...) of what was saved, and finish()"
+)
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,10 @@ class QuantizationTraining(TrainerCallback):
     parametrizations.weight, so that checkpoints of a Trainer can be resumed, and a loop goes on
     after load_state_dict on a model that is attached. What `start` gave is in there, so that a
     training can be resumed without it.
+
+    Where FSDP has the weights in parts they are not quantized at the end of the training. Save them
+    with save_model(), which puts them together, and in one process load them into a model that is
+    attached, and finish() there.
     """
 
     def __init__(
@@ -173,6 +182,8 @@ class QuantizationTraining(TrainerCallback):
                     f"{name} has a mask still; finish() the masks first, which write their zeros "
                     "into the weights, and then the quantization"
                 )
+            if is_sharded(original(linear)):
+                raise TersorError(f"{name} is in parts; {_WHOLE}")
             check_finite(name, original(linear), "train from a checkpoint before, at a lower rate")
             check_finite(name, self._fake(linear).scales, "train at a lower rate")
             if quantize and not original(linear).is_cpu:
@@ -218,6 +229,9 @@ class QuantizationTraining(TrainerCallback):
                 )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if any(is_sharded(original(linear)) for linear in self._attached().values()):
+            warnings.warn(f"the weights are still to be quantized: {_WHOLE}", stacklevel=2)
+            return
         devices = {str(original(linear).device) for linear in self._attached().values()}
         if devices != {"cpu"}:
             warnings.warn(

@@ -10,10 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 from tersor.errors import TersorError
+from tersor.evaluate import position_limit
 from tersor.training.features import recording
 from tersor.training.fused import Head, Logits
+
+_TABLES = {"wpe", "embed_positions", "position_embeddings"}  # what tables of positions are called
 
 
 class Reader:
@@ -29,6 +36,7 @@ class Reader:
     def __init__(self, model: nn.Module, whole: bool = False) -> None:
         self.model = model
         self.takes = set(inspect.signature(model.forward).parameters)
+        self.positions = _positions(model)
         self.checked = False
         self.whole = whole or not self._has_head()
         self.paths: list[str] = []  # of modules that make the last hidden states, if they are run
@@ -45,6 +53,12 @@ class Reader:
         call: the model, or what an engine wrapped it in. whole: the outputs must have all logits.
         """
         given = dict(inputs)
+        ids = given.get("input_ids")
+        if ids is not None and self.positions is not None and ids.shape[1] > self.positions:
+            raise TersorError(
+                f"rows of {ids.shape[1]} tokens are beyond the {self.positions} positions of a "
+                f"{type(self.model).__name__}, student or teacher; cut them shorter"
+            )
         if "use_cache" in self.takes:
             given["use_cache"] = False
         if self.whole or whole:
@@ -82,6 +96,27 @@ class Reader:
         half = hidden.dtype not in (torch.float32, torch.float64)
         bound = 2e-2 if half or torch.is_autocast_enabled(hidden.device.type) else 1e-4
         return bool((made - given).abs().max() <= bound * given.abs().max())
+
+
+def _positions(model: nn.Module) -> int | None:
+    """The most tokens of a row, where there is a table of positions."""
+    named = {path.rpartition(".")[2] for path, _ in model.named_modules()}
+    return position_limit(model) if named & _TABLES else None
+
+
+def predicts_next(model: nn.Module) -> bool:
+    """Whether a position predicts the token after it, or (a masked language model) its own; by the
+    name of the model's class or of one that it is made from. TersorError where neither is known."""
+    for kind in type(model).__mro__:
+        name = kind.__name__
+        if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or name.endswith("ForCausalLM"):
+            return True
+        if name in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values() or name.endswith("ForMaskedLM"):
+            return False
+    raise TersorError(
+        f"{type(model).__name__} is not known to be a causal or a masked language model; give it "
+        "a name that ends in ForCausalLM or ForMaskedLM"
+    )
 
 
 def vocabulary_of(model: nn.Module) -> int:

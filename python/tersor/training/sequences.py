@@ -69,7 +69,8 @@ def generate_corpus(
     Raises TersorError if out exists, for other settings than those of an unfinished run, for a
     prompt without tokens or too long, and for a full disk.
     """
-    out, partial = Path(out), Path(f"{out}.partial")
+    out = Path(out)
+    partial = out.with_name(f"{out.name}.partial")
     check_can_write(teacher)
     check_drawing(new_tokens, temperature, top_p)
     for name, value in (("samples", samples), ("batch", batch)):

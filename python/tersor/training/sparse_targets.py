@@ -62,6 +62,11 @@ class Keep:
             raise TersorError(
                 f"proposal is {self.proposal!r}; give an exponent above 0 and up to 2, usually 1"
             )
+        if self.proposal != 1 and not self.samples:
+            raise TersorError(
+                f"proposal is {self.proposal!r} and changes nothing without samples; give samples, "
+                "or leave it out"
+            )
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from tersor.errors import TersorError
 
 
 class Tally:
@@ -41,13 +38,3 @@ class Tally:
         for name, (total, count) in zip(sums, rows, strict=True):
             if count:
                 logs[prefix + name] = total / count
-
-
-def check_own_loss(given: Mapping[str, Any]) -> None:
-    """TersorError where a Trainer with a loss of its own is given (by name) another one."""
-    smoothing = getattr(given.get("args"), "label_smoothing_factor", 0)
-    if given.get("compute_loss_func") is not None or smoothing:
-        raise TersorError(
-            "compute_loss_func and label_smoothing_factor would replace the distillation loss; "
-            "leave them out"
-        )

@@ -15,30 +15,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Trainer
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tersor.errors import TersorError
 from tersor.training import beside
 from tersor.training.crossing import distill_across, narrowed
 from tersor.training.features import FeatureLoss, Features
-from tersor.training.finite import StopAtNaN, check_loss, check_rows
 from tersor.training.fused import IGNORED, Logits, distill
 from tersor.training.losses import Distillation, find_loss
 from tersor.training.offline import TeacherCache
 from tersor.training.on_policy import OWN_TEXT, OnPolicy, check_on_policy
+from tersor.training.own_loss import OwnLossTrainer
 from tersor.training.reading import Reader, vocabulary_of
 from tersor.training.sparse_targets import check_kept, distill_sparse
-from tersor.training.tally import Tally, check_own_loss
 from tersor.training.vocabulary import VocabularyMap
 
 _logger = logging.getLogger(__name__)
 _PROJECTIONS = "feature_projections.safetensors"
 
 
-class DistillTrainer(Trainer):
+class DistillTrainer(OwnLossTrainer):
     """Trains `model` on alpha · distillation + (1 - alpha) · cross-entropy + features.
 
         trainer = DistillTrainer(student, teacher, Distillation("reverse_kl"), args=args,
@@ -48,8 +44,8 @@ class DistillTrainer(Trainer):
     model: a causal or masked language model of transformers, or one with adapters of peft on it
         (tersor.add_lora), which alone are then trained.
     teacher: another one with the same vocabulary, quantized or not, which is put on the student's
-        device and into evaluation mode; or a TeacherCache of the very windows in the batches, those
-        of evaluation included.
+        device (whole, also where the student is sharded by FSDP) and into evaluation mode; or a
+        TeacherCache of the very windows in the batches, those of evaluation included.
     features: what layers are compared; needs a teacher that runs.
     on_policy: which batches the student writes itself; needs a teacher that runs.
     vocabulary: of a teacher with another tokenizer; see align_vocabularies. It reads the text as
@@ -61,8 +57,9 @@ class DistillTrainer(Trainer):
 
     Logs have, beside the loss, what it is made of: distillation, cross_entropy and features, means
     over the tokens since the last log (the cross-entropy over those that the student has not
-    written itself); eval_... in evaluation. Losses are divided by the tokens of
-    all accumulated batches, so accumulation changes nothing. What a mixture of experts adds to its
+    written itself); eval_... in evaluation. Losses are divided by the tokens of all accumulated
+    batches, so neither accumulation nor the number of processes changes anything; but features are
+    a mean over each batch, which then counts by its tokens. What a mixture of experts adds to its
     own loss to balance its routers is left out.
 
     Projections of features are trained with the student at its learning rate, kept in checkpoints
@@ -87,10 +84,8 @@ class DistillTrainer(Trainer):
         tokenizer = given.get("processing_class")
         self._size = _check_models(model, teacher, self.distillation, tokenizer, vocabulary)
         _check_features(teacher, features, vocabulary)
-        check_own_loss(given)
-        check_rows(given.get("train_dataset"))
-        super().__init__(model, **given)
-        self.add_callback(StopAtNaN())
+        student = _without_adapters(model)
+        super().__init__(model, student, given)
         if self.args.n_gpu > 1:
             raise TersorError(
                 "one process cannot distil on several GPUs; start one for each with torchrun, or "
@@ -98,14 +93,12 @@ class DistillTrainer(Trainer):
             )
         self.teacher = teacher
         engine = str(getattr(self.accelerator.distributed_type, "value", ""))
-        sharded = engine not in ("NO", "MULTI_GPU", "MULTI_CPU")
-        student = _without_adapters(model)
+        loaded_so = getattr(self, "is_distributed_loading_by_transformers", False)
+        sharded = loaded_so or engine not in ("NO", "MULTI_GPU", "MULTI_CPU")
         self._student = Reader(student, sharded)
         self._on_policy, self._vocabulary = on_policy, vocabulary
         if on_policy is not None:
-            check_on_policy(model, teacher, sharded, on_policy)
-        self._causal = type(student).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-        self._whole_outputs = False
+            check_on_policy(model, teacher, sharded, on_policy, vocabulary is None)
         self._features: FeatureLoss | None = None
         if isinstance(teacher, nn.Module):
             teacher.to(self.args.device)
@@ -122,7 +115,6 @@ class DistillTrainer(Trainer):
             assert self._features is not None
             beside.check_trained(self.optimizer, self._features, "the projections of features")
             self.add_callback(beside.Forget(self._features))
-        self._tally = Tally()
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, *given: Any
@@ -130,36 +122,19 @@ class DistillTrainer(Trainer):
         """The batches of a step, those that the student writes written."""
         batches = list(itertools.islice(epoch_iterator, num_batches))
         if self._on_policy is not None:
-            when = self.args.seed, self.state.global_step
+            student, when = self._student.model, (self.args.seed, self.state.global_step)
+            others = self.args.process_index, None if self._vocabulary else self.teacher
             with self.accelerator.autocast():
                 batches = [
-                    self._on_policy.written(
-                        self._student.model, batch, (*when, place), self.args.process_index
-                    )
+                    self._on_policy.written(student, batch, (*when, place), *others)
                     for place, batch in enumerate(batches)
                 ]
         return super().get_batch_samples(iter(batches), num_batches, *given)
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Any:
-        count = num_items_in_batch if self.model_accepts_loss_kwargs else None
-        with self.accelerator.autocast():  # the heads and the teacher too, not the model alone
-            loss, outputs = self._loss(model, inputs, count)
-        if model.training:
-            check_loss(loss, self.state.global_step, self.args.output_dir)
-        if count is not None and self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes  # whose gradients will be averaged
-        return (loss, outputs) if return_outputs else loss
-
-    def _loss(self, model: nn.Module, inputs: Mapping[str, Any], count: Any) -> tuple[Tensor, Any]:
-        """The loss of a batch, and the student's outputs. count: as in fused.distill."""
-        labels = self._labels(inputs)
-        fed = {k: v for k, v in inputs.items() if k not in ("labels", "shift_labels", OWN_TEXT)}
+    def _loss(
+        self, model: nn.Module, inputs: Mapping[str, Any], count: Any
+    ) -> tuple[Tensor, Any, dict[str, Any]]:
+        fed, labels = self._read(inputs, OWN_TEXT)
         own = OWN_TEXT in inputs
         settings = replace(self.distillation, alpha=1.0) if own else self.distillation
         tokens = (labels != IGNORED).sum()
@@ -168,7 +143,7 @@ class DistillTrainer(Trainer):
         with recorded(self._student.model, 0) as ours:
             student, outputs = self._student.read(model, fed, self._whole_outputs)
         if self._vocabulary is not None:
-            loss, said = self._across(student, fed, settings, labels, divisor)
+            loss, told = self._across(student, fed, settings, labels, divisor)
         else:
             if isinstance(self.teacher, TeacherCache):
                 targets = self.teacher.targets(fed["input_ids"])
@@ -179,18 +154,17 @@ class DistillTrainer(Trainer):
                 if self._size is not None:
                     student, teacher = (narrowed(x, self._size) for x in (student, teacher))
                 parts = distill(student, teacher, settings, labels, divisor)
-            loss, said = parts.loss, {"distillation": (parts.distillation * divisor, tokens)}
-            said["cross_entropy"] = parts.cross_entropy * divisor, tokens
+            loss, told = parts.loss, {"distillation": (parts.distillation * divisor, tokens)}
+            told["cross_entropy"] = parts.cross_entropy * divisor, tokens
         if own:
-            said["cross_entropy"] = torch.zeros_like(loss), 0
+            told["cross_entropy"] = torch.zeros_like(loss), 0
         if self._features is not None:
             mask = fed.get("attention_mask")
             real = torch.ones_like(fed["input_ids"]) if mask is None else mask
             extra = self._features(ours, theirs, real.bool()) * (tokens / divisor)
             loss = loss + extra
-            said["features"] = (extra * divisor, tokens)
-        self._tally.add(model.training, **said)
-        return loss, outputs
+            told["features"] = (extra * divisor, tokens)
+        return loss, outputs, told
 
     def _across(
         self, student: Logits, fed: dict[str, Any], settings: Distillation, labels: Tensor, of: Any
@@ -208,41 +182,6 @@ class DistillTrainer(Trainer):
             "cross_entropy": (found.cross_entropy * of, (labels != IGNORED).sum()),
             "outside": (found.outside * found.used, found.used),
         }
-
-    def _labels(self, inputs: Mapping[str, Any]) -> Tensor:
-        """What each position predicts; int64 [tokens of the batch]."""
-        if "shift_labels" in inputs:
-            return inputs["shift_labels"].flatten()
-        if "labels" not in inputs:
-            raise TersorError(
-                "the batches have no labels, which say what tokens count; let the data collator "
-                "make them, such as DataCollatorForLanguageModeling(tokenizer, mlm=False)"
-            )
-        labels = inputs["labels"]
-        if self._causal:
-            labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-        return labels.flatten()
-
-    def log(self, logs: dict[str, float], *given: Any, **named: Any) -> None:
-        self._tally.into(logs, self.accelerator)
-        super().log(logs, *given, **named)
-
-    def evaluation_loop(self, *given: Any, **named: Any) -> Any:
-        self._tally.forget_evaluation()  # of a prediction, which logs nothing
-        return super().evaluation_loop(*given, **named)
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> Any:
-        self._whole_outputs = not prediction_loss_only
-        try:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        finally:
-            self._whole_outputs = False
 
     def create_optimizer(self, *given: Any, **named: Any) -> Any:
         made = self.optimizer is None
