@@ -128,8 +128,8 @@ Plan plan(const tersor_spec& spec, int64_t m, int32_t dtype, int number) {
     const int64_t rows = (int64_t{w.row_blocks} + gemm.blocks - 1) / gemm.blocks;
     const int64_t tokens = (m + gemm.tokens - 1) / gemm.tokens, tiles = rows * tokens;
     if (tiles > kMostTiles || tiles * w.steps > INT32_MAX / 2) continue;
-    // Every tile of tokens reads W again: as few as can be, then the narrowest, and among equals the
-    // last in the table, whose instructions are newer.
+    // Every tile of tokens reads W again: as few as can be, then the narrowest, and among equals
+    // the last in the table, whose instructions are newer.
     const int64_t cost = tokens * (kMostTokens + 1) + gemm.tokens;
     if (cost > least) continue;
     least = cost;
@@ -288,8 +288,14 @@ bool linear(const tersor_args& call, Target target) {
   args.arrived = static_cast<int*>(call.workspace);
   args.partials = reinterpret_cast<float*>(static_cast<uint8_t*>(call.workspace) + kCounterBytes);
   const Current current(target.device);
+  BoxedArgs boxed;
+  const void* given = &args;
+  if (chosen.gemm->boxed) {
+    boxed = {args, tensor_map(call, chosen.gemm->tokens)};
+    given = &boxed;
+  }
   launch(chosen.gemm->function, chosen.partition.workers, chosen.gemm->threads, chosen.gemm->shared,
-         &args, target);
+         given, target);
   return true;
 }
 
