@@ -34,7 +34,8 @@ def test_ten_times_smaller(demo_model: DemoModel, out: Path) -> None:
     assert report.to_json() == RecipeReport.read(out).to_json()
     assert (out / RECIPE_PAGE).exists() and len(list((out / STAGES).iterdir())) == 5
     assert sum(p.numel() for p in load_any(out).parameters()) < first.parameters
-    assert "times smaller" in " ".join(said) and "joint:" in " ".join(said)
+    printed = " ".join(said)
+    assert all(part in printed for part in ("times smaller", "own codes:", "joint:"))
     with pytest.raises(TersorError, match="exists already"):
         demo_full.run(out, said.append, SHORT, demo_model)
 

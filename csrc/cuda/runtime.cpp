@@ -198,8 +198,8 @@ const char* unavailable() {
     if (status == cudaSuccess && count > 0) return std::string();
     cudaGetLastError();
     if (status == cudaErrorInsufficientDriver)
-      return std::string("no NVIDIA driver was found, or it is older than CUDA ") +
-             std::to_string(CUDART_VERSION / 1000) + " asks for";
+      return "no NVIDIA driver was found, or one that is too old for CUDA " +
+             std::to_string(CUDART_VERSION / 1000);
     return std::string("no NVIDIA GPU can be used (") +
            cudaGetErrorString(count == 0 && status == cudaSuccess ? cudaErrorNoDevice : status) +
            ")";

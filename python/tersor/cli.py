@@ -235,7 +235,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_files(sub, ignore=False)
     add_teacher(sub, required=True)
-    add_text(sub, bos, sequential=False)
+    add_text(sub, bos, sequential=False, samples=False)
     add_plan(sub)
 
     sub = command(

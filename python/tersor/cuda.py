@@ -27,7 +27,7 @@ from tersor.kernels import (
     rows_of,
     stored_bits,
 )
-from tersor.qweight import QSpec, QWeight
+from tersor.qweight import ActSpec, QSpec, QWeight
 
 _SLAB = 256 << 20  # bytes of a dequantized weight that are there at a time
 
@@ -64,6 +64,28 @@ def unavailable() -> str | None:
 def built() -> bool:
     """Whether this build has CUDA kernels, if for another machine."""
     return bool(_core.cuda_architectures())
+
+
+def status() -> str:
+    """Whether CUDA kernels can run here, and for what this build has some; a phrase."""
+    if (reason := unavailable()) is not None:
+        return reason
+    return f"{torch.cuda.get_device_name()} can run them, built for {_core.cuda_architectures()}"
+
+
+def serving(
+    m: int, n: int, k: int, spec: QSpec, activation: ActSpec | None, dtype: torch.dtype
+) -> str:
+    """What serves such a product on the current device, or why nothing does; a phrase."""
+    grid = Grid(
+        n, k, spec.group or k, stored_bits(spec), not spec.symmetric, dtype_code(torch.bfloat16)
+    )
+    reason = unavailable() or _core.cuda_refuses(*grid.fields(), int(activation is not None))
+    if reason is not None:
+        return str(reason)
+    place = torch.cuda.current_device()
+    name = _core.cuda_serves(_weight(*grid.fields()), m, dtype_code(dtype), place)
+    return f"{name} serves" if name else "torch serves, with a weight dequantized for the call"
 
 
 def refusal(q: QWeight, activation: bool) -> str | None:

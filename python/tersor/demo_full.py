@@ -3,7 +3,8 @@ same steps of training one after the other against all at once.
 
 The student is cut out of the original (a narrower stream, half of the heads, four of six blocks),
 learns from it, loses half of its channels, learns again with its weights as they will be in four
-bits, and is quantized by GPTQ.
+bits, and is quantized by GPTQ. GPTQ chooses codes anew and so gives away what the training gained:
+that is shown too, by a training that keeps its own codes.
 """
 
 from __future__ import annotations
@@ -37,13 +38,15 @@ class Effort:
     """steps: of the first training; the second takes half as many. Both ways of the comparison
     take `compared` steps in all. samples: windows of each held-out text, and of calibration.
     rate: the learning rate of students that were cut or masked just before; aware: of one that has
-    learnt already, and is trained for its grid."""
+    learnt already, and is trained for its grid, before GPTQ; codes: the same where the codes that
+    were trained stay."""
 
     steps: int = 240
     compared: int = 160
     batch: int = 8
     rate: float = 2e-3
     aware: float = 2e-4
+    codes: float = 3e-4
     samples: int = 64
 
 
@@ -58,6 +61,12 @@ def recipe(source: DemoModel, effort: Effort) -> Recipe:
     return Recipe(
         steps, _text(source, effort), _evaluation(source, effort), keep="all", name="demo --full"
     )
+
+
+def own_codes(effort: Effort) -> tuple[Step, ...]:
+    """The last training once more, from GPTQ's codes to codes, with nothing after it."""
+    training = _training(effort, effort.steps // 2, effort.codes)
+    return (QuantizationAware(group="row", **training),)
 
 
 def sequential(effort: Effort) -> tuple[Step, ...]:
@@ -104,11 +113,18 @@ def run(
             f"{first.bytes / last.bytes:.1f} times smaller.\n"
         )
         print_table(_tasks(source, folder, effort))
-        say(f"{effort.compared} steps one after the other, and all at once, from the student ...")
-        student = folder / "stages" / "2-shrink"
-        ways = {"sequential": sequential(effort), "joint": joint(effort)}
-        for name, steps in ways.items():
+        say(
+            "The last training with its own codes, not GPTQ's; and from the student "
+            f"{effort.compared} steps one after the other, and all at once ..."
+        )
+        ways = {
+            "own codes": ("4-shrink", own_codes(effort)),
+            "sequential": ("2-shrink", sequential(effort)),
+            "joint": ("2-shrink", joint(effort)),
+        }
+        for name, (stage, steps) in ways.items():
             compared = Recipe(steps, _text(source, effort), _evaluation(source, effort), name=name)
+            student = folder / "stages" / stage
             found = compress(student, Path(scratch) / name, compared, original=source.folder)
             say(f"\n{name}:")
             print_table(stages(found))

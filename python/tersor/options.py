@@ -184,7 +184,13 @@ def add_grid(sub: argparse.ArgumentParser) -> None:
     add("--activations", choices=("int8",), help="quantize activations too, in the call")
 
 
-def add_text(sub: argparse.ArgumentParser, bos: dict[str, Any], sequential: bool = True) -> None:
+def add_text(
+    sub: argparse.ArgumentParser,
+    bos: dict[str, Any],
+    sequential: bool = True,
+    samples: bool = True,
+) -> None:
+    """samples: whether --samples is offered; where it is not, its command says why."""
     add = sub.add_argument
     add(
         "--calibration",
@@ -193,7 +199,8 @@ def add_text(sub: argparse.ArgumentParser, bos: dict[str, Any], sequential: bool
         metavar="FILE",
         help="text to calibrate on: files of plain text, or FILE.jsonl:FIELD",
     )
-    add("--samples", type=whole(1), default=128, metavar="N", help="windows of text; default: 128")
+    about = "windows of text; default: 128" if samples else argparse.SUPPRESS
+    add("--samples", type=whole(1), default=128, metavar="N", help=about)
     add(
         "--seq-len",
         type=whole(2),

@@ -183,8 +183,8 @@ def kernels(args: argparse.Namespace) -> None:
     import torch
     from rich.table import Table
 
+    from tersor import cuda, sparse
     from tersor import kernels as native
-    from tersor import sparse
     from tersor.qweight import ActSpec, QSpec, Scheme
     from tersor.sparsity import Sparsity
 
@@ -229,6 +229,8 @@ def kernels(args: argparse.Namespace) -> None:
     out = console()
     out.print(sentence, highlight=False)
     out.print(shown)
+    served = cuda.serving(m, n, k, spec, activation, dtype) if args.shape else cuda.status()
+    out.print(f"On NVIDIA GPUs: {served}.", highlight=False)
 
 
 def bench(args: argparse.Namespace) -> None:
