@@ -369,6 +369,7 @@ QUANTIZE = "quantize {model} --out {out}"
         (f"{QUANTIZE} --method rtn --act-order", "--act-order changes nothing"),
         (f"{QUANTIZE} --method awq", "--method awq is unknown; use rtn or gptq"),
         ("quantize {model}", "arguments are required: --out"),
+        ("quantize --out o --calibration a.txt m", "MODEL; put it before options that take"),
         ("quantize {out} --out {out}", "there is no folder"),
         ("inspect {out}", "there is no folder"),
         ("eval {model} --text {out}", "there is no text file"),

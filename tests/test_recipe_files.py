@@ -107,6 +107,10 @@ def test_ready_recipes(name: str) -> None:
         ("steps: [export: {folder: a}]", "a recipe needs a step that changes the model"),
         ("steps: [quantize, export: {folder: ../a}]", "folder is a plain name"),
         ("steps: [quantize, export: {folder: ''}]", "folder is the name of a folder"),
+        (f"steps: [quantize, export: {{folder: {'é' * 101}}}]", "a name of at most 200 bytes"),
+        ("steps: [quantize: {? [a] : 1}]", "not YAML"),
+        ("calibration: {sources: text.txt, seed: -1}\nsteps: [quantize]", "seed is a whole number"),
+        (f"calibration: {{sources: text.txt, seed: {10**22}}}\nsteps: [quantize]", "to 2**63 - 1"),
         ("steps: [quantize, evaluate: {}]", "evaluate needs text, name: FILE, or speed"),
         ("steps: [quantize, evaluate: {speed: true, bos: nver}]", "bos is auto, always, never"),
         ('steps: [quantize]\ncalibration: "a\\0b"', "is not the name of a file"),
@@ -151,6 +155,10 @@ def test_values_that_grow_are_cut_in_messages(home: Path) -> None:
     with pytest.raises(TersorError) as error:
         parse("\n".join([*lines, "steps: [quantize: {bits: *a7}]"]).replace("a0:", "steps2:"), home)
     assert len(str(error.value)) < 1000
+    for end in ("keep: *a7\nsteps: [quantize]", "evaluate: {speed: *a7}\nsteps: [quantize]"):
+        with pytest.raises(TersorError) as error:
+            parse("\n".join([*lines, end]).replace("a0:", "calibration:", 1), home)
+        assert len(str(error.value)) < 1000
     steps = f"steps: [quantize: {{bits: {'[' * 60 + ']' * 60}}}]"
     with pytest.raises(TersorError) as error:
         parse(steps, home)

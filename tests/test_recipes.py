@@ -83,7 +83,11 @@ def parse(text: str, home: Path) -> Recipe:
         ("[distill: {teacher: none}]", "step 1, distill: "),
         ("[distill: {teacher: other}]", "has a vocabulary of 320 tokens and the model one of 160"),
         ("[distill: {text: empty.txt}]", "step 1, distill: .*is empty"),
-        ("[distill: {batch: 100000}]", "step 1, distill: the calibration text"),
+        ("[distill: {batch: 100000}]", "step 1, distill: the text has .*fewer than the 100000"),
+        (f"[distill: {{steps: {10**24}}}]", r"steps is a whole number from 1 to 2\*\*31 - 1"),
+        ("[distill: {learning_rate: 1000}]", "learning_rate is from 0 to 10"),
+        ("[prune: {sparsity: 0.3}, distill: {optimizer: lomo}]", "step 2, distill: the optimizer"),
+        ("[shrink: {layers: [0, 0]}]", "layers names each block once"),
         ("[shrink: {ffn: 0.3}, evaluate: {text: gone.txt}]", "step 2, evaluate: "),
         ("[shrink: {ffn: 0.3}, evaluate: {text: empty.txt}]", "does not fill one window"),
         ("[shrink: {ffn: 0.3}, evaluate: {text: text.txt, seq_len: 999}]", "beyond the model's 64"),
@@ -124,10 +128,10 @@ def test_errors_before_the_first_step(
     (home / "empty.txt").touch()
     if not (home / "other").exists():
         tiny.save(home / "other", "llama", vocab_size=320)
-    recipe = parse(f"calibration: {{sources: text.txt, seq_len: 32}}\nsteps: {steps}", home)
     monkeypatch.setattr(Step, "__call__", lambda *given, **named: pytest.fail("a step was run"))
+    text = f"calibration: {{sources: text.txt, seq_len: 32}}\nsteps: {steps}"
     with pytest.raises(TersorError, match=message):
-        compress(home / "model", out, recipe)
+        compress(home / "model", out, parse(text, home))
     assert not list(out.parent.iterdir())
 
 
@@ -272,6 +276,31 @@ def test_another_recipe_does_not_go_on(
     compress(home / "model", out, recipe)
     with pytest.raises(TersorError, match="exists already"):
         compress(home / "model", out, recipe)
+
+
+def test_a_training_on_other_text_does_not_go_on(
+    home: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, teacher = home / "own.txt", home / "teacher"
+    own.write_text(tiny.text(seed=5))
+    tiny.save(teacher, "llama")
+    recipe = parse(
+        "calibration: {sources: text.txt, seq_len: 32, samples: 4}\nsteps: [distill: {steps: 1, "
+        "batch: 2, text: own.txt, teacher: teacher}, quantize: {method: rtn, group: 32}]", home,
+    )  # fmt: skip
+    monkeypatch.setattr(Quantize, "__call__", stopping(Quantize, "__call__", 1, True))
+    with pytest.raises(Stop):
+        compress(home / "model", out, recipe)
+    monkeypatch.undo()
+    own.write_text(tiny.text(seed=6))
+    with pytest.raises(TersorError, match="unfinished run with another training"):
+        compress(home / "model", out, recipe)
+    own.write_text(tiny.text(seed=5))
+    tiny.save(teacher, "llama", rms_norm_eps=1e-4)
+    with pytest.raises(TersorError, match="unfinished run with another training"):
+        compress(home / "model", out, recipe)
+    tiny.save(teacher, "llama")
+    compress(home / "model", out, recipe)
 
 
 def test_what_is_done_is_not_thrown_away(

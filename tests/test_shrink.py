@@ -450,3 +450,18 @@ def test_bad_options(
     assert code == 2
     assert message in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_whole_heads_that_make_another_share_are_said(
+    folder: Callable[[str], Path], out: Path
+) -> None:
+    report = shrink_checkpoint(
+        folder("llama"), out, heads=0.3, importance="magnitude", update="none"
+    )
+    assert report.departures == {"heads": "0.3 became 0.5: 1 of 2 stay in every block"}
+    with pytest.raises(TersorError, match=r"0\.3 became 0\.5"):
+        shrink_checkpoint(
+            folder("llama"), out.with_name("strict"), heads=0.3, importance="magnitude",
+            update="none", strict=True,
+        )  # fmt: skip
+    assert not out.with_name("strict.partial").exists()

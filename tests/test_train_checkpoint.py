@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 import tiny
@@ -414,3 +414,55 @@ def test_no_room_on_the_disk(
     free["bytes"] = 5 * weights  # for the result alone
     few = replace(PLAN, checkpoint_every=4)
     train_checkpoint(model, out.with_name("few"), plan=few, **given)
+
+
+def test_a_training_that_makes_the_model_worse_is_no_success(
+    model: Path, out: Path, tmp_path: Path
+) -> None:
+    fast = replace(PLAN, steps=12, learning_rate=3.0, warmup=0.0)
+    report = train_checkpoint(model, out, plan=fast, calibration=TEXT)
+    assert "it has made the model worse" in report.departures["the training"]
+    with pytest.raises(TersorError, match="it has made the model worse"):
+        train_checkpoint(model, tmp_path / "strict", plan=fast, calibration=TEXT, strict=True)
+
+
+def test_teachers_that_teach_nothing(model: Path, out: Path, tmp_path: Path) -> None:
+    tiny.save(tmp_path / "broken", "llama")
+    state = load_file(tmp_path / "broken" / "model.safetensors")
+    state["model.norm.weight"][3] = float("nan")
+    save_file(state, tmp_path / "broken" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(TersorError, match=r"of the teacher.*take another"):
+        train_checkpoint(model, out, plan=PLAN, teacher=tmp_path / "broken", calibration=TEXT)
+    tiny.save(tmp_path / "other", "llama")
+    path = tmp_path / "other" / "tokenizer.json"
+    held = json.loads(path.read_text())
+    words = held["model"]["vocab"]
+    first, second = list(words)[10], list(words)[11]
+    words[first], words[second] = words[second], words[first]
+    path.write_text(json.dumps(held))
+    with pytest.raises(TersorError, match="its tokenizer numbers them otherwise"):
+        train_checkpoint(model, out, plan=PLAN, teacher=tmp_path / "other", calibration=TEXT)
+
+
+def test_a_checkpoint_that_cannot_be_written(
+    model: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is half written is removed by the next run, which goes on."""
+    whole = torch.save
+
+    def full(given: Any, where: Any, *more: Any, **named: Any) -> None:
+        if "checkpoint-4" not in str(where):
+            return whole(given, where, *more, **named)
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 0 vs 1")
+
+    plan = replace(PLAN, steps=6)
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(TersorError, match=r"could not be written .*the same command again"):
+        train_checkpoint(model, out, plan=plan, calibration=TEXT)
+    monkeypatch.undo()
+    training = next(out.with_name("out.partial").rglob("checkpoint-4")).parent
+    assert not (training / "checkpoint-4" / "trainer_state.json").exists()
+    (training / "checkpoint-9").mkdir()
+    train_checkpoint(model, out, plan=plan, calibration=TEXT)
+    train_checkpoint(model, out.with_name("again"), plan=plan, calibration=TEXT)
+    assert content(out) == content(out.with_name("again"))

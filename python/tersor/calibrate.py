@@ -59,6 +59,8 @@ class Calibration:
                 raise TersorError(f"{name} must be a tuple of strings, as in {name}=('...',)")
         for number, text in enumerate(self.texts):
             check_characters(text, f"text {number} of the calibration texts")
+        if type(self.seed) is not int or not 0 <= self.seed < 2**63:
+            raise TersorError(f"seed is a whole number from 0 to 2**63 - 1, not {self.seed!r}")
         if self.samples < 1:
             raise TersorError(f"samples must be at least 1, not {self.samples}")
         if self.seq_len is not None and self.seq_len < 2:

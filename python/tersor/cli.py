@@ -107,6 +107,8 @@ class Parser(argparse.ArgumentParser):
         return found, unknown
 
     def error(self, message: str) -> NoReturn:
+        if message.endswith("required: MODEL"):  # which an option that takes many has swallowed?
+            message += "; put it before options that take several values"
         self.exit(2, f"tersor: error: {message}; see {self.prog} --help\n")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -122,6 +123,14 @@ def read_text(source: str) -> str:
     """All documents of a source, one after the other. TersorError where it cannot be read."""
     documents = open_documents(source, piece=1 << 20)
     return "".join(documents[i] for i in range(len(documents)))
+
+
+def digest_text(source: str) -> str:
+    """The SHA-256 of what read_text gives, a piece at a time."""
+    documents, sha = open_documents(source, piece=1 << 20), hashlib.sha256()
+    for i in range(len(documents)):
+        sha.update(documents[i].encode())
+    return sha.hexdigest()
 
 
 def _read(path: Path, start: int, end: int) -> str:

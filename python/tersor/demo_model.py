@@ -22,6 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from tersor.demo_training import Training, save_model, train, train_tokenizer
 from tersor.errors import TersorError
@@ -80,6 +81,7 @@ def demo_model(recipe: Recipe | None = None, say: Callable[[str], None] = print)
             if (manifest := _verified(home, say)) is None:  # nobody has made it meanwhile
                 work = Path(scratch) / "entry"
                 manifest = _make(work, recipe, say)
+                _tell_if_weak(manifest, home, say)
                 try:
                     work.rename(home)
                 except OSError:  # without locks another process has been faster: take its model
@@ -122,12 +124,23 @@ def _verified(home: Path, say: Callable[[str], None]) -> dict[str, dict[str, obj
     try:
         manifest: dict[str, dict[str, object]] = json.loads((home / _MANIFEST).read_text())
         if manifest["files"] == _sums(home):
+            _tell_if_weak(manifest, home, say)
             return manifest
     except (OSError, ValueError, KeyError, TypeError):
         pass
     say(f"The demo model in {home} is damaged; making it again.")
     shutil.rmtree(home)
     return None
+
+
+def _tell_if_weak(manifest: dict[str, Any], home: Path, say: Callable[[str], None]) -> None:
+    """A model that was not trained to the end is one all the same, but not in silence."""
+    steps, planned = manifest["record"]["steps"], manifest["recipe"]["training"]["steps"]
+    if steps != planned:
+        say(
+            f"Time ran out when the demo model was trained, after {steps} of {planned} steps: it "
+            f"is weaker. Remove {home} to train it again."
+        )
 
 
 def _sums(folder: Path) -> dict[str, str]:
@@ -152,8 +165,6 @@ def _make(work: Path, recipe: Recipe, say: Callable[[str], None]) -> dict[str, d
     say(f"Training the demo model on {len(training)} files of Python's standard library, once.")
     tokenizer = train_tokenizer(training, recipe.vocabulary)
     model, record = train(tokenizer, training, recipe.training)
-    if (steps := record["steps"]) != recipe.training.steps:
-        say(f"Time ran out after {steps} of {recipe.training.steps} steps; the model is weaker.")
     save_model(model, tokenizer, work / "model")
     manifest = {"recipe": asdict(recipe), "record": record, "files": _sums(work)}
     (work / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")

@@ -215,8 +215,9 @@ def kernels(args: argparse.Namespace) -> None:
             found = sparse.measure(m, n, k, spec, activation, dtype)
             sentence += (
                 f" Measured: {1e3 * found.sparse:.3f} ms without the zeros, "
-                f"{1e3 * found.dense:.3f} ms with them, {found.gain:.2f} times as fast."
+                f"{1e3 * found.dense:.3f} ms with them, {found.gain:.2f} times as fast"
             )
+            sentence += "." if found.gain > 1 else ": so here weights are loaded with their zeros."
     first = True
     for kernel in native.table():
         row = [kernel.name, kernel.isa, kernel.layout, str(kernel.priority)]

@@ -46,6 +46,7 @@ def generate(args: argparse.Namespace) -> None:
         )
     if pruned:
         print(f"prompt: {pruned}", file=sys.stderr)
+    _tell_of_length(model, prompt["input_ids"].shape[1], args.max_tokens)
 
 
 def _check_room(model: Any, prompt: int, more: int) -> None:
@@ -59,3 +60,14 @@ def _check_room(model: Any, prompt: int, more: int) -> None:
         f"the prompt and --max-tokens make {prompt} + {more} tokens, more than the {limit} "
         f"positions of the model; {fix}"
     )
+
+
+def _tell_of_length(model: Any, prompt: int, more: int) -> None:
+    """Models with rotary positions go on beyond what they were made for, but not well."""
+    known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if known and prompt + more > known:
+        print(
+            f"note: the model was made for {known} positions, and the prompt and --max-tokens make "
+            f"{prompt} + {more}; what lies beyond may make no sense",
+            file=sys.stderr,
+        )

@@ -26,7 +26,7 @@ from tersor.surgery.experts import Mixture, settle_drop
 from tersor.surgery.shrink import settle_shrink
 from tersor.surgery.smaller import foreseen
 from tersor.surgery.width import Width, check_tokens, settle_slice
-from tersor.training.checkpoints import check_teacher
+from tersor.training.checkpoints import check_batch, check_teacher
 
 Windows = dict[str, Tensor]  # name of a text -> int64 [count, seq_len]
 
@@ -189,7 +189,7 @@ def _training_text(step: Train, calibration: Calibration | None, source: Source)
     sources, texts = (step.text, ()) if step.text else (calibration.sources, calibration.texts)
     seq_len = step.seq_len or calibration.seq_len
     first = replace(calibration, sources=sources, texts=texts, samples=step.batch, seq_len=seq_len)
-    calibration_windows(source, first)
+    check_batch(calibration_windows(source, first, fewer=True), step.batch)
 
 
 def _windows(asked: Evaluate, source: Source) -> Windows:

@@ -155,8 +155,9 @@ def _figures(report: RecipeReport) -> dict[str, list[_Figure]]:
         if (errors := _layer_errors(stage)) is not None:
             labels, kinds, values = errors
             worst, at = max((v, (k, b)) for (k, b), v in values.items())
-            add("layers", f"{stage.name}: error of each layer, squared and relative to its "
-                "outputs; of experts the worst.",
+            of = "outputs" if any(layer.get("tokens") for layer in stage.layers) else "weights"
+            add("layers", f"{stage.name}: error of each layer, squared and relative to its {of}; "
+                "of experts the worst.",
                 f"{len(values)} errors; the largest is {draw.power(worst)}, of {at[0]} in block "
                 f"{at[1]}.", draw.heat, labels, kinds, _matrix(labels, kinds, values))  # fmt: skip
     for stage in stages:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from tersor.steps import STEPS, Step
 
 READY = ("cloud", "edge", "realtime", "mobile")
 KEEP = ("last", "all")
+LONGEST = 200  # bytes of a folder's name, to which more is added while it is made
 _LARGEST = 1 << 20  # bytes of a file
 
 
@@ -77,6 +78,11 @@ class Export:
             raise TersorError(f"folder is the name of a folder to make, not {name!r}")
         if "/" in name or "\\" in name or name.startswith("-"):
             raise TersorError(f"folder is a plain name, which is made below `stages`, not {name!r}")
+        if len(os.fsencode(name)) > LONGEST:
+            raise TersorError(
+                f"folder is a name of at most {LONGEST} bytes, not {reprlib.repr(name)} with "
+                f"{len(os.fsencode(name))}; choose a shorter one"
+            )
 
 
 # What a recipe lists beside the steps that write a model.
@@ -98,7 +104,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.keep not in KEEP:
-            raise TersorError(f"keep is {' or '.join(KEEP)}, not {self.keep!r}")
+            raise TersorError(f"keep is {' or '.join(KEEP)}, not {reprlib.repr(self.keep)}")
         if not any(isinstance(step, Step) for step in self.steps):
             raise TersorError(f"a recipe needs a step that changes the model: {', '.join(STEPS)}")
 
@@ -239,7 +245,7 @@ def _evaluate(given: Any, home: Path | None, what: str) -> Evaluate:
     made: Evaluate = _made(Evaluate, given | {"text": {}, "speed": True})
     speed = given.get("speed", False)
     if not isinstance(speed, bool):
-        raise TersorError(f"speed is true or false, not {speed!r}")
+        raise TersorError(f"speed is true or false, not {reprlib.repr(speed)}")
     return replace(made, text={k: _inside(home, v) for k, v in text.items()}, speed=speed)
 
 
@@ -317,10 +323,13 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         if any(key.value == "<<" for key, _ in node.value):
             raise yaml.YAMLError("mappings are not merged with <<; write the settings out")
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
+        seen = set()
+        for key in (self.construct_object(each, deep=True) for each, _ in node.value):
+            if not isinstance(key, Hashable):
+                break  # yaml says what it thinks of that
+            if key in seen:
                 raise yaml.YAMLError(f"{key!r} stands twice, {str(node.start_mark).strip()}")
+            seen.add(key)
         return super().construct_mapping(node, deep)
 
 

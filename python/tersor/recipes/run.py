@@ -26,6 +26,7 @@ import torch
 from tersor import kernels
 from tersor.calibrate import digest
 from tersor.checkpoint import Checkpoint
+from tersor.corpus import digest_text
 from tersor.durable import disk_errors, durable, sync_folder
 from tersor.errors import TersorError
 from tersor.recipes.checks import Checked, check
@@ -338,7 +339,20 @@ def _identity(checked: Checked, original: Path) -> dict[str, Any]:
             for number, windows in checked.windows.items()
             for name, ids in windows.items()
         },
+        "training": [_training(step, recipe) for step in recipe.steps if isinstance(step, Train)],
         "versions": versions(),
+    }
+
+
+def _training(step: Train, recipe: Recipe) -> dict[str, Any]:
+    """What a step that trains reads, beside what it is told: the text, all of which may be read,
+    and a teacher of its own."""
+    assert recipe.calibration is not None  # checked before
+    own = step.teacher if step.teacher not in (None, "original") else None
+    return {
+        "text": [digest_text(file) for file in step.text or recipe.calibration.sources],
+        "texts": [] if step.text else list(recipe.calibration.texts),
+        "teacher": None if own is None else Checkpoint.open(own).fingerprint(),
     }
 
 

@@ -53,7 +53,7 @@ def _settle(work: Path, settings: dict[str, Any]) -> None:
         if set(os.listdir(work)) - {LOCK, SETTINGS, LATENCY, SETTINGS + ".tmp", LATENCY + ".tmp"}:
             key = next(k for k in before | settings if before.get(k) != settings.get(k))
             raise TersorError(
-                f"{work} is of an unfinished search with another {key}; remove it to begin "
+                f"{work} is of an unfinished search that differs in its {key}; remove it to begin "
                 "anew, repeat the search as it was, or choose another --out"
             )
         (work / LATENCY).unlink(missing_ok=True)

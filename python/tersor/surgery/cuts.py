@@ -52,6 +52,13 @@ class Cut:
         everything = torch.arange(self.pieces).view(self.count, self.each)
         return everything[: self.kept, : self.kept_each].flatten()
 
+    def departure(self, asked: float) -> str | None:
+        """What to say where whole groups make another share than was asked for."""
+        share = 1 - self.kept / self.count
+        if not asked or abs(share - asked) <= 0.05:
+            return None
+        return f"{asked:g} became {share:.2g}: {self.kept} of {self.count} stay in every block"
+
     def settings(self) -> dict[str, str]:
         """For people."""
         result = {self.what: f"{self.kept} of {self.count}"}
@@ -240,6 +247,8 @@ def _drop(layers: int | Sequence[int], depth: int) -> int | tuple[int, ...]:
     if not all(type(number) is int for number in layers):
         raise TersorError(f"layers names blocks by whole numbers, not {list(layers)!r}")
     numbers = tuple(sorted(set(layers)))
+    if len(numbers) < len(layers):
+        raise TersorError(f"layers names each block once, not {list(layers)}")
     if len(numbers) == depth or not all(0 <= number < depth for number in numbers):
         raise TersorError(
             f"layers names blocks from 0 to {depth - 1}, not all of them; {list(layers)} does not"

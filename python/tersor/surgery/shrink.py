@@ -138,6 +138,11 @@ def shrink_checkpoint(
         calibration,
         windows,
     )
+    for cut in cuts.groups:
+        if why := cut.departure({"heads": heads, "ffn": ffn}[cut.what]):
+            report.departures[cut.what] = why
+    if strict:
+        report.require_strict()
     before = parameters(source.model)  # now, since weights that come and go do not stay tied
     if "entropy" in how.values():
         use_eager(source)

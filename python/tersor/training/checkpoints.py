@@ -6,17 +6,19 @@ The whole model is in memory, in float32, with its gradients and the state of th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.logging import disable_progress_bar
 
-from tersor.calibrate import Calibration, digest
+from tersor.calibrate import Calibration, digest, load_tokenizer
 from tersor.checkpoint import Checkpoint, check_finite
 from tersor.errors import TersorError
 from tersor.formats import quantization_config
@@ -35,8 +37,11 @@ from tersor.surgery.smaller import is_pruned
 from tersor.training.losses import Distillation
 from tersor.training.plan import Plan, plan_settings
 from tersor.training.qat import QuantizationTraining
-from tersor.training.resuming import NoneAtTheEnd, last_checkpoint
+from tersor.training.resuming import NoneAtTheEnd, discard_unfinished, last_checkpoint
 
+# In what torch's archives and safetensors say where a file cannot be written.
+_WRITING = ("inline_container", "StreamWriter", "os error")
+_TOKENIZER = "tokenizer.json"
 BEGUN, SAVED, TRAINED = "begun", "saved", "trained"  # commits
 
 
@@ -136,6 +141,10 @@ def train_checkpoint(
         done = writer.done[TRAINED]
         report.layers = [LayerReport.from_dict(layer) for layer in done["layers"]]
         report.training = done["training"]
+        if (worse := _worse(report.training["log"])) is not None:
+            report.departures["the training"] = worse
+        if strict:
+            report.require_strict()
         report.bytes_after = done["bytes"]
         if qat is not None and qat.output == "codes":
             stated = quantization_config(qat.scheme, scope.unquantized)
@@ -172,8 +181,9 @@ class _Run:
     def train(self) -> None:
         job = self.job
         args = job.plan.arguments(self.folder)
+        discard_unfinished(self.folder)
         self._require_space(args)
-        teacher = None if job.teacher is None else load_any(job.teacher)
+        teacher = None if job.teacher is None else _load_teacher(job.teacher)
         model = job.source.whole().float().requires_grad_(True)
         masks, fake = self._masks(model), self._fake(model)
         callbacks = [each for each in (masks, fake, _Steps(self.bar)) if each is not None]
@@ -181,7 +191,7 @@ class _Run:
         trainer = self._trainer(model, teacher, args, callbacks)
         self.bar.expect(job.plan.steps)
         self.bar.say("training")
-        with self.timings.stage("train"):
+        with self.timings.stage("train"), self._checkpoints_written():
             trainer.train(resume_from_checkpoint=last_checkpoint(self.folder))
         with self.timings.stage("write"):
             self._write(model, _log(trainer.state.log_history))
@@ -241,8 +251,31 @@ class _Run:
 
     @property
     def _checkpoint(self) -> int:
-        """Bytes on disk: the weights in float32, and beside each two numbers, as Adam has them."""
-        return 12 * sum(p.numel() for p in self.job.source.model.parameters())
+        """Bytes on disk: the weights in float32 and beside each two numbers, as Adam has them; of a
+        grid that is trained the same and a zero point, and a byte for each weight that a mask has.
+        """
+        model, qat = self.job.source.model, self.job.qat
+        weights = sum(p.numel() for p in model.parameters())
+        linears = [model.get_submodule(name).weight for name in self.job.scope.linears]
+        group = None if qat is None else qat.scheme.weight.group
+        grid = 0 if qat is None else sum(w.numel() // (group or w.shape[1]) for w in linears)
+        masks = 0 if self.job.sparsity is None else sum(w.numel() for w in linears)
+        return 12 * weights + 16 * grid + masks
+
+    @contextmanager
+    def _checkpoints_written(self) -> Iterator[None]:
+        """What torch and safetensors raise where a file cannot be written, as an error that says
+        so."""
+        try:
+            yield
+        except (RuntimeError, SafetensorError) as error:
+            if not any(word in str(error) for word in _WRITING):
+                raise
+            cause = str(error).splitlines()[0]
+            raise TersorError(
+                f"a checkpoint could not be written in {self.folder} ({cause}); make room on the "
+                "disk, and run the same command again: it goes on after the last whole checkpoint"
+            ) from error
 
     def _require_space(self, args: Any) -> None:
         """TersorError unless the disk has room for the result, and for the checkpoints that are
@@ -354,6 +387,19 @@ def _log(history: Iterable[Mapping[str, float]]) -> list[Any]:
     return rows
 
 
+def _worse(log: Sequence[Any]) -> str | None:
+    """Whether the loss ended far above where it began, by the ends of the log."""
+    losses = [values["loss"] for _, values in log]
+    tenth = max(1, len(losses) // 10)
+    first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
+    if last <= 2 * first:
+        return None
+    return (
+        f"its loss began at {first:.4g} and ended at {last:.4g}: it has made the model worse; "
+        "lower the learning rate"
+    )
+
+
 def _settings(job: _Job) -> dict[str, Any]:
     settings: dict[str, Any] = plan_settings(job.plan)
     if job.teacher is not None:
@@ -378,12 +424,17 @@ def _training_windows(
     if text:
         given = replace(given, sources=tuple(text), texts=())
     windows = text_windows(source, given, fewer=True)
-    if len(windows) < plan.batch:
+    check_batch(windows, plan.batch)
+    return windows
+
+
+def check_batch(windows: Tensor, batch: int) -> None:
+    """TersorError where a text gives too few windows [count, seq_len]."""
+    if len(windows) < batch:
         raise TersorError(
             f"the text has {len(windows)} windows of {windows.shape[1]} tokens, fewer than the "
-            f"{plan.batch} of a batch; give more text, or a smaller batch or seq_len"
+            f"{batch} of a batch; give more text, or a smaller batch or seq_len"
         )
-    return windows
 
 
 def _check(job: _Job) -> None:
@@ -399,6 +450,13 @@ def _check(job: _Job) -> None:
         check_teacher(job.teacher, job.source)
 
 
+def _load_teacher(folder: str | Path) -> nn.Module:
+    teacher: nn.Module = load_any(folder)
+    for name, parameter in teacher.named_parameters():
+        check_finite(f"{name} of the teacher", parameter, f"repair {folder}, or take another")
+    return teacher
+
+
 def check_teacher(folder: str | Path, source: Source) -> None:
     """TersorError where a model to learn from, or to compare with, has another vocabulary."""
     config: dict[str, Any] = Checkpoint.open(folder).config
@@ -408,4 +466,11 @@ def check_teacher(folder: str | Path, source: Source) -> None:
         raise TersorError(
             f"{folder} has a vocabulary of {theirs} tokens and the model one of {ours}; choose one "
             "with the model's tokenizer"
+        )
+    both = (Path(folder), source.checkpoint.folder)
+    tokenizers = [load_tokenizer(each) for each in both if (each / _TOKENIZER).is_file()]
+    if len(tokenizers) == 2 and tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
+        raise TersorError(
+            f"{folder} has as many tokens as the model, but its tokenizer numbers them otherwise; "
+            "choose a teacher with the model's tokenizer"
         )

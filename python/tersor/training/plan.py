@@ -41,15 +41,16 @@ class Plan:
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "accumulate", "checkpoint_every"):
             value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise TersorError(f"{name} is a whole number, 1 or more, not {value!r}")
+            if type(value) is not int or not 1 <= value < 2**31:
+                raise TersorError(f"{name} is a whole number from 1 to 2**31 - 1, not {value!r}")
         if type(self.seed) is not int or not 0 <= self.seed < 2**32:
             raise TersorError(f"seed is a whole number from 0 to 2**32 - 1, not {self.seed!r}")
         rate = self.learning_rate
         if not _number(rate) or not 0 < rate < 10:
-            raise TersorError(f"learning_rate is above 0, such as 2e-4, not {rate!r}")
+            raise TersorError(f"learning_rate is from 0 to 10, such as 2e-4, not {rate!r}")
         if not _number(self.weight_decay) or not 0 <= self.weight_decay < 10:
-            raise TersorError(f"weight_decay is 0 or more, such as 0.01, not {self.weight_decay!r}")
+            decay = self.weight_decay
+            raise TersorError(f"weight_decay is from 0 to 10, such as 0.01, not {decay!r}")
         if not _number(self.warmup) or not 0 <= self.warmup < 1:
             raise TersorError(f"warmup is a share of the steps below 1, not {self.warmup!r}")
         if self.precision not in PRECISIONS:
@@ -66,7 +67,7 @@ class Plan:
 
     def arguments(self, folder: Path) -> Any:
         """transformers.TrainingArguments, with checkpoints in the folder."""
-        from transformers import TrainingArguments
+        from transformers import Trainer, TrainingArguments
         from transformers.training_args import OptimizerNames
 
         names = [name.value for name in OptimizerNames]
@@ -75,7 +76,7 @@ class Plan:
                 f"transformers has no optimizer {self.optimizer!r}; it has {', '.join(names)}"
             )
         logged = max(1, self.steps // 100)
-        return TrainingArguments(
+        arguments = TrainingArguments(
             str(folder),
             max_steps=self.steps,
             per_device_train_batch_size=self.batch,
@@ -96,6 +97,14 @@ class Plan:
             report_to=[],
             disable_tqdm=True,
         )
+        try:
+            Trainer.get_optimizer_cls_and_kwargs(arguments)
+        except (ImportError, RuntimeError, ValueError) as error:
+            raise TersorError(
+                f"the optimizer {self.optimizer} cannot be used here: {error}; install what it "
+                "needs, or take adamw_torch"
+            ) from error
+        return arguments
 
 
 def plan_of(settings: Any) -> Plan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,13 @@ class NoneAtTheEnd(TrainerCallback):
         self.on_step_end(args, state, control)
 
 
+def discard_unfinished(folder: Path) -> None:
+    """Removes what was being written when a run stopped, which would only take the disk's room."""
+    for path in folder.glob("checkpoint-*"):
+        if not _is_json(path / "trainer_state.json"):
+            shutil.rmtree(path)
+
+
 def last_checkpoint(folder: Path) -> str | None:
     """The last checkpoint of a Trainer in its folder that is whole: the state is what it writes
     last. None where there is none."""
@@ -32,6 +40,6 @@ def last_checkpoint(folder: Path) -> str | None:
 def _is_json(path: Path) -> bool:
     try:
         json.loads(path.read_bytes())
-    except ValueError:  # a machine that went down while it was written
+    except (OSError, ValueError):  # none, or a machine that went down while it was written
         return False
     return True
