@@ -283,7 +283,7 @@ def test_another_search_in_the_same_place_is_refused(llama: Path, tmp_path: Path
         opened(llama, work)
     opened(llama, work, effort=Effort(trials=5, windows=3, seed=4)).close()
     (work / "kl.jsonl").touch()
-    with pytest.raises(TersorError, match="unfinished search with another candidates"):
+    with pytest.raises(TersorError, match="unfinished search that differs in its candidates"):
         opened(llama, work, space=Space(bits=(3,), group=32))
 
 
