@@ -43,8 +43,9 @@ struct Weight {
   tersor_spec spec;
   size_t bytes;
 
-  Weight(int64_t n, int64_t k, int64_t g, int bits, bool asymmetric, int scale_dtype)
-      : spec{n, k, g, bits, asymmetric ? 1 : 0, scale_dtype, TERSOR_A16, 0, 0} {
+  Weight(int64_t n, int64_t k, int64_t g, int bits, bool asymmetric, int scale_dtype,
+         int activation)
+      : spec{n, k, g, bits, asymmetric ? 1 : 0, scale_dtype, activation, 0, 0} {
     tersor::check(spec);
     if (const char* why = cuda::refuses(spec)) throw Error(why);
     bytes = cuda::packed_bytes(spec);
@@ -99,7 +100,8 @@ void dequantize(const Weight& w, uintptr_t packed, size_t size, int64_t begin, i
 // The hot path; false where no kernel serves so many tokens.
 bool linear(const Weight& w, uintptr_t packed, size_t size, uintptr_t x, int64_t m, int64_t ldx,
             int dtype, uintptr_t bias, uintptr_t y, int64_t ldy, uintptr_t workspace,
-            size_t workspace_size, int device, uintptr_t stream) {
+            size_t workspace_size, uintptr_t scratch, size_t scratch_size, int device,
+            uintptr_t stream) {
   w.check_packed(packed, size);
   if (dtype != TERSOR_BF16 && dtype != TERSOR_F16) throw Error("x must be bfloat16 or float16");
   if (m < 1 || m > INT32_MAX || ldx < w.spec.k || ldy < w.spec.n || ldx > INT32_MAX ||
@@ -113,19 +115,24 @@ bool linear(const Weight& w, uintptr_t packed, size_t size, uintptr_t x, int64_t
   if (bias % 4) throw Error("bias must be aligned to 4 bytes");
   if (workspace_size < cuda::workspace_bytes(device))
     throw Error("the workspace is smaller than workspace_bytes()");
+  if (w.spec.activation == TERSOR_A8) {
+    const size_t needed = cuda::scratch_bytes(w.spec, m, dtype, device);
+    if (needed) check_address(scratch, kAlignment, "the scratch memory");
+    if (scratch_size < needed) throw Error("the scratch memory is smaller than scratch_bytes()");
+  }
   return cuda::linear(
       {w.spec, m, reinterpret_cast<const void*>(packed), reinterpret_cast<const void*>(x),
        reinterpret_cast<void*>(y), ldx, ldy, dtype, reinterpret_cast<const float*>(bias),
        reinterpret_cast<void*>(workspace)},
-      target(device, stream));
+      reinterpret_cast<void*>(scratch), target(device, stream));
 }
 
 }  // namespace
 
 void tersor::bind_cuda(nb::module_ m) {
   nb::class_<Weight>(m, "CudaWeight")
-      .def(nb::init<int64_t, int64_t, int64_t, int, bool, int>(), "n"_a, "k"_a, "g"_a, "bits"_a,
-           "asymmetric"_a, "scale_dtype"_a)
+      .def(nb::init<int64_t, int64_t, int64_t, int, bool, int, int>(), "n"_a, "k"_a, "g"_a,
+           "bits"_a, "asymmetric"_a, "scale_dtype"_a, "activation"_a)
       .def_ro("bytes", &Weight::bytes);
   m.def("cuda_unavailable", [] { return text(cuda::unavailable()); });
   m.def("cuda_architectures", cuda::architectures);
@@ -151,6 +158,13 @@ void tersor::bind_cuda(nb::module_ m) {
       },
       "weight"_a, "m"_a, "dtype"_a, "device"_a);
   m.def("cuda_workspace_bytes", cuda::workspace_bytes, "device"_a);
+  m.def(
+      "cuda_scratch_bytes",
+      [](const Weight& w, int64_t m, int dtype, int device) {
+        element_bytes(dtype);
+        return cuda::scratch_bytes(w.spec, m, dtype, device);
+      },
+      "weight"_a, "m"_a, "dtype"_a, "device"_a);
   m.def(
       "cuda_capture_of",
       [](int device, uintptr_t stream) { return cuda::capture_of(target(device, stream)); },

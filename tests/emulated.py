@@ -125,7 +125,7 @@ def linear(
     seed: int,
     eager: bool,
 ) -> Tensor:
-    """kernel: "mma" or "wgmma", and the tokens of a tile.
+    """kernel: "mma", "wgmma" or "int8", and the tokens of a tile.
     x [m, k] with any row stride that is a multiple of 8 -> [m, n]. What lies around y is
     watched."""
     m, n = x.shape[0], weight.codes.shape[0]
@@ -140,3 +140,11 @@ def linear(
     around[1:-1, :n] = float("nan")
     assert bool(around.isnan().all())
     return y
+
+
+def as_int8(x: np.ndarray) -> np.ndarray:
+    """What int8 activations stand for, as compressed-tensors defines them; in float32 as there."""
+    x = x.astype(np.float32)
+    scale = np.abs(x).max(axis=1, keepdims=True) / np.float32(127.5)
+    codes = np.clip(np.rint(x / np.where(scale > 0, scale, 1)), -128, 127)
+    return codes.astype(np.float64) * scale.astype(np.float64)

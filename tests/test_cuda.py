@@ -57,7 +57,7 @@ def test_what_is_missing_is_said():
 
 
 def test_the_operator_has_shapes_without_data():
-    grid = cuda.Grid(64, 128, 64, 4, False, 1)
+    grid = cuda.Grid(64, 128, 64, 4, False, 1, 0)
     x = torch.empty(2, 3, 128, dtype=torch.float16, device="meta")
     y = cuda.linear(x, torch.empty(9, dtype=torch.uint8, device="meta"), None, grid)
     assert (y.shape, y.dtype, y.is_meta) == ((2, 3, 64), torch.float16, True)
@@ -71,14 +71,13 @@ def test_the_operator_has_shapes_without_data():
 @pytest.mark.parametrize(
     ("n", "k", "spec", "activation", "reason"),
     [
-        (64, 64, QSpec(4, 64), False, None),
-        (64, 64, QSpec(8, None), False, None),
-        (48, 4112, QSpec(4, None), False, None),
-        (64, 96, QSpec(2, 32), False, None),
-        (24, 64, QSpec(4, 64), False, "multiples of 16"),
-        (64, 72, QSpec(4, None), False, "multiples of 16"),
-        (64, 96, QSpec(4, 48), False, "the group must be 32"),
-        (64, 64, QSpec(4, 64), True, "int8"),
+        (64, 64, QSpec(4, 64), None, None),
+        (64, 64, QSpec(8, None), ActSpec(), None),
+        (48, 4112, QSpec(4, None), None, None),
+        (64, 96, QSpec(2, 32), None, None),
+        (24, 64, QSpec(4, 64), None, "multiples of 16"),
+        (64, 72, QSpec(4, None), None, "multiples of 16"),
+        (64, 96, QSpec(4, 48), None, "the group must be 32"),
     ],
 )
 def test_which_weights_can_be_on_a_gpu(n, k, spec, activation, reason):
@@ -134,13 +133,26 @@ def test_there_and_back_nothing_changes():
 
 @gpu
 def test_a_layer_that_has_no_kernel_says_so_and_stays():
-    q = random_qweight(64, 64, QSpec(8, None), torch.bfloat16)
-    made = QuantLinear(q, activation=ActSpec())
+    made = QuantLinear(random_qweight(24, 64, QSpec(8, None), torch.bfloat16))
     x = inputs(2, 64, torch.bfloat16)
     expected = made(x)
     with pytest.raises(TersorError, match="keep it on the CPU"):
         nn.Sequential(made).to("cuda")
     assert torch.equal(made(x), expected)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("spec", [QSpec(4, 128), QSpec(8, None)], ids=str)
+def test_int8_activations_are_those_of_the_cpu(dtype, spec):
+    q = random_qweight(1024, 2048, spec, torch.bfloat16)
+    made = QuantLinear(q, activation=ActSpec(), dtype=dtype)
+    for m in (1, 8, 60, 300):
+        x = inputs(m, 2048, dtype, seed=m)
+        expected = made.cpu()(x).double()
+        found = made.to("cuda")(x.cuda()).cpu().double()
+        room = 4 * torch.finfo(dtype).eps * (expected.abs() + expected.abs().mean())
+        assert bool(((found - expected).abs() <= room).all())
 
 
 @gpu

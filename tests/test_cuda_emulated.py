@@ -131,6 +131,29 @@ def test_products_against_float64(library, kernel, dtype, bits):
         check(library, weight, m, dtype, kernel, resident, seed, eager, with_bias=seed % 3 != 1)
 
 
+@pytest.mark.parametrize("tokens", [8, 16, 32, 64])
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_int8_activations_against_float64(library, tokens, dtype, bits):
+    cases = itertools.cycle(itertools.product((1, 3, 64), (False, True)))
+    # A block of threads for each token takes the emulator a while.
+    for seed, (n, k, g) in enumerate(SHAPES[: 7 if tokens == 8 else 3]):
+        resident, eager = next(cases)
+        weight = Weight.random(n, k, g, bits, seed % 2 == 0, emulated.DTYPES[seed % 3], seed)
+        m = (1, tokens, tokens + 1, max(1, tokens - 3))[seed % 4]
+        draw = torch.Generator().manual_seed(seed)
+        x = torch.randn(m, k + 8, generator=draw).to(dtype)[:, :k]
+        x[m // 2] = 0
+        bias = torch.randn(n, generator=draw)
+        y = emulated.linear(
+            library, weight, weight.pack(library), x, bias, ("int8", tokens), resident, seed, eager
+        )
+        wide, dense = emulated.as_int8(x.float().numpy()), weight.dense()
+        exact = wide @ dense.T + bias.double().numpy()
+        error = np.abs(y.double().numpy() - exact)
+        assert (error <= bound(wide, dense, bias.double().numpy(), exact, dtype)).all()
+
+
 @pytest.mark.parametrize("kernel", [KERNELS[0], KERNELS[3], KERNELS[4]], ids=str)
 def test_the_same_bits_in_any_order_of_threads(library, kernel):
     weight = Weight.random(144, 448, 64, 4, True, torch.bfloat16)
@@ -144,7 +167,7 @@ def test_the_same_bits_in_any_order_of_threads(library, kernel):
         assert torch.equal(made[0], made[1]) and torch.equal(made[0], made[2])
 
 
-@pytest.mark.parametrize("kernel", [KERNELS[1], KERNELS[4]], ids=str)
+@pytest.mark.parametrize("kernel", [KERNELS[1], KERNELS[4], ("int8", 16)], ids=str)
 def test_a_token_that_is_not_finite_spoils_no_other(library, kernel):
     weight = Weight.random(64, 128, 64, 4, False, torch.float16)
     x = torch.randn(9, 128, generator=torch.Generator().manual_seed(0)).half()

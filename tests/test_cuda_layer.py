@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import emulated
-from tersor import QSpec, TersorError, cuda
+from tersor import ActSpec, QSpec, TersorError, cuda
 from tersor.oracle import random_qweight
 
 pytestmark = pytest.mark.skipif(emulated.compiler() is None, reason="there is no C++ compiler")
@@ -21,10 +21,14 @@ SPECS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    return emulated.build(tmp_path_factory.mktemp("emulated"))
+
+
 @pytest.fixture
-def calls(tmp_path_factory, monkeypatch):
+def calls(library, monkeypatch):
     """Replaces the native functions that need a GPU; the calls of products, as they come."""
-    library = emulated.build(tmp_path_factory.mktemp("emulated"))
     pointer, long = emulated.ctypes.c_void_p, emulated.ctypes.c_int64
     products: list[int] = []
 
@@ -33,6 +37,7 @@ def calls(tmp_path_factory, monkeypatch):
             scale_bytes = 4 if grid[5] == 0 else 2
             self.spec = (long * 6)(*grid[:5], scale_bytes)
             self.scale_dtype, self.bytes = grid[5], library.packed_bytes(self.spec)
+            self.kind = b"int8" if grid[6] else b"mma"
 
     def pack(weight, codes, scales, zeros, packed, size, device, stream):
         assert size == weight.bytes
@@ -48,20 +53,20 @@ def calls(tmp_path_factory, monkeypatch):
             dtype, 2,
         )  # fmt: skip
 
-    def linear(weight, packed, size, x, m, ldx, dtype, bias, y, ldy, room, room_size, *place):
+    def linear(weight, packed, size, x, m, ldx, dtype, bias, y, ldy, *rest):
         assert x % 16 == 0 and ldx % 8 == 0 and dtype in (1, 2)
         products.append(m)
         if m > 16:
             return False
         library.linear(
             weight.spec, weight.scale_dtype, pointer(packed), pointer(x), pointer(y),
-            pointer(bias), m, long(ldx), long(ldy), dtype, b"mma", 16, 3, 0, 0,
+            pointer(bias), m, long(ldx), long(ldy), dtype, weight.kind, 16, 3, 0, 0,
         )  # fmt: skip
         return True
 
     native = SimpleNamespace(
         CudaWeight=Weight, cuda_pack=pack, cuda_unpack=unpack, cuda_dequantize=dequantize,
-        cuda_linear=linear, cuda_unavailable=lambda: None,
+        cuda_linear=linear, cuda_unavailable=lambda: None, cuda_scratch_bytes=lambda *of: 64,
     )  # fmt: skip
     monkeypatch.setattr(cuda, "_core", native)
     monkeypatch.setattr(cuda, "_place", lambda device: (0, 0))
@@ -79,12 +84,12 @@ def exact(q, x, bias):
 def test_a_weight_comes_back_as_it_was(calls, spec):
     q = random_qweight(80, 192, spec, torch.bfloat16)
     packed = cuda.pack_weight(q, CPU)
-    back = cuda.unpack_weight(packed, cuda.Grid.of(q), spec)
+    back = cuda.unpack_weight(packed, cuda.Grid.of(q, None), spec)
     assert torch.equal(back.codes, q.codes) and torch.equal(back.scales, q.scales)
     assert (back.zeros is None) == (q.zeros is None)
     if q.zeros is not None:
         assert torch.equal(back.zeros, q.zeros)
-    rows = cuda.dequantize(packed, cuda.Grid.of(q), 3, 50, torch.float32)
+    rows = cuda.dequantize(packed, cuda.Grid.of(q, None), 3, 50, torch.float32)
     assert torch.equal(rows, q.dequantize()[3:50])
 
 
@@ -94,7 +99,7 @@ def test_few_and_many_tokens(calls, spec, dtype, monkeypatch):
     """Few by a kernel; many, and float32, by a weight that is dequantized, here in parts."""
     monkeypatch.setattr(cuda, "_SLAB", 32 * 192 * 4)
     q = random_qweight(80, 192, spec, torch.float16)
-    packed, fields = cuda.pack_weight(q, CPU), cuda.Grid.of(q).fields()
+    packed, fields = cuda.pack_weight(q, CPU), cuda.Grid.of(q, None).fields()
     draw = torch.Generator().manual_seed(0)
     for bias in (None, torch.randn(80, generator=draw).to(dtype).float()):
         for shape in ((2, 3, 192), (20, 192), (0, 192), (192,)):
@@ -107,9 +112,32 @@ def test_few_and_many_tokens(calls, spec, dtype, monkeypatch):
     assert calls == ([] if dtype == torch.float32 else [6, 20, 1] * 2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_int8_activations(calls, dtype, monkeypatch):
+    """Any number by a kernel, some at a time; float32, and what no kernel serves, by what the codes
+    stand for."""
+    monkeypatch.setattr(cuda, "_TOKENS", 8)
+    q = random_qweight(80, 192, QSpec(4, 64), torch.float16)
+    packed, fields = cuda.pack_weight(q, CPU, ActSpec()), cuda.Grid.of(q, ActSpec()).fields()
+    x = torch.randn(20, 192, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[3] = 0
+    meant = torch.from_numpy(emulated.as_int8(x.float().numpy()))
+    for tokens, asked in ((20, [8, 8, 4]), (17, [8, 8, 1])):
+        calls.clear()
+        y = cuda._linear(x[:tokens], packed, None, *fields)
+        expected = exact(q, meant[:tokens], None)
+        error = (y.double() - expected).abs()
+        scale = meant[:tokens].abs() @ q.dequantize(torch.float64).abs().T
+        assert bool((error <= 3 * torch.finfo(dtype).eps * (scale + 1)).all())
+        assert calls == ([] if dtype == torch.float32 else asked)
+    monkeypatch.setattr(cuda._core, "cuda_linear", lambda *given: False)
+    found = cuda._linear(x, packed, None, *fields)
+    assert torch.allclose(found.double(), exact(q, meant, None), rtol=2e-3, atol=2e-2)
+
+
 def test_rows_that_no_kernel_could_read_are_copied(calls):
     q = random_qweight(64, 64, QSpec(4, 64), torch.float16)
-    packed, fields = cuda.pack_weight(q, CPU), cuda.Grid.of(q).fields()
+    packed, fields = cuda.pack_weight(q, CPU), cuda.Grid.of(q, None).fields()
     wide = torch.randn(8, 160, generator=torch.Generator().manual_seed(0)).half()
     for x in (wide[:, 1:65], wide[:, :128:2], wide[::2, :64], wide[:, :64].t()[:, :8].t()):
         expected = cuda._linear(
@@ -121,7 +149,7 @@ def test_rows_that_no_kernel_could_read_are_copied(calls):
 def test_the_gradient_is_that_of_the_dequantized_weight(calls, monkeypatch):
     monkeypatch.setattr(cuda, "_SLAB", 32 * 192 * 4)
     q = random_qweight(80, 192, QSpec(4, 64), torch.float32)
-    packed, fields = cuda.pack_weight(q, CPU), cuda.Grid.of(q).fields()
+    packed, fields = cuda.pack_weight(q, CPU), cuda.Grid.of(q, None).fields()
     grad = torch.randn(5, 80, generator=torch.Generator().manual_seed(0))
     found = cuda._backward_product(grad, packed, *fields)
     expected = grad.double() @ q.dequantize(torch.float64)

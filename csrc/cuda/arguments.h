@@ -12,7 +12,7 @@ struct LinearArgs {
   Shape w;
   int32_t scale_dtype;  // enum tersor_dtype
   const uint8_t* packed;
-  const uint16_t* x;  // [m, k]; every row begins at 16 bytes
+  const void* x;      // [m, k] of 16 bits, or int8 (see quantize.cuh); rows begin at 16 bytes
   uint16_t* y;        // [m, n]
   const float* bias;  // [n] or nullptr
   int64_t ldx, ldy;   // in elements
@@ -21,6 +21,25 @@ struct LinearArgs {
   Partition partition;  // of tiles [row tile][token tile]
   float* partials;      // two tiles for each worker
   int* arrived;         // one for each tile, zero before and after
+  // Where x is int8:
+  const float* x_scales;  // [m]
+  const int32_t* x_sums;  // [groups][token_tiles * tokens of a tile]: of x, in every group
+};
+
+constexpr int kQuantizeThreads = 256;  // of the kernel that takes QuantizeArgs
+constexpr int kQuantizeShared = kQuantizeThreads / 32 * 4;
+
+// Activations as int8: x / scale rounded to nearest even, from -128 to 127, with the scale
+// absmax / 127.5 of its token. Written are the columns of whole steps, and `rows` tokens, so that
+// kernels need not look where x ends.
+struct QuantizeArgs {
+  Shape w;        // whose groups are summed
+  const void* x;  // [m, k]
+  int64_t ldx;    // in elements
+  int32_t m, rows;
+  int8_t* codes;  // [rows, steps * 64], in the order of quantize.cuh
+  float* scales;  // [rows]
+  int32_t* sums;  // [groups, rows]
 };
 
 // A matrix as the memory engine sees it (CUtensorMap of the driver). Here: [rows][columns] of 16

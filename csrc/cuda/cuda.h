@@ -53,8 +53,10 @@ std::string serves(const tersor_spec& spec, int64_t m, int32_t dtype, int device
 size_t workspace_bytes(int device);
 // The number of the capture into a graph that the stream is in, or 0.
 uint64_t capture_of(Target target);
+// Of the memory that a call needs for itself, at 128 bytes: where the activations are int8.
+size_t scratch_bytes(const tersor_spec& spec, int64_t m, int32_t dtype, int device);
 // y = x * dequantize(W)^T + bias, or false where no kernel serves. Rows of x begin at 16 bytes.
-// args.workspace as above.
-bool linear(const tersor_args& args, Target target);
+// args.workspace and scratch as above.
+bool linear(const tersor_args& args, void* scratch, Target target);
 
 }  // namespace tersor::cuda

@@ -84,6 +84,18 @@ TERSOR_DEVICE void wait_copies() {
 #endif
 }
 
+// The sum, or the largest, of the warp's lanes.
+TERSOR_DEVICE int sum_of_lanes(int value) {
+#pragma unroll
+  for (int at = 16; at; at /= 2) value += __shfl_xor_sync(0xffffffffu, value, at);
+  return value;
+}
+TERSOR_DEVICE float most_of_lanes(float value) {
+#pragma unroll
+  for (int at = 16; at; at /= 2) value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, at));
+  return value;
+}
+
 // 16 bytes, aligned, between registers and memory.
 template <class T>
 TERSOR_DEVICE void load16(T* to, const void* from) {
@@ -146,6 +158,19 @@ TERSOR_DEVICE void multiply_add<Bfloat>(float (&c)[4], const uint32_t (&a)[4],
 #endif  // before that no tensor core reads bfloat16: the host never chooses such a kernel
 }
 
+// The same, 16 x 8 = 16 x 32 * 32 x 8, unsigned times signed bytes, in the fragments of
+// mma.m16n8k32.
+TERSOR_DEVICE void multiply_add_int8(int32_t (&c)[4], const uint32_t (&a)[4],
+                                     const uint32_t (&b)[2]) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+
 #undef TERSOR_MMA
 
 // --- arithmetic ------------------------------------------------------------------------------
@@ -176,6 +201,10 @@ TERSOR_DEVICE uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t picks) {
 }
 
 TERSOR_DEVICE float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
+// To the nearest integer, ties to even.
+TERSOR_DEVICE int nearest(float value) { return __float2int_rn(value); }
+// a / b, rounded once, whatever the compiler's flags.
+TERSOR_DEVICE float quotient(float a, float b) { return __fdiv_rn(a, b); }
 
 TERSOR_DEVICE uint16_t bits_of(float value, Half) {
   return __half_as_ushort(__float2half_rn(value));
@@ -203,6 +232,23 @@ TERSOR_DEVICE float scale_of(const uint8_t* scales, int32_t dtype, int64_t index
   if (dtype == TERSOR_F32) return reinterpret_cast<const float*>(scales)[index];
   const uint16_t bits = reinterpret_cast<const uint16_t*>(scales)[index];
   return dtype == TERSOR_BF16 ? value_of(bits, Bfloat{}) : value_of(bits, Half{});
+}
+
+// 16 bits of a T in memory.
+template <class T>
+struct Bits {
+  uint16_t bits;
+};
+
+TERSOR_DEVICE void put(float* to, float value) { *to = value; }
+template <class T>
+TERSOR_DEVICE void put(Bits<T>* to, float value) {
+  to->bits = bits_of(value, T{});
+}
+TERSOR_DEVICE float value_at(const float* x, int64_t index) { return x[index]; }
+template <class T>
+TERSOR_DEVICE float value_at(const Bits<T>* x, int64_t index) {
+  return value_of(x[index].bits, T{});
 }
 
 }  // namespace tersor::cuda

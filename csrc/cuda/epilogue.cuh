@@ -22,7 +22,8 @@ struct Epilogue {
       for (int j = 0; j < 4; ++j) sums[i / kTokenTiles][i % kTokenTiles][j] = 0;
   }
 
-  // row, token: the first of this thread's, in y.
+  // row, token: the first of this thread's, in y. kScaled: every token has a scale of its own.
+  template <bool kScaled = false>
   static TERSOR_DEVICE void store(const LinearArgs& a, int row, int token, const Sums& sums) {
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b)
@@ -34,7 +35,9 @@ struct Epilogue {
 #pragma unroll
         for (int j = 0; j < kTokenTiles; ++j) {
           const int t = token + j * 8 + i % 2;
-          if (t < a.m) a.y[t * a.ldy + r] = bits_of(sums[b][j][i] + bias, T{});
+          if (t >= a.m) continue;
+          const float sum = kScaled ? sums[b][j][i] * a.x_scales[t] : sums[b][j][i];
+          a.y[t * a.ldy + r] = bits_of(sum + bias, T{});
         }
       }
   }

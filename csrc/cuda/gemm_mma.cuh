@@ -3,43 +3,53 @@
 // A worker (a block of four warps) goes through its stretch of the partition, a step of 64 columns
 // at a time; copies of the next steps are under way in a ring of stages, across the borders of
 // tiles. Each warp has its own 16 rows of each block of W, which no other warp reads, and all
-// tokens of the tile. The codes are multiplied as they are, minus their zero point; the scale meets
-// the sum of its group in float32, so that a weight is never rounded to 16 bits.
+// tokens of the tile. What is multiplied, and how, is a Product (products.cuh). The scale meets the
+// sum of its group in float32, so that a weight is never rounded to 16 bits.
 //
 // Of shared memory a stage is
 //
 //   codes   [kBlocks] blocks as they are in memory
-//   x       [kTokens][64] of 16 bits; the 16 bytes c of a token stand at c ^ token % 8, so that the
-//           eight rows of a matrix that ldmatrix reads lie in different banks
+//   x       [kTokens][64] elements; their 16 bytes stand in another order for every token, so that
+//           the eight rows of a matrix that ldmatrix reads lie in different banks
 //   scales  [kBlocks][groups][64] as in memory, room for two groups of float32
 //   zeros   [kBlocks][groups][64]
+//   x sums  [groups][kTokens] int32, for products that need them
 #pragma once
 
 #include "arguments.h"
-#include "dequantize.cuh"
 #include "device.cuh"
 #include "epilogue.cuh"
+#include "products.cuh"
 
 namespace tersor::cuda {
 
-template <class T, int kBits_, int kTokens_, int kBlocks_>
+template <class Product, int kTokens_, int kBlocks_>
 struct MmaGemm {
-  static constexpr int kBits = kBits_, kTokens = kTokens_, kBlocks = kBlocks_;
+  static constexpr int kBits = Product::kBits, kTokens = kTokens_, kBlocks = kBlocks_;
   static constexpr int kWarps = 4, kThreads = kWarps * kLanes;
   static constexpr int kTokenTiles = kTokens / 8;  // of one tensor core operation
-  using End = Epilogue<T, kBlocks, kTokenTiles, kThreads>;
+  using End = Epilogue<typename Product::Result, kBlocks, kTokenTiles, kThreads>;
   using Sums = typename End::Sums;
+  using Group = typename Product::Sum[kBlocks][kTokenTiles][4];
   static constexpr int kTile = End::kTile;
   static constexpr int kStages = kTokens <= 16 ? 6 : kBits == 4 ? 4 : 3;
   static constexpr int kPerBlock = kTokens <= 16 ? 4 : 2;  // workers that a multiprocessor holds
 
+  static constexpr int kRow = kBlock * Product::kElement;  // bytes of a token in a stage
   static constexpr int kCodes = 0;
   static constexpr int kX = kCodes + kBlocks * block_bytes(kBits);
-  static constexpr int kScales = kX + kTokens * kBlock * 2;
+  static constexpr int kScales = kX + kTokens * kRow;
   static constexpr int kZeros = kScales + kBlocks * 2 * kBlock * 4;
-  static constexpr int kStage = kZeros + kBlocks * 2 * kBlock;
+  static constexpr int kXSums = kZeros + kBlocks * 2 * kBlock;
+  static constexpr int kStage = kXSums + (Product::kCorrects ? 2 * kTokens * 4 : 0);
   static constexpr int kTurn = kStages * kStage;  // of this worker, where it shares a tile
   static constexpr int kSharedBytes = kTurn + 16;
+
+  // Where the 16 bytes c of a token stand: eight rows of 128 bytes, or of 64, in different banks.
+  static TERSOR_DEVICE int x_at(int token, int c) {
+    const int turn = kRow == 128 ? token % 8 : token / 2 % 4;
+    return token * kRow + (c ^ turn) * 16;
+  }
 
   // --- one step: what is copied, and what is done with it ------------------------------------
 
@@ -69,32 +79,41 @@ struct MmaGemm {
         copy_async(stage + kZeros + b * 2 * kBlock + chunk * 16,
                    a.packed + a.w.zeros_at + grid + chunk * 16, inside);
     }
+    constexpr int kChunks = kRow / 16, kPerChunk = 16 / Product::kElement;
+    const auto* x = reinterpret_cast<const uint8_t*>(a.x);
 #pragma unroll
-    for (int i = 0; i < (kTokens * 8 + kThreads - 1) / kThreads; ++i) {
-      const int chunk = i * kThreads + thread(), row = chunk / 8, c = chunk % 8;
-      const int token = first_token + row, column = step * kBlock + c * 8;
+    for (int i = 0; i < (kTokens * kChunks + kThreads - 1) / kThreads; ++i) {
+      const int chunk = i * kThreads + thread(), row = chunk / kChunks, c = chunk % kChunks;
+      const int token = first_token + row, column = step * kBlock + c * kPerChunk;
       if (row >= kTokens) break;
       const bool inside = token < a.m && column < a.w.k;
-      copy_async(stage + kX + (row * 8 + (c ^ row % 8)) * 16,
-                 a.x + (inside ? token * a.ldx + column : 0), inside);
+      copy_async(stage + kX + x_at(row, c),
+                 x + (inside ? (token * a.ldx + column) * Product::kElement : 0), inside);
+    }
+    if constexpr (Product::kCorrects) {
+      constexpr int kPerGroup = kTokens * 4 / 16;
+      if (thread() < a.w.groups_per_step * kPerGroup) {
+        const int64_t row = int64_t{group + thread() / kPerGroup} * a.token_tiles * kTokens;
+        copy_async(stage + kXSums + thread() * 16,
+                   a.x_sums + row + first_token + thread() % kPerGroup * 4);
+      }
     }
   }
 
-  // The second operands of the tensor cores for tile `q` of 16 columns. ldmatrix gives four 8 x 8
-  // matrices: those of 16 tokens and 16 columns; or of the only 8 tokens and 32 columns.
+  // The second operands of the tensor cores for the columns of operation `q`, which are 32 bytes of
+  // every token. ldmatrix gives four 8 x 8 matrices: those of 16 tokens and one operation; or of
+  // the only 8 tokens and two.
   static TERSOR_DEVICE void activations(uint32_t (&b)[kTokenTiles][2], const uint8_t* x, int q) {
     const int lane = thread() % kLanes, matrix = lane / 8, row = lane % 8;
     uint32_t four[4];
     if constexpr (kTokenTiles == 1) {
-      const int c = q / 2 * 4 + matrix;
-      load_matrices(four, x + (row * 8 + (c ^ row)) * 16);
+      load_matrices(four, x + x_at(row, q / 2 * 4 + matrix));
       b[0][0] = q % 2 ? four[2] : four[0];
       b[0][1] = q % 2 ? four[3] : four[1];
     } else {
 #pragma unroll
       for (int j = 0; j < kTokenTiles / 2; ++j) {
-        const int token = j * 16 + matrix / 2 * 8 + row, c = q * 2 + matrix % 2;
-        load_matrices(four, x + (token * 8 + (c ^ row)) * 16);
+        load_matrices(four, x + x_at(j * 16 + matrix / 2 * 8 + row, q * 2 + matrix % 2));
         b[2 * j][0] = four[0], b[2 * j][1] = four[1];
         b[2 * j + 1][0] = four[2], b[2 * j + 1][1] = four[3];
       }
@@ -103,7 +122,7 @@ struct MmaGemm {
 
   // sums += scale * group, group = 0. index: of the group within the step.
   static TERSOR_DEVICE void fold(const LinearArgs& a, const uint8_t* stage, int index, Sums& sums,
-                                 Sums& group) {
+                                 Group& group) {
     const int warp = thread() / kLanes, lane = thread() % kLanes;
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
@@ -115,49 +134,55 @@ struct MmaGemm {
       for (int j = 0; j < kTokenTiles; ++j)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          sums[b][j][i] += (i < 2 ? upper : lower) * group[b][j][i];
+          if constexpr (Product::kCorrects) {
+            const int* x_sums = reinterpret_cast<const int*>(stage + kXSums) + index * kTokens;
+            group[b][j][i] -=
+                zero_of(a, stage, b, row + i / 2 * 8) * x_sums[j * 8 + lane % 4 * 2 + i % 2];
+          }
+          sums[b][j][i] += (i < 2 ? upper : lower) * static_cast<float>(group[b][j][i]);
           group[b][j][i] = 0;
         }
     }
   }
 
+  // row: of the scales and zeros in a stage.
+  static TERSOR_DEVICE int zero_of(const LinearArgs& a, const uint8_t* stage, int b, int row) {
+    return a.w.asymmetric ? stage[kZeros + b * 2 * kBlock + row] : 1 << (kBits - 1);
+  }
+
   // ends_group: a group, or what this worker has of it, ends with this step.
   static TERSOR_DEVICE void step(const LinearArgs& a, const uint8_t* stage, bool ends_group,
-                                 Sums& sums, Sums& group) {
+                                 Sums& sums, Group& group) {
     const int warp = thread() / kLanes, lane = thread() % kLanes;
-    constexpr int kWords = kBits;  // of a lane: 4 tiles of 8 codes
-    uint32_t words[kBlocks][kWords];
-    Zero<T, kBits> zeros[kBlocks][2];
+    constexpr int kOperations = kBlock / Product::kColumns, kHalf = kOperations / 2;
+    constexpr int kWords = kBits / kOperations;  // of a lane in an operation
+    uint32_t words[kBlocks][4];                  // 16 bytes at a time
+    typename Product::Zero zeros[kBlocks][2];
 #pragma unroll
-    for (int b = 0; b < kBlocks; ++b)
-#pragma unroll
-      for (int half = 0; half < kBits / 4; ++half) {
-        const int chunk = (warp * (kBits / 4) + half) * kLanes + lane;
-        const uint8_t* from = stage + kCodes + b * block_bytes(kBits) + chunk * 16;
-        load16(words[b] + half * 4, from);
-      }
-#pragma unroll
-    for (int q = 0; q < 4; ++q) {
-      const int index = a.w.groups_per_step == 2 ? q / 2 : 0;
-      if (q % 2 == 0)
+    for (int q = 0; q < kOperations; ++q) {
+      const int index = a.w.groups_per_step == 2 ? q / kHalf : 0;
+      if (q % kHalf == 0)
 #pragma unroll
         for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
           for (int lower = 0; lower < 2; ++lower) {
             const int row = index * kBlock + warp * kStrip + lane / 4 + lower * 8;
-            zeros[b][lower].set(a.w.asymmetric ? stage[kZeros + b * 2 * kBlock + row]
-                                               : 1 << (kBits - 1));
+            zeros[b][lower].set(zero_of(a, stage, b, row));
           }
       uint32_t tokens[kTokenTiles][2];
       activations(tokens, stage + kX, q);
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) {
+        if (q * kWords % 4 == 0) {
+          const int chunk = (warp * (kBits / 4) + q * kWords / 4) * kLanes + lane;
+          load16(words[b], stage + kCodes + b * block_bytes(kBits) + chunk * 16);
+        }
         uint32_t codes[4];
-        operands<T, kBits>(codes, words[b] + q * (kBits / 4), zeros[b]);
+        Product::operands(codes, words[b] + q * kWords % 4, zeros[b]);
 #pragma unroll
-        for (int j = 0; j < kTokenTiles; ++j) multiply_add<T>(group[b][j], codes, tokens[j]);
+        for (int j = 0; j < kTokenTiles; ++j) Product::multiply(group[b][j], codes, tokens[j]);
       }
-      if (q == 1 && a.w.groups_per_step == 2) fold(a, stage, 0, sums, group);
+      if (q + 1 == kHalf && a.w.groups_per_step == 2) fold(a, stage, 0, sums, group);
     }
     if (ends_group) fold(a, stage, a.w.groups_per_step - 1, sums, group);
   }
@@ -173,7 +198,8 @@ struct MmaGemm {
       if (begin + i < end) fetch(a, shared + i * kStage, begin + i);
       commit_copies();
     }
-    Sums sums{}, group{};
+    Sums sums{};
+    Group group{};
     int tile_begin = begin;  // of this worker's part of the tile at hand
     for (int at = begin; at < end; ++at) {
       wait_copies<kStages - 2>();
@@ -190,8 +216,9 @@ struct MmaGemm {
       int* turn = reinterpret_cast<int*>(shared + kTurn);
       if (whole || End::share(a, tile, thread(), turn, sync_block, sums)) {
         const int warp = thread() / kLanes, lane = thread() % kLanes;
-        End::store(a, tile / a.token_tiles * kBlocks * kBlock + warp * kStrip + lane / 4,
-                   tile % a.token_tiles * kTokens + lane % 4 * 2, sums);
+        End::template store<Product::kCorrects>(
+            a, tile / a.token_tiles * kBlocks * kBlock + warp * kStrip + lane / 4,
+            tile % a.token_tiles * kTokens + lane % 4 * 2, sums);
       }
       tile_begin = at + 1;
       End::clear(sums);

@@ -26,6 +26,7 @@ Gemm row(const char* name, int32_t dtype) {
           Kernel::kSharedBytes,
           Kernel::kTile * sizeof(float),
           true,
+          false,
           reinterpret_cast<const void*>(&wgmma_gemm<T, kBits, kTokens>)};
 }
 

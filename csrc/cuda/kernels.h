@@ -21,6 +21,7 @@ struct Gemm {
   size_t shared;      // bytes
   size_t tile_bytes;  // of a partial sum
   bool boxed;         // takes BoxedArgs, else LinearArgs
+  bool int8;          // takes x as a quantize_kernel leaves it
   const void* function;
 };
 
@@ -28,10 +29,13 @@ struct Gemm {
 std::vector<Gemm> mma_gemms_f16();
 std::vector<Gemm> mma_gemms_bf16();
 std::vector<Gemm> wgmma_gemms();
+std::vector<Gemm> int8_gemms();
 
 // Kernels that take PackArgs.
 const void* pack_kernel();
 const void* unpack_kernel();
+// Takes QuantizeArgs; a block of threads for each row. dtype: enum tersor_dtype of x.
+const void* quantize_kernel(int32_t dtype);
 // Takes DequantizeArgs. dtype: enum tersor_dtype of what it writes.
 const void* dequantize_kernel(int32_t dtype);
 

@@ -25,6 +25,7 @@ void dequantize(const tersor_spec&, const void*, int64_t, int64_t, void*, int32_
 std::string serves(const tersor_spec&, int64_t, int32_t, int) { refuse(); }
 size_t workspace_bytes(int) { refuse(); }
 uint64_t capture_of(Target) { refuse(); }
-bool linear(const tersor_args&, Target) { refuse(); }
+size_t scratch_bytes(const tersor_spec&, int64_t, int32_t, int) { refuse(); }
+bool linear(const tersor_args&, void*, Target) { refuse(); }
 
 }  // namespace tersor::cuda

@@ -76,16 +76,6 @@ TERSOR_DEVICE void unpack_body(const PackArgs& a) {
   });
 }
 
-TERSOR_DEVICE void put(float* to, float value) { *to = value; }
-template <class T>
-struct Bits {  // 16 bits of a T
-  uint16_t bits;
-};
-template <class T>
-TERSOR_DEVICE void put(Bits<T>* to, float value) {
-  to->bits = bits_of(value, T{});
-}
-
 template <class To>
 TERSOR_DEVICE void dequantize_body(const DequantizeArgs& a) {
   const Shape& w = a.w;

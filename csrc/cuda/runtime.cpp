@@ -35,6 +35,7 @@ const std::vector<Gemm>& gemms() {
   static const std::vector<Gemm> all = [] {
     std::vector<Gemm> table = mma_gemms_f16();
     for (const Gemm& gemm : mma_gemms_bf16()) table.push_back(gemm);
+    for (const Gemm& gemm : int8_gemms()) table.push_back(gemm);
 #ifdef TERSOR_HAVE_CUDA90A
     for (const Gemm& gemm : wgmma_gemms()) table.push_back(gemm);
 #endif
@@ -117,14 +118,16 @@ struct Plan {
 
 Plan plan(const tersor_spec& spec, int64_t m, int32_t dtype, int number) {
   if (const char* why = refuses(spec)) throw Error(std::string("a weight in CUDA order: ") + why);
-  if (m < 1 || m > kMostTokens) return {};
+  const bool int8 = spec.activation == TERSOR_A8;
+  if (m < 1 || (m > kMostTokens && !int8)) return {};
   const Device& on = device(number);
   const Shape w = shape(spec);
   Plan best;
   int64_t least = INT64_MAX;
   for (size_t i = 0; i < gemms().size(); ++i) {
     const Gemm& gemm = gemms()[i];
-    if (!on.resident[i] || gemm.bits != spec.bits || gemm.dtype != dtype) continue;
+    if (!on.resident[i] || gemm.bits != spec.bits || gemm.dtype != dtype || gemm.int8 != int8)
+      continue;
     const int64_t rows = (int64_t{w.row_blocks} + gemm.blocks - 1) / gemm.blocks;
     const int64_t tokens = (m + gemm.tokens - 1) / gemm.tokens, tiles = rows * tokens;
     if (tiles > kMostTiles || tiles * w.steps > INT32_MAX / 2) continue;
@@ -140,6 +143,19 @@ Plan plan(const tersor_spec& spec, int64_t m, int32_t dtype, int number) {
   }
   return best;
 }
+
+// Where int8 activations lie in the memory that a caller has for them.
+struct Scratch {
+  int32_t rows;
+  int64_t scales_at, sums_at;
+  size_t bytes;
+
+  Scratch(const Plan& plan, const Shape& w) : rows(plan.token_tiles * plan.gemm->tokens) {
+    scales_at = round_up(int64_t{rows} * w.steps * kBlock, kSection);
+    sums_at = scales_at + round_up(int64_t{rows} * 4, kSection);
+    bytes = static_cast<size_t>(sums_at + int64_t{rows} * w.groups * 4);
+  }
+};
 
 // Tells the memory engine where x is; nothing is launched.
 TensorMap tensor_map(const tersor_args& call, int32_t tokens) {
@@ -217,7 +233,6 @@ std::vector<Row> kernels() {
 
 const char* refuses(const tersor_spec& spec) {
   if (spec.bits != 4 && spec.bits != 8) return "codes have 4 or 8 bits on a GPU";
-  if (spec.activation != TERSOR_A16) return "activations in int8 have no CUDA kernel yet";
   if (spec.of) return "zeros of a pattern have no CUDA kernel yet";
   if (spec.n % 16 || spec.k % 16) return "n and k must be multiples of 16 on a GPU";
   if (!is_group(spec.k, spec.g)) return "the group must be 32, a multiple of 64, or the whole row";
@@ -271,14 +286,19 @@ uint64_t capture_of(Target target) {
   return status == cudaStreamCaptureStatusNone ? 0 : id;
 }
 
-bool linear(const tersor_args& call, Target target) {
+size_t scratch_bytes(const tersor_spec& spec, int64_t m, int32_t dtype, int number) {
+  const Plan chosen = plan(spec, m, dtype, number);
+  return chosen.gemm && chosen.gemm->int8 ? Scratch(chosen, shape(spec)).bytes : 0;
+}
+
+bool linear(const tersor_args& call, void* scratch, Target target) {
   const Plan chosen = plan(call.spec, call.m, call.dtype, target.device);
   if (!chosen.gemm) return false;
   LinearArgs args{};
   args.w = shape(call.spec);
   args.scale_dtype = call.spec.scale_dtype;
   args.packed = static_cast<const uint8_t*>(call.packed);
-  args.x = static_cast<const uint16_t*>(call.x);
+  args.x = call.x;
   args.y = static_cast<uint16_t*>(call.y);
   args.bias = call.bias;
   args.ldx = call.ldx, args.ldy = call.ldy;
@@ -293,6 +313,22 @@ bool linear(const tersor_args& call, Target target) {
   if (chosen.gemm->boxed) {
     boxed = {args, tensor_map(call, chosen.gemm->tokens)};
     given = &boxed;
+  }
+  if (chosen.gemm->int8) {
+    const Scratch room(chosen, args.w);
+    auto* begin = static_cast<uint8_t*>(scratch);
+    QuantizeArgs tokens{};
+    tokens.w = args.w;
+    tokens.x = call.x, tokens.ldx = call.ldx;
+    tokens.m = args.m, tokens.rows = room.rows;
+    tokens.codes = reinterpret_cast<int8_t*>(begin);
+    tokens.scales = reinterpret_cast<float*>(begin + room.scales_at);
+    tokens.sums = reinterpret_cast<int32_t*>(begin + room.sums_at);
+    launch(quantize_kernel(call.dtype), room.rows, kQuantizeThreads, kQuantizeShared, &tokens,
+           target);
+    args.x = tokens.codes, args.ldx = int64_t{args.w.steps} * kBlock;
+    args.x_scales = tokens.scales, args.x_sums = tokens.sums;
+    args.w.k = static_cast<int32_t>(args.ldx);  // whole steps: what is beyond k is zero
   }
   launch(chosen.gemm->function, chosen.partition.workers, chosen.gemm->threads, chosen.gemm->shared,
          given, target);

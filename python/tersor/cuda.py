@@ -3,8 +3,9 @@
 A weight in CUDA order is a uint8 tensor on the device, without a header, so that no call has to
 read from the device what it is: its Grid goes along with it. All kernels share that order.
 
-The kernels serve few tokens, in float16 and bfloat16. Many tokens, float32 and the backward pass go
-through a weight that is dequantized for the call, and torch's product.
+The kernels serve few tokens, in float16 and bfloat16; with int8 activations any number. Many
+tokens, float32 and the backward pass go through a weight that is dequantized for the call, and
+torch's product.
 """
 
 from __future__ import annotations
@@ -30,12 +31,13 @@ from tersor.kernels import (
 from tersor.qweight import ActSpec, QSpec, QWeight
 
 _SLAB = 256 << 20  # bytes of a dequantized weight that are there at a time
+_TOKENS = 4096  # with int8 activations, in one call
 
 
 @dataclass(frozen=True)
 class Grid:
-    """What the bytes of a weight in CUDA order stand for; bits, asymmetric and scale_dtype as in
-    kernel.h."""
+    """What the bytes of a weight in CUDA order stand for, and how activations meet it; bits,
+    asymmetric, scale_dtype and activation as in kernel.h."""
 
     n: int
     k: int
@@ -43,16 +45,18 @@ class Grid:
     bits: int
     asymmetric: bool
     scale_dtype: int
+    activation: int
 
     @classmethod
-    def of(cls, q: QWeight) -> Grid:
+    def of(cls, q: QWeight, activation: ActSpec | None) -> Grid:
         return cls(
             q.n, q.k, q.k // q.scales.shape[1], stored_bits(q.spec), not q.spec.symmetric,
-            dtype_code(q.scales.dtype),
+            dtype_code(q.scales.dtype), int(activation is not None),
         )  # fmt: skip
 
-    def fields(self) -> tuple[int, int, int, int, bool, int]:
-        return self.n, self.k, self.g, self.bits, self.asymmetric, self.scale_dtype
+    def fields(self) -> tuple[int, int, int, int, bool, int, int]:
+        shape = self.n, self.k, self.g
+        return *shape, self.bits, self.asymmetric, self.scale_dtype, self.activation
 
 
 def unavailable() -> str | None:
@@ -78,9 +82,10 @@ def serving(
 ) -> str:
     """What serves such a product on the current device, or why nothing does; a phrase."""
     grid = Grid(
-        n, k, spec.group or k, stored_bits(spec), not spec.symmetric, dtype_code(torch.bfloat16)
-    )
-    reason = unavailable() or _core.cuda_refuses(*grid.fields(), int(activation is not None))
+        n, k, spec.group or k, stored_bits(spec), not spec.symmetric, dtype_code(torch.bfloat16),
+        int(activation is not None),
+    )  # fmt: skip
+    reason = unavailable() or _core.cuda_refuses(*grid.fields())
     if reason is not None:
         return str(reason)
     place = torch.cuda.current_device()
@@ -88,19 +93,18 @@ def serving(
     return f"{name} serves" if name else "torch serves, with a weight dequantized for the call"
 
 
-def refusal(q: QWeight, activation: bool) -> str | None:
-    """Why such a layer cannot be on a GPU, or None where it can. activation: inputs are quantized
-    in the call."""
-    reason: str | None = _core.cuda_refuses(*Grid.of(q).fields(), int(activation))
+def refusal(q: QWeight, activation: ActSpec | None) -> str | None:
+    """Why such a layer cannot be on a GPU, or None where it can."""
+    reason: str | None = _core.cuda_refuses(*Grid.of(q, activation).fields())
     return reason
 
 
 @functools.lru_cache(maxsize=4096)
 def _weight(
-    n: int, k: int, g: int, bits: int, asymmetric: bool, scale_dtype: int
+    n: int, k: int, g: int, bits: int, asymmetric: bool, scale_dtype: int, activation: int
 ) -> _core.CudaWeight:
     """Checked once for each shape of a model."""
-    return _core.CudaWeight(n, k, g, bits, asymmetric, scale_dtype)
+    return _core.CudaWeight(n, k, g, bits, asymmetric, scale_dtype, activation)
 
 
 # --- CUDA order and back --------------------------------------------------------------------------
@@ -112,13 +116,14 @@ def _place(device: torch.device) -> tuple[int, int]:
     return stream.device_index, stream.cuda_stream
 
 
-def pack_weight(q: QWeight, device: torch.device) -> Tensor:
-    """The weight in CUDA order on a device. q: on any device, without an order."""
+def pack_weight(q: QWeight, device: torch.device, activation: ActSpec | None = None) -> Tensor:
+    """The weight in CUDA order on a device, which is the same for every activation. q: on any
+    device, without an order."""
     if (reason := unavailable()) is not None:
         raise TersorError(f"the layer cannot run on {device}: {reason}")
     if q.order is not None:
         raise TersorError("pack_weight needs contiguous groups; sort the columns by q.order first")
-    weight, q = _weight(*Grid.of(q).fields()), q.to(device)
+    weight, q = _weight(*Grid.of(q, activation).fields()), q.to(device)
     codes = (q.codes + recentre(q.spec)).contiguous()
     scales = q.scales.contiguous()
     zeros = None if q.zeros is None else q.zeros.contiguous()
@@ -194,31 +199,51 @@ def _rows(x: Tensor, k: int) -> Tensor:
 
 def _linear(
     x: Tensor, packed: Tensor, bias: Tensor | None,
-    n: int, k: int, g: int, bits: int, asymmetric: bool, scale_dtype: int,
+    n: int, k: int, g: int, bits: int, asymmetric: bool, scale_dtype: int, activation: int,
 ) -> Tensor:  # fmt: skip
     matrix, m = _rows(x, k), x.numel() // k
     y = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
     if m == 0:
         return y
+    grid, rows = Grid(n, k, g, bits, asymmetric, scale_dtype, activation), y.view(m, n)
     if x.dtype != torch.float32:
-        device, stream = _place(x.device)
-        workspace = _workspace(device, stream)
-        served = _core.cuda_linear(
-            _weight(n, k, g, bits, asymmetric, scale_dtype), packed.data_ptr(), packed.numel(),
-            matrix.data_ptr(), m, matrix.stride(0) if m > 1 else k, dtype_code(x.dtype),
-            0 if bias is None else bias.data_ptr(), y.data_ptr(), n,
-            workspace.data_ptr(), workspace.numel(), device, stream,
-        )  # fmt: skip
-        if served:
+        tokens = m if m <= _TOKENS or not activation else _TOKENS
+        parts = [slice(begin, min(begin + tokens, m)) for begin in range(0, m, tokens)]
+        if all(_call(matrix[part], packed, bias, grid, rows[part]) for part in parts):
             return y
-    grid, rows = Grid(n, k, g, bits, asymmetric, scale_dtype), y.view(m, n)
-    for part in _slabs(n, k, x.element_size()):
-        w = dequantize(packed, grid, part.start, part.stop, x.dtype)
+    if activation:
+        matrix = _rounded(matrix)
+    for part in _slabs(n, k, matrix.element_size()):
+        w = dequantize(packed, grid, part.start, part.stop, matrix.dtype)
         if bias is None:
             rows[:, part] = matrix @ w.t()
         else:
-            rows[:, part] = torch.addmm(bias[part].to(x.dtype), matrix, w.t())
+            rows[:, part] = torch.addmm(bias[part].to(matrix.dtype), matrix, w.t())
     return y
+
+
+def _call(x: Tensor, packed: Tensor, bias: Tensor | None, grid: Grid, y: Tensor) -> bool:
+    """x [m, k] -> y [m, n], or False where no kernel serves."""
+    weight, m, code = _weight(*grid.fields()), x.shape[0], dtype_code(x.dtype)
+    device, stream = _place(x.device)
+    workspace = _workspace(device, stream)
+    size = _core.cuda_scratch_bytes(weight, m, code, device) if grid.activation else 0
+    scratch = torch.empty(size, dtype=torch.uint8, device=x.device)
+    served: bool = _core.cuda_linear(
+        weight, packed.data_ptr(), packed.numel(), x.data_ptr(), m,
+        x.stride(0) if m > 1 else grid.k, code, 0 if bias is None else bias.data_ptr(),
+        y.data_ptr(), grid.n, workspace.data_ptr(), workspace.numel(), scratch.data_ptr(), size,
+        device, stream,
+    )  # fmt: skip
+    return served
+
+
+def _rounded(x: Tensor) -> Tensor:
+    """The float32 values that int8 activations stand for, as kernel.h defines them; x [m, k]."""
+    x = x.float()
+    scale = x.abs().amax(1, keepdim=True) / 127.5
+    codes = (x / torch.where(scale > 0, scale, 1)).round().clamp(-128, 127)
+    return codes * scale
 
 
 def _slabs(n: int, k: int, element: int) -> list[slice]:
@@ -228,17 +253,17 @@ def _slabs(n: int, k: int, element: int) -> list[slice]:
 
 def _linear_fake(
     x: Tensor, packed: Tensor, bias: Tensor | None,
-    n: int, k: int, g: int, bits: int, asymmetric: bool, scale_dtype: int,
+    n: int, k: int, g: int, bits: int, asymmetric: bool, scale_dtype: int, activation: int,
 ) -> Tensor:  # fmt: skip
     return x.new_empty((*x.shape[:-1], n))
 
 
 def _backward_product(
     grad: Tensor, packed: Tensor,
-    n: int, k: int, g: int, bits: int, asymmetric: bool, scale_dtype: int,
+    n: int, k: int, g: int, bits: int, asymmetric: bool, scale_dtype: int, activation: int,
 ) -> Tensor:  # fmt: skip
     """grad [..., n] @ dequantize(W) [n, k], summed in float32."""
-    matrix, grid = rows_of(grad, n), Grid(n, k, g, bits, asymmetric, scale_dtype)
+    matrix, grid = rows_of(grad, n), Grid(n, k, g, bits, asymmetric, scale_dtype, activation)
     slabs = _slabs(n, k, grad.element_size())
     parts = (
         matrix[:, part] @ dequantize(packed, grid, part.start, part.stop, grad.dtype)
@@ -253,7 +278,7 @@ def _backward_product(
 
 def _backward_fake(
     grad: Tensor, packed: Tensor,
-    n: int, k: int, g: int, bits: int, asymmetric: bool, scale_dtype: int,
+    n: int, k: int, g: int, bits: int, asymmetric: bool, scale_dtype: int, activation: int,
 ) -> Tensor:  # fmt: skip
     return grad.new_empty((*grad.shape[:-1], k))
 
@@ -265,10 +290,10 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (packed,) = ctx.saved_tensors
-    return torch.ops.tersor.linear_cuda_backward(grad, packed, *ctx.grid), *(None,) * 8
+    return torch.ops.tersor.linear_cuda_backward(grad, packed, *ctx.grid), *(None,) * 9
 
 
-_GRID = "int n, int k, int g, int bits, bool asymmetric, int scale_dtype"
+_GRID = "int n, int k, int g, int bits, bool asymmetric, int scale_dtype, int activation"
 define_operator(
     f"linear_cuda_backward(Tensor grad, Tensor packed, {_GRID}) -> Tensor",
     "CUDA",

@@ -117,13 +117,14 @@ class QuantLinear(PackedLinear):
             return
         reason: str | None = f"there are no kernels for {device.type}"
         if device.type == "cuda":
-            reason = cuda.unavailable() or cuda.refusal(ordered, self.activation is not None)
+            reason = cuda.unavailable() or cuda.refusal(ordered, self.activation)
         if reason is not None:
             raise TersorError(
                 f"a {self.out_features} x {self.in_features} layer with {self.scheme} cannot be on "
                 f"{device}: {reason}; keep it on the CPU"
             )
-        self.packed, self.grid = cuda.pack_weight(ordered, device), cuda.Grid.of(ordered)
+        self.packed = cuda.pack_weight(ordered, device, self.activation)
+        self.grid = cuda.Grid.of(ordered, self.activation)
 
     def _ordered(self) -> QWeight:
         """The weight with its columns in the order of their groups, on the device of the layer."""

@@ -356,4 +356,54 @@ inline float float_of_bits(uint32_t bits) {
   return value;
 }
 
+inline int nearest(float value) { return static_cast<int>(std::nearbyint(value)); }
+inline float quotient(float a, float b) { return a / b; }
+
+template <class T, class Join>
+T over_lanes(T value, Join) {
+  struct Operands {
+    T* value;
+  } mine{&value};
+  emulator::together(mine, [](void** lanes) {
+    const auto of = [&](int lane) { return static_cast<Operands*>(lanes[lane])->value; };
+    T all = *of(0);
+    for (int lane = 1; lane < emulator::kWarp; ++lane) all = Join{}(all, *of(lane));
+    for (int lane = 0; lane < emulator::kWarp; ++lane) *of(lane) = all;
+  });
+  return value;
+}
+struct Larger {
+  float operator()(float a, float b) const { return std::fmax(a, b); }
+};
+inline int sum_of_lanes(int value) { return over_lanes(value, std::plus<int>()); }
+inline float most_of_lanes(float value) { return over_lanes(value, Larger()); }
+
+// Fragments of mma.m16n8k32 with bytes: as those above, four columns where there are two.
+inline void multiply_add_int8(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  struct Operands {
+    int32_t* c;
+    const uint32_t *a, *b;
+  } mine{c, a, b};
+  emulator::together(mine, [](void** lanes) {
+    const auto of = [&](int lane) { return static_cast<Operands*>(lanes[lane]); };
+    int first[16][32], second[32][8];
+    for (int lane = 0; lane < emulator::kWarp; ++lane)
+      for (int e = 0; e < 4; ++e) {
+        const int r = lane / 4, t = lane % 4 * 4 + e;
+        const auto byte = [&](uint32_t word) { return static_cast<int>(word >> 8 * e & 0xff); };
+        first[r][t] = byte(of(lane)->a[0]);
+        first[r + 8][t] = byte(of(lane)->a[1]);
+        first[r][t + 16] = byte(of(lane)->a[2]);
+        first[r + 8][t + 16] = byte(of(lane)->a[3]);
+        second[t][r] = static_cast<int8_t>(byte(of(lane)->b[0]));
+        second[t + 16][r] = static_cast<int8_t>(byte(of(lane)->b[1]));
+      }
+    for (int lane = 0; lane < emulator::kWarp; ++lane)
+      for (int i = 0; i < 4; ++i) {
+        const int r = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+        for (int t = 0; t < 32; ++t) of(lane)->c[i] += first[r][t] * second[t][column];
+      }
+  });
+}
+
 }  // namespace tersor::cuda

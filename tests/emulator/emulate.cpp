@@ -4,6 +4,7 @@
 #include "cuda/gemm_mma.cuh"
 #include "cuda/gemm_wgmma.cuh"
 #include "cuda/pack.cuh"
+#include "cuda/quantize.cuh"
 
 namespace {
 
@@ -26,7 +27,7 @@ struct Run {
 };
 
 template <class Kernel, class Body>
-void gemm(LinearArgs& a, const Run& run, Body body) {
+void gemm(LinearArgs& a, const Run& run, Body body, std::vector<Region> readable = {}) {
   constexpr int kTokens = Kernel::kTokens, kBlocks = Kernel::kBlocks;
   const int row_tiles = (a.w.row_blocks + kBlocks - 1) / kBlocks;
   a.token_tiles = (a.m + kTokens - 1) / kTokens;
@@ -36,18 +37,39 @@ void gemm(LinearArgs& a, const Run& run, Body body) {
   a.partials += (16 - reinterpret_cast<uintptr_t>(a.partials) % 16) % 16 / 4;
   std::vector<int> arrived(a.partition.tiles, 0);
   a.arrived = arrived.data();
-  emulator::launch(a.partition.workers, Kernel::kThreads, Kernel::kSharedBytes,
-                   {region(a.packed, a.w.bytes), region(a.x, ((a.m - 1) * a.ldx + a.w.k) * 2),
-                    region(a.partials, int64_t{8} * a.partition.workers * Kernel::kTile)},
-                   run.seed, run.eager, body);
+  readable.push_back(region(a.packed, a.w.bytes));
+  readable.push_back(region(a.partials, int64_t{8} * a.partition.workers * Kernel::kTile));
+  if (readable.size() == 2) readable.push_back(region(a.x, ((a.m - 1) * a.ldx + a.w.k) * 2));
+  emulator::launch(a.partition.workers, Kernel::kThreads, Kernel::kSharedBytes, readable, run.seed,
+                   run.eager, body);
   for (int each : arrived)
     if (each) emulator::fail("a counter is left behind");
 }
 
 template <class T, int kBits, int kTokens, int kBlocks>
 void mma(LinearArgs a, const Run& run) {
-  using Kernel = MmaGemm<T, kBits, kTokens, kBlocks>;
+  using Kernel = MmaGemm<FloatProduct<T, kBits>, kTokens, kBlocks>;
   gemm<Kernel>(a, run, [&] { Kernel::run(a); });
+}
+
+template <class T, int kBits, int kTokens, int kBlocks>
+void int8(LinearArgs a, const Run& run) {
+  using Kernel = MmaGemm<Int8Product<T, kBits>, kTokens, kBlocks>;
+  const int rows = (a.m + kTokens - 1) / kTokens * kTokens, columns = a.w.steps * kBlock;
+  std::vector<int8_t> room(size_t(rows) * columns + 16, 0x55);
+  int8_t* codes = room.data() + (16 - reinterpret_cast<uintptr_t>(room.data()) % 16) % 16;
+  std::vector<float> scales(rows, NAN);
+  std::vector<int32_t> sum_room(size_t(rows) * a.w.groups + 4, 0x55555555);
+  int32_t* sums =
+      sum_room.data() + (16 - reinterpret_cast<uintptr_t>(sum_room.data()) % 16) % 16 / 4;
+  const QuantizeArgs q{a.w, a.x, a.ldx, a.m, rows, codes, scales.data(), sums};
+  emulator::launch(rows, kQuantizeThreads, kQuantizeShared, {}, run.seed, run.eager,
+                   [&] { quantize_body<Bits<T>>(q); });
+  a.x = codes, a.ldx = columns, a.x_scales = scales.data(), a.x_sums = sums;
+  a.w.k = columns;
+  gemm<Kernel>(
+      a, run, [&] { Kernel::run(a); },
+      {region(codes, int64_t{rows} * columns), region(sums, int64_t{4} * rows * a.w.groups)});
 }
 
 template <class T, int kBits, int kTokens>
@@ -62,7 +84,11 @@ void gemm(const LinearArgs& a, const std::string& kind, int tokens, const Run& r
   if (kind == "mma" && tokens == 8) return mma<T, kBits, 8, 1>(a, run);
   if (kind == "mma" && tokens == 16) return mma<T, kBits, 16, 1>(a, run);
   if (kind == "mma" && tokens == 32) return mma<T, kBits, 32, 2>(a, run);
-  if (kind == "mma" && tokens == 64) return mma<T, kBits, 64, 2>(a, run);
+  if (kind == "mma" && tokens == 64) return mma<T, kBits, 64, 1>(a, run);
+  if (kind == "int8" && tokens == 8) return int8<T, kBits, 8, 1>(a, run);
+  if (kind == "int8" && tokens == 16) return int8<T, kBits, 16, 1>(a, run);
+  if (kind == "int8" && tokens == 32) return int8<T, kBits, 32, 2>(a, run);
+  if (kind == "int8" && tokens == 64) return int8<T, kBits, 64, 2>(a, run);
   if (kind == "wgmma" && tokens == 64) return wgmma<T, kBits, 64>(a, run);
   if (kind == "wgmma" && tokens == 128) return wgmma<T, kBits, 128>(a, run);
   emulator::fail("there is no kernel " + kind);

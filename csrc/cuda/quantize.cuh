@@ -1,0 +1,61 @@
+// Activations as int8, one block of threads for each token, and the sums of their groups.
+//
+// Of every 16 columns the codes stand in the order in which a lane has those of W (Int8Product):
+// four bytes for each t = 0 ... 3, columns 2t, 2t + 8, 2t + 1 and 2t + 9.
+#pragma once
+
+#include <limits>
+
+#include "arguments.h"
+#include "device.cuh"
+
+namespace tersor::cuda {
+
+constexpr float kMostFloat = std::numeric_limits<float>::max();
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+
+TERSOR_DEVICE int int8_place(int column) {
+  const int c = column % 16;
+  return column - c + c % 8 / 2 * 4 + c % 2 * 2 + c / 8;
+}
+
+template <class Element>
+TERSOR_DEVICE void quantize_body(const QuantizeArgs& a) {
+  const int token = worker(), warp = thread() / kLanes, lane = thread() % kLanes;
+  constexpr int kWarps = kQuantizeThreads / kLanes;
+  const auto* x = static_cast<const Element*>(a.x) + token * a.ldx;
+  float* shared = reinterpret_cast<float*>(shared_memory());  // [kWarps]
+  const bool there = token < a.m;                             // else a row that is only padding
+  float most = 0;
+  for (int column = thread(); there && column < a.w.k; column += kQuantizeThreads) {
+    const float value = fabsf(value_at(x, column));
+    most = value <= kMostFloat ? fmaxf(most, value) : kInfinity;  // a NaN is lost in a maximum
+  }
+  most = most_of_lanes(most);
+  if (lane == 0) shared[warp] = most;
+  sync_block();
+  for (int i = 0; i < kWarps; ++i) most = fmaxf(most, shared[i]);
+  const float scale = most <= kMostFloat ? quotient(most, 127.5f) : kNaN;
+  if (thread() == 0) a.scales[token] = there ? scale : 0.f;
+  const int columns = a.w.steps * kBlock;
+  int8_t* codes = a.codes + int64_t{token} * columns;
+  // A warp has the groups warp, warp + kWarps, ...
+  const int width = a.w.groups_per_step == 2 ? kBlock / 2 : a.w.steps_per_group * kBlock;
+  for (int group = warp; group < a.w.groups; group += kWarps) {
+    int sum = 0;
+    for (int i = lane; i < width; i += kLanes) {
+      const int column = group * width + i;
+      if (column >= columns) break;
+      int code = 0;
+      if (there && column < a.w.k && scale > 0)
+        code = nearest(fminf(fmaxf(quotient(value_at(x, column), scale), -128.f), 127.f));
+      codes[int8_place(column)] = static_cast<int8_t>(code);
+      sum += code;
+    }
+    sum = sum_of_lanes(sum);
+    if (lane == 0) a.sums[int64_t{group} * a.rows + token] = sum;
+  }
+}
+
+}  // namespace tersor::cuda
