@@ -6,7 +6,7 @@ namespace tersor::cuda {
 namespace {
 
 constexpr const char* kWhy =
-    "tersor was built without CUDA (TERSOR_CUDA=off, or no nvcc was found)";
+    "tersor was built without CUDA (TERSOR_CUDA=off, or no CUDA 12.5 was found)";
 
 [[noreturn]] void refuse() { throw Error(kWhy); }
 

@@ -227,12 +227,14 @@ def _call(x: Tensor, packed: Tensor, bias: Tensor | None, grid: Grid, y: Tensor)
     weight, m, code = _weight(*grid.fields()), x.shape[0], dtype_code(x.dtype)
     device, stream = _place(x.device)
     workspace = _workspace(device, stream)
-    size = _core.cuda_scratch_bytes(weight, m, code, device) if grid.activation else 0
-    scratch = torch.empty(size, dtype=torch.uint8, device=x.device)
+    scratch = None
+    if grid.activation and (size := _core.cuda_scratch_bytes(weight, m, code, device)):
+        scratch = torch.empty(size, dtype=torch.uint8, device=x.device)
     served: bool = _core.cuda_linear(
         weight, packed.data_ptr(), packed.numel(), x.data_ptr(), m,
         x.stride(0) if m > 1 else grid.k, code, 0 if bias is None else bias.data_ptr(),
-        y.data_ptr(), grid.n, workspace.data_ptr(), workspace.numel(), scratch.data_ptr(), size,
+        y.data_ptr(), grid.n, workspace.data_ptr(), workspace.numel(),
+        0 if scratch is None else scratch.data_ptr(), 0 if scratch is None else scratch.numel(),
         device, stream,
     )  # fmt: skip
     return served

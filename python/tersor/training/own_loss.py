@@ -3,6 +3,7 @@ beside the loss, and that a loss that is no number ends the training."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from tersor.training.reading import predicts_next
 from tersor.training.tally import Tally
 
 
-class OwnLossTrainer(Trainer):
+class OwnLossTrainer(Trainer, ABC):
     """A Trainer of language models whose loss is what `_loss` of a subclass gives.
 
     model: that is trained. reads: a language model whose class says what a position predicts.
@@ -38,12 +39,12 @@ class OwnLossTrainer(Trainer):
         self._whole_outputs = False  # whether outputs must have the logits of all tokens
         self._tally = Tally()
 
+    @abstractmethod
     def _loss(
         self, model: nn.Module, inputs: Mapping[str, Any], count: Any
     ) -> tuple[Tensor, Any, dict[str, Any]]:
         """The loss of a batch, the model's outputs, and what to log: see Tally.add.
         count: as in fused.distill."""
-        raise NotImplementedError
 
     def compute_loss(
         self,
