@@ -1,5 +1,5 @@
 // The Python module tersor._core: checks every argument, releases the GIL, calls the core.
-// Only this file and bindings_cuda.cpp know Python.
+// Only this file and those that begin with bindings_cuda know Python.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -403,6 +403,7 @@ NB_MODULE(_core, m) {
   m.def("trim_memory", trim_memory);
 
   tersor::bind_cuda(m);
+  tersor::bind_cuda_solve(m);
 
   m.def("thread_count", tersor::thread_count);
   m.def("set_thread_count", tersor::set_thread_count, "count"_a);

@@ -27,17 +27,19 @@ def compiler() -> str | None:
     return None
 
 
-def build(folder: Path) -> ctypes.CDLL:
-    library = folder / "emulated.so"
+def build(folder: Path, source: str = "emulate") -> ctypes.CDLL:
+    """One of the files of tests/emulator, compiled."""
+    library = folder / f"{source}.so"
     command = [
         compiler(), "-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra",
         "-Wno-unknown-pragmas", "-I", ROOT / "csrc", "-I", ROOT / "tests" / "emulator",
-        ROOT / "tests" / "emulator" / "emulate.cpp", "-o", library,
+        ROOT / "tests" / "emulator" / f"{source}.cpp", "-o", library,
     ]  # fmt: skip
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     loaded = ctypes.CDLL(str(library))
-    loaded.packed_bytes.restype = ctypes.c_int64
+    if source == "emulate":
+        loaded.packed_bytes.restype = ctypes.c_int64
     return loaded
 
 

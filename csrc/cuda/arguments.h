@@ -75,4 +75,41 @@ struct DequantizeArgs {
   void* to;
 };
 
+// One block of columns of the solver, as solve/solve.h defines it. Rows [n], all matrices
+// row-major.
+constexpr int kSolveColumns = 128;  // of a block
+constexpr int kSolveRows = 32;      // of a worker
+constexpr int kSolveThreads = 256;
+constexpr int kSolveShared = kSolveColumns * kSolveColumns * 4;
+
+struct SolveArgs {
+  int64_t n, k, groups;
+  int32_t first, width;            // the columns
+  const float* w;                  // [n, k]
+  const float* unit;               // [k, k], read strictly above the diagonal
+  float* values;                   // [n, k]: w plus the errors of the blocks before this one;
+                                   // without a grid also what comes of it, in place
+  const float* scales;             // [n, groups]; nullptr: no grid
+  const uint8_t* zeros;            // [n, groups] or nullptr
+  const int32_t* group_of_column;  // [k]
+  int32_t levels;
+  int32_t kept, of;     // where the kernel chooses what becomes zero; of: 2, 4, 8 or 16, else 0
+  const uint8_t* keep;  // [n, width], rows keep_stride apart: 0 becomes zero; or nullptr
+  int64_t keep_stride;  // in elements
+  const float* pivots;  // [k], for a pattern and for losses
+  uint8_t* codes;       // [n, k], on a grid
+  float* errors;        // [n, kSolveColumns]: w less what it becomes
+  float* losses;        // [n, width]: what it would cost to make each weight zero; then the rest
+                        // is not written. nullptr otherwise
+};
+
+// The grids of all groups of a weight, whose elements are finite.
+struct GridArgs {
+  int64_t count, group;  // groups, and their elements
+  const float* w;        // [count, group]
+  int32_t bits, symmetric, clip, scale_dtype;
+  float* scales;   // [count]; infinite where the dtype has none
+  uint8_t* zeros;  // [count], or nullptr where symmetric
+};
+
 }  // namespace tersor::cuda

@@ -14,6 +14,9 @@
 
 namespace tersor::cuda {
 
+struct GridArgs;  // arguments.h
+struct SolveArgs;
+
 // Where a call runs: the number of the device, and a cudaStream_t.
 struct Target {
   int device;
@@ -58,5 +61,9 @@ size_t scratch_bytes(const tersor_spec& spec, int64_t m, int32_t dtype, int devi
 // y = x * dequantize(W)^T + bias, or false where no kernel serves. Rows of x begin at 16 bytes.
 // args.workspace and scratch as above.
 bool linear(const tersor_args& args, void* scratch, Target target);
+
+// Of the column solver (solve/solve.h): the grids of a weight, and one block of columns.
+void search_grid(const GridArgs& args, Target target);
+void solve_block(const SolveArgs& args, Target target);
 
 }  // namespace tersor::cuda

@@ -6,10 +6,15 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "kernel.h"
 
 namespace tersor::cuda {
+
+constexpr float kMostFloat = std::numeric_limits<float>::max();
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
 struct Half {
   static constexpr bool kIsBfloat = false;
@@ -90,6 +95,13 @@ TERSOR_DEVICE int sum_of_lanes(int value) {
   for (int at = 16; at; at /= 2) value += __shfl_xor_sync(0xffffffffu, value, at);
   return value;
 }
+TERSOR_DEVICE float sum_of_lanes(float value) {
+#pragma unroll
+  for (int at = 16; at; at /= 2) value += __shfl_xor_sync(0xffffffffu, value, at);
+  return value;
+}
+// What another lane has, from each lane the value of one.
+TERSOR_DEVICE float of_lane(float value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
 TERSOR_DEVICE float most_of_lanes(float value) {
 #pragma unroll
   for (int at = 16; at; at /= 2) value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, at));

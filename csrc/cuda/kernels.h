@@ -38,5 +38,9 @@ const void* unpack_kernel();
 const void* quantize_kernel(int32_t dtype);
 // Takes DequantizeArgs. dtype: enum tersor_dtype of what it writes.
 const void* dequantize_kernel(int32_t dtype);
+// Takes SolveArgs; a worker for each kSolveRows rows.
+const void* solve_kernel(bool grid, bool pattern);
+// Takes GridArgs.
+const void* search_grid_kernel();
 
 }  // namespace tersor::cuda

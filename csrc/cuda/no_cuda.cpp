@@ -27,5 +27,7 @@ size_t workspace_bytes(int) { refuse(); }
 uint64_t capture_of(Target) { refuse(); }
 size_t scratch_bytes(const tersor_spec&, int64_t, int32_t, int) { refuse(); }
 bool linear(const tersor_args&, void*, Target) { refuse(); }
+void search_grid(const GridArgs&, Target) { refuse(); }
+void solve_block(const SolveArgs&, Target) { refuse(); }
 
 }  // namespace tersor::cuda

@@ -4,16 +4,10 @@
 // four bytes for each t = 0 ... 3, columns 2t, 2t + 8, 2t + 1 and 2t + 9.
 #pragma once
 
-#include <limits>
-
 #include "arguments.h"
 #include "device.cuh"
 
 namespace tersor::cuda {
-
-constexpr float kMostFloat = std::numeric_limits<float>::max();
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
 TERSOR_DEVICE int int8_place(int column) {
   const int c = column % 16;

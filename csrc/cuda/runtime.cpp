@@ -76,6 +76,10 @@ struct Device {
           "attributes");
     arch = major * 10 + minor;
     for (const Gemm& gemm : gemms()) resident.push_back(arch < gemm.arch ? 0 : workers(gemm));
+    for (const bool grid : {false, true})
+      for (const bool pattern : {false, true})
+        cudaFuncSetAttribute(solve_kernel(grid, pattern),
+                             cudaFuncAttributeMaxDynamicSharedMemorySize, kSolveShared);
     cudaGetLastError();  // a kernel without code for this device is no error of the next call
   }
 
@@ -333,6 +337,18 @@ bool linear(const tersor_args& call, void* scratch, Target target) {
   launch(chosen.gemm->function, chosen.partition.workers, chosen.gemm->threads, chosen.gemm->shared,
          given, target);
   return true;
+}
+
+void search_grid(const GridArgs& args, Target target) {
+  launch_over(search_grid_kernel(), args.count * kLanes, &args, target);
+}
+
+void solve_block(const SolveArgs& args, Target target) {
+  device(target.device);  // its kernels may have their shared memory from then on
+  const Current current(target.device);
+  launch(solve_kernel(args.scales != nullptr, args.of != 0),
+         static_cast<int>((args.n + kSolveRows - 1) / kSolveRows), kSolveThreads, kSolveShared,
+         &args, target);
 }
 
 }  // namespace tersor::cuda

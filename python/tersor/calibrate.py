@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
-from tersor import _core
+from tersor import column_solver
 from tersor.corpus import Documents, check_characters, ended, open_documents
 from tersor.errors import TersorError
 
@@ -189,10 +189,10 @@ class NormStats:
     """The squared norm of each of a linear's inputs over the tokens seen: the diagonal of a Gram
     matrix, where the rest would be for nothing."""
 
-    def __init__(self, k: int) -> None:
+    def __init__(self, k: int, device: torch.device | str = "cpu") -> None:
         self.k = k
         self.tokens = 0
-        self.diagonal = torch.zeros(k)
+        self.diagonal = torch.zeros(k, device=device)
 
     def update(self, x: Tensor) -> None:
         """Adds the tokens of x, [..., k] in any floating-point dtype."""
@@ -219,7 +219,8 @@ class GramStats:
     """The Gram matrix of a linear's input, H = Σ x xᵀ over the tokens seen, and its mean.
 
     Inputs in bfloat16 and float16 are exact in float32, and every update adds the sum over its
-    tokens, so that the rounding error grows with the number of updates and not of tokens. Once
+    tokens, so that the rounding error grows with the number of updates and not of tokens. On a GPU
+    the tensor cores take them as they are, and sum in float32. Once
     `factor` has been called, the lower triangle of `gram` with the diagonal is still H (in the
     order of the factor) and the rest holds the factor, which saves a second k x k matrix where it
     would decide the peak of memory.
@@ -228,13 +229,13 @@ class GramStats:
     factor, and in what it is not what was asked.
     """
 
-    def __init__(self, k: int) -> None:
+    def __init__(self, k: int, device: torch.device | str = "cpu") -> None:
         self.k = k
         self.tokens = 0
         self.notes: list[str] = []
         self.departure: str | None = None
-        self._total = torch.zeros(k, dtype=torch.float64)
-        self._gram = torch.zeros(k, k)
+        self._total = torch.zeros(k, dtype=torch.float64, device=device)
+        self._gram = torch.zeros(k, k, device=device)
         self._half = False  # whether only blocks on and above the diagonal are up to date
         self._factor: Factor | None = None
         self._asked: tuple[float, bool] | None = None
@@ -279,12 +280,14 @@ class GramStats:
 
     def update(self, x: Tensor) -> None:
         """Adds the tokens of x, [..., k] in any floating-point dtype."""
-        rows = x.reshape(-1, self.k).float()
+        rows = x.reshape(-1, self.k)
+        if not (rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16) and _MIXED):
+            rows = rows.float()
         for i in range(0, self.k, BLOCK):
             j = i + BLOCK
-            self._gram[i:j, i:].addmm_(rows[:, i:j].T, rows[:, i:])
+            _add_product(self._gram[i:j, i:], rows[:, i:j].T, rows[:, i:])
         self._half = True
-        self._total += rows.sum(0)
+        self._total += rows.sum(0, dtype=torch.float32)
         self.tokens += rows.shape[0]
 
     def merge(self, other: GramStats) -> None:
@@ -309,7 +312,7 @@ class GramStats:
             if act_order:
                 order = torch.argsort(self.gram.diagonal(), descending=True, stable=True)
                 _permute_symmetric(self.gram, order)
-            used, dead, pivots = _core.factor(self.gram, damp)
+            used, dead, pivots = column_solver.factor(self.gram, damp)
             self._factor = Factor(self.gram, pivots, order, used, dead)
             self._asked = (damp, act_order)
             if dead:
@@ -327,7 +330,7 @@ class GramStats:
         gram, order = self.gram, self._factor.order if self._factor else None
         if order is not None:
             error = error[:, order]
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64, device=gram.device)
         for j in range(0, self.k, BLOCK):
             here = error[:, j : j + BLOCK]
             lower = gram[j:, j : j + BLOCK].tril()
@@ -337,6 +340,15 @@ class GramStats:
 
 
 BLOCK = 512  # columns of a Gram matrix handled at a time
+_MIXED = hasattr(torch.ops.aten.addmm, "dtype_out")  # from torch 2.8 on
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total, float32, += a @ b, of float32 or on a GPU of 16 bits."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
 
 
 def _permute_symmetric(gram: Tensor, order: Tensor) -> None:
@@ -376,7 +388,9 @@ def capture(
     A linear that was never called, such as an expert that no token chose, has tokens == 0.
     Raises TersorError naming the linear where an input was NaN or infinite.
     """
-    stats = {name: kind(linear.in_features) for name, linear in linears.items()}
+    stats = {
+        name: kind(linear.in_features, linear.weight.device) for name, linear in linears.items()
+    }
 
     with watching(linears, lambda name, x: stats[name].update(x)):
         deque(passes, maxlen=0)

@@ -376,6 +376,19 @@ struct Larger {
   float operator()(float a, float b) const { return std::fmax(a, b); }
 };
 inline int sum_of_lanes(int value) { return over_lanes(value, std::plus<int>()); }
+inline float sum_of_lanes(float value) { return over_lanes(value, std::plus<float>()); }
+inline float of_lane(float value, int lane) {
+  struct Operands {
+    float value;
+    int lane;
+    float* to;
+  } mine{value, lane, &value};
+  emulator::together(mine, [](void** lanes) {
+    const auto of = [&](int each) { return static_cast<Operands*>(lanes[each]); };
+    for (int each = 0; each < emulator::kWarp; ++each) *of(each)->to = of(of(each)->lane)->value;
+  });
+  return value;
+}
 inline float most_of_lanes(float value) { return over_lanes(value, Larger()); }
 
 // Fragments of mma.m16n8k32 with bytes: as those above, four columns where there are two.

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tersor import _core
+from tersor import column_solver
 from tersor.calibrate import GramStats
 from tersor.kernels import dtype_code
 from tersor.qweight import QSpec, QWeight
@@ -44,7 +44,7 @@ def find_grid(w: Tensor, spec: QSpec, clip: bool) -> tuple[Tensor, Tensor | None
     Raises TersorError where w is not finite, or a scale is beyond its dtype.
     """
     spec.groups(w.shape[1])  # whether the group divides k
-    scales, zeros = _core.search_grid(
+    scales, zeros = column_solver.search_grid(
         w.float().contiguous(),
         spec.group or w.shape[1],
         spec.bits,

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tersor import _core
+from tersor import column_solver
 from tersor.calibrate import GramStats
 from tersor.qweight import QSpec, QWeight
 from tersor.solvers.rtn import find_grid
@@ -37,13 +37,13 @@ def solve(
     groups = scales = zeros = None
     if spec is not None:
         scales, zeros = find_grid(w, spec, clip)
-        groups = torch.arange(k, dtype=torch.int32) // (spec.group or k)
+        groups = torch.arange(k, dtype=torch.int32, device=w.device) // (spec.group or k)
     if factor.order is not None:
         columns = columns[:, factor.order]
         groups = None if groups is None else groups[factor.order].contiguous()
         mask = None if mask is None else mask[:, factor.order]
     kept, of = (sparsity and sparsity.pattern) or (0, 0)
-    solved: Tensor = _core.solve_columns(
+    solved = column_solver.solve_columns(
         columns,
         factor.unit,
         None if scales is None else scales.float(),
