@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
+
+from tersor import _core, cuda_solver
 
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of enum tersor_dtype
@@ -150,3 +153,33 @@ def as_int8(x: np.ndarray) -> np.ndarray:
     scale = np.abs(x).max(axis=1, keepdims=True) / np.float32(127.5)
     codes = np.clip(np.rint(x / np.where(scale > 0, scale, 1)), -128, 127)
     return codes.astype(np.float64) * scale.astype(np.float64)
+
+
+def use_solver(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels of emulate_solve.cpp in the place of those that need a GPU; tensors are on the
+    CPU."""
+    long = ctypes.c_int64
+    seeds = iter(range(1 << 30))
+
+    def search_grid(w, group, bits, symmetric, clip, scale_dtype, scales, zeros, stream):
+        library.search_grid(
+            long(scales.numel()), long(group), pointer(w), bits, symmetric, clip, scale_dtype,
+            pointer(scales), pointer(zeros),
+        )  # fmt: skip
+
+    def solve_block(
+        w, unit, values, first, width, *, scales, zeros, group_of_column, levels, keep, pivots,
+        kept, of, codes, errors, losses, stream,
+    ):  # fmt: skip
+        assert all(each.is_contiguous() for each in (w, unit, values))
+        assert keep is None or keep.stride(1) == 1
+        library.solve_block(
+            *map(long, (*w.shape, scales.shape[1] if scales is not None else 0)), first, width,
+            *map(pointer, (w, unit, values, scales, zeros, group_of_column)), levels, pointer(keep),
+            long(keep.stride(0) if keep is not None else 0), pointer(pivots), kept, of,
+            *map(pointer, (codes, errors, losses)), next(seeds),
+        )  # fmt: skip
+
+    monkeypatch.setattr(_core, "cuda_search_grid", search_grid)
+    monkeypatch.setattr(_core, "cuda_solve_block", solve_block)
+    monkeypatch.setattr(cuda_solver, "_stream", lambda tensor: 0)

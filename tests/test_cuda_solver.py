@@ -4,7 +4,6 @@ is one."""
 
 from __future__ import annotations
 
-import ctypes
 from types import SimpleNamespace
 from typing import Any
 
@@ -42,35 +41,6 @@ WHERE = ["emulated", "gpu"]
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     return emulated.build(tmp_path_factory.mktemp("emulated"), "emulate_solve")
-
-
-def as_kernels(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The emulated kernels in the place of those that need a GPU."""
-    pointer, long = emulated.pointer, ctypes.c_int64
-    seeds = iter(range(1 << 30))
-
-    def search_grid(w, group, bits, symmetric, clip, scale_dtype, scales, zeros, stream):
-        library.search_grid(
-            long(scales.numel()), long(group), pointer(w), bits, symmetric, clip, scale_dtype,
-            pointer(scales), pointer(zeros),
-        )  # fmt: skip
-
-    def solve_block(
-        w, unit, values, first, width, *, scales, zeros, group_of_column, levels, keep, pivots,
-        kept, of, codes, errors, losses, stream,
-    ):  # fmt: skip
-        assert all(each.is_contiguous() for each in (w, unit, values))
-        assert keep is None or keep.stride(1) == 1
-        library.solve_block(
-            *map(long, (*w.shape, scales.shape[1] if scales is not None else 0)), first, width,
-            *map(pointer, (w, unit, values, scales, zeros, group_of_column)), levels, pointer(keep),
-            long(keep.stride(0) if keep is not None else 0), pointer(pivots), kept, of,
-            *map(pointer, (codes, errors, losses)), next(seeds),
-        )  # fmt: skip
-
-    monkeypatch.setattr(_core, "cuda_search_grid", search_grid)
-    monkeypatch.setattr(_core, "cuda_solve_block", solve_block)
-    monkeypatch.setattr(cuda_solver, "_stream", lambda tensor: 0)
 
 
 def solver(device: str) -> SimpleNamespace:
@@ -119,7 +89,7 @@ def device(request, monkeypatch):
     else:
         if emulated.compiler() is None:
             pytest.skip("there is no C++ compiler")
-        as_kernels(request.getfixturevalue("library"), monkeypatch)
+        emulated.use_solver(request.getfixturevalue("library"), monkeypatch)
         chosen = "cpu"
     for module in (test_solve_native, test_prune_native):
         monkeypatch.setattr(module, "_core", solver(chosen))

@@ -95,7 +95,7 @@ def outliers(
     path: of files for the hidden states in between, which are removed again.
     """
     with source.loaded(source.before()):
-        flow = Flow(source.model, source.blocks, windows, path, tick)
+        flow = Flow(source.model, source.blocks, windows, path, tick, source.device)
         flow.enter()
     found = {}
     for number, block in enumerate(blocks):

@@ -159,7 +159,8 @@ class HiddenFile:
                         f"{self.dtype} {(size, *self.shape)}; models whose hidden states change "
                         f"can only be quantized in memory (tersor.quantize_model)"
                     )
-                file.write(memoryview(batch.contiguous().view(torch.uint8).numpy()).cast("B"))
+                view = batch.cpu().contiguous().view(torch.uint8).numpy()
+                file.write(memoryview(view).cast("B"))
         return file.digest
 
 
@@ -173,11 +174,13 @@ class Flow:
         windows: Tensor,
         path: Callable[[int], Path],
         tick: Callable[[], None] = lambda: None,
+        device: torch.device | str = "cpu",
     ) -> None:
         """model: all that runs before the first block must be in memory, for `enter` too.
         path: of the file with the hidden states that enter a block. tick: called after every batch
-        that went through a block."""
-        self.batches = batches(windows)
+        that went through a block. device: of the model."""
+        self.batches = batches(windows.to(device))
+        self._device = device
         self._model, self._blocks, self._path, self._tick = model, blocks, path, tick
         self._calls = Calls()
         for ids in {len(ids): ids for ids in self.batches}.values():
@@ -191,7 +194,7 @@ class Flow:
 
     def entering(self, number: int) -> Iterable[Tensor]:
         """What enters a block, a batch of windows at a time."""
-        return self._file(number)
+        return (hidden.to(self._device) for hidden in self._file(number))
 
     def pairs(self, number: int, block: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
         """What enters a block and what comes out of it, a batch of windows at a time."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from tersor import commands
 from tersor.errors import TersorError
 from tersor.options import (
+    add_device,
     add_files,
     add_grid,
     add_plan,
@@ -152,6 +153,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_grid(sub)
     add_text(sub, bos)
     add_settings(sub, "act_order", "damp", "clip")
+    add_device(sub)
 
     sub = command(
         "prune",
@@ -197,6 +199,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_grid(sub)
     add_text(sub, bos)
     add_settings(sub, "refit", "per", "act_order", "damp", "clip")
+    add_device(sub)
     add = sub.add_argument_group("settings of --structured").add_argument
     add(
         "--importance",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tersor import kernels
 from tersor.calibrate import GramStats, capture
+from tersor.devices import CPU, described
 from tersor.errors import TersorError
 from tersor.qweight import QWeight, Scheme
 from tersor.report import LayerReport, Timings
@@ -122,7 +123,10 @@ def check_shared(scope: Scope, treatments: Mapping[str, Treatment]) -> None:
 
 
 def settings_of(
-    treatments: Mapping[str, Treatment | None], ignore: Sequence[str], sequential: bool
+    treatments: Mapping[str, Treatment | None],
+    ignore: Sequence[str],
+    sequential: bool,
+    device: torch.device = CPU,
 ) -> dict[str, Any]:
     """Everything that a result depends on beside the model and the text, for a report.
 
@@ -146,6 +150,7 @@ def settings_of(
         "sequential": sequential,
         "ignore": sorted(set(ignore)),
         **machine(),
+        **described(device),
     }
 
 

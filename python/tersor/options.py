@@ -28,6 +28,14 @@ def add_files(sub: argparse.ArgumentParser, ignore: bool = True, speed: str = SP
     add("--speed", action="store_true", help=speed)
 
 
+def add_device(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--device",
+        metavar="NAME",
+        help="cpu, cuda or cuda:N; default: an NVIDIA GPU where there is one",
+    )
+
+
 def add_teacher(sub: argparse.ArgumentParser, required: bool) -> None:
     add = sub.add_argument_group("what is learned from").add_argument
     alone = "" if required else "; without one, the text alone"

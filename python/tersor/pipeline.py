@@ -9,12 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tersor import _core
 from tersor.allocation import ALLOCATIONS, global_ratios, outliers, owl_ratios
 from tersor.blocks import Flow
 from tersor.calibrate import Calibration
+from tersor.devices import AUTO, CPU, find_device
 from tersor.errors import TersorError
 from tersor.formats import FORMATS, quantization_config
 from tersor.formats.config import default_format
@@ -52,6 +54,7 @@ def quantize_checkpoint(
     ignore: Sequence[str] = (),
     sequential: bool = False,
     strict: bool = False,
+    device: str | torch.device = AUTO,
     progress: bool | None = None,
 ) -> Report:
     """Quantizes the linears in the blocks of a Hugging Face checkpoint, and writes a checkpoint.
@@ -73,6 +76,8 @@ def quantize_checkpoint(
         quantized: one forward pass for every distinct input instead of one for the block.
     strict: raise TersorError as soon as a module is not treated as asked. What has been done is
         kept, so that the same call without it goes on.
+    device: where it is done: "cpu", "cuda", "cuda:1", or "auto", an NVIDIA GPU where there is one.
+        A block of the model and its statistics must fit its memory.
     progress: show a bar; by default where stderr is a terminal.
 
     Returns the report, which is in the folder as well (see tersor.report).
@@ -88,6 +93,7 @@ def quantize_checkpoint(
         ignore=ignore,
         sequential=sequential,
         strict=strict,
+        device=device,
         progress=progress,
     )
 
@@ -101,6 +107,7 @@ def compress_checkpoint(
     ignore: Sequence[str] = (),
     sequential: bool = False,
     strict: bool = False,
+    device: str | torch.device = AUTO,
     progress: bool | None = None,
 ) -> Report:
     """quantize_checkpoint and prune_checkpoint in one, with a solver and a scheme for each linear.
@@ -109,7 +116,9 @@ def compress_checkpoint(
     The rest is as there.
     """
     refuse_existing(out)
-    return _compress(model, out, treatments, calibration, ignore, sequential, strict, progress)
+    return _compress(
+        model, out, treatments, calibration, ignore, sequential, strict, device, progress
+    )
 
 
 def prune_checkpoint(
@@ -123,6 +132,7 @@ def prune_checkpoint(
     ignore: Sequence[str] = (),
     sequential: bool = False,
     strict: bool = False,
+    device: str | torch.device = AUTO,
     progress: bool | None = None,
 ) -> Report:
     """Makes weights of the linears in the blocks of a Hugging Face checkpoint zero, and writes a
@@ -146,7 +156,8 @@ def prune_checkpoint(
         )
     treatments = {EVERY: Treatment(method, scheme)}
     return _compress(
-        *(model, out, treatments, calibration, ignore, sequential, strict, progress), allocation
+        *(model, out, treatments, calibration, ignore, sequential, strict, device, progress),
+        allocation,
     )
 
 
@@ -172,6 +183,7 @@ def _compress(
     ignore: Sequence[str],
     sequential: bool,
     strict: bool,
+    device: str | torch.device,
     progress: bool | None,
     allocation: str = "uniform",
 ) -> Report:
@@ -180,7 +192,7 @@ def _compress(
         raise TersorError(
             f"calibration is a tersor.Calibration((FILE, ...)), not {type(calibration).__name__}"
         )
-    source = Source.open(model)
+    source = Source.open(model, find_device(device))
     scope = settle(source.model, source.found, ignore)
     own = assign(scope, treatments, source.found.arch.aliases)
     for each in dict.fromkeys(treatments.values()):
@@ -191,7 +203,7 @@ def _compress(
     if calibration is not None:
         check_shared(scope, own)
     windows = _windows(source, [each.solver for each in own.values()], calibration)
-    settings = settings_of(treatments, ignore, sequential)
+    settings = settings_of(treatments, ignore, sequential, source.device)
     if any(each.solver.sparsity for each in own.values()):
         settings["allocation"] = allocation
     report = Report(
@@ -323,9 +335,17 @@ class _Run(Run):
         for number, block in enumerate(blocks):
             if block in todo:
                 self.bar.say(f"block {number + 1} of {len(blocks)}")
+                self._expect(blocks[number + 1 : number + 2])
                 self._block(number, block, flow)
             self.timings.add(self.writer.done[block.path]["seconds"])
             yield block
+
+    def _expect(self, following: Sequence[BlockScope]) -> None:
+        """On a GPU the memory of the host has room for the block after the one at work, and its
+        processor the time to read it."""
+        if self.source.device.type != "cpu":
+            for block in following:
+                self.source.expect(self.source.names(block.path))
 
     def _block(self, number: int, block: BlockScope, flow: Flow | None) -> None:
         model, timings = self.source.model, Timings()
@@ -342,7 +362,7 @@ class _Run(Run):
             for solved in compress_block(
                 model, block, self.treatments, passes, self.sequential, timings
             ):
-                solved.report.bytes = self._add(solved.name, solved.weight)
+                solved.report.bytes = self._add(solved.name, solved.weight.to(CPU))
                 layers.append(solved.report)
                 if solved.departure:
                     departures[solved.name] = solved.departure

@@ -103,6 +103,7 @@ class Run:
                 windows,
                 lambda number: self.writer.state_path(hidden(number)),
                 self.bar.step,
+                self.source.device,
             )
             if key not in self.writer.done:
                 self.writer.commit(key, {"bytes": 0}, {hidden(0): flow.enter()}, quick=True)

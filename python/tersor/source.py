@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from tersor.checkpoint import Checkpoint, check_finite
+from tersor.devices import CPU, move_buffers
 from tersor.errors import TersorError
 from tersor.models import (
     FoundArch,
@@ -25,19 +27,47 @@ from tersor.models import (
 )
 
 
+class _Ahead:
+    """A reader of a checkpoint that can be told what will be asked for, and reads it meanwhile."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._thread = ThreadPoolExecutor(1, "tersor-read")
+        self._coming: dict[str, Future[Tensor]] = {}
+
+    def expect(self, names: Iterable[str]) -> None:
+        """Tensors by their names in the checkpoint, each to be loaded once."""
+        for name in names:
+            if name not in self._coming:
+                self._coming[name] = self._thread.submit(self._checkpoint.load, name)
+
+    def load(self, name: str) -> Tensor:
+        coming = self._coming.pop(name, None)
+        return self._checkpoint.load(name) if coming is None else coming.result()
+
+    def load_slice(self, name: str, index: int) -> Tensor:
+        return self._checkpoint.load_slice(name, index)
+
+
 @dataclass(frozen=True)
 class Source:
     """model: on the meta device, all its linears nn.Linear. where: the place of each of its
-    parameters in the checkpoint. dtype: what the model computes in."""
+    parameters in the checkpoint. dtype: what the model computes in. device: where its parameters
+    are while they are loaded."""
 
     checkpoint: Checkpoint
     model: nn.Module
     found: FoundArch
     where: dict[str, Stored]
     dtype: torch.dtype
+    device: torch.device = CPU
+    _reader: _Ahead = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_reader", _Ahead(self.checkpoint))
 
     @classmethod
-    def open(cls, folder: str | Path) -> Source:
+    def open(cls, folder: str | Path, device: torch.device = CPU) -> Source:
         """TersorError for a checkpoint that is damaged, quantized already or holds what the model
         has no place for, and for a model that cannot be built or whose blocks cannot be found."""
         checkpoint = Checkpoint.open(folder)
@@ -51,7 +81,8 @@ class Source:
         plain_linears(model, found.arch)
         where = stored(model, found, checkpoint.names)
         check_all_used(model, set(checkpoint.names) - {place.name for place in where.values()})
-        return cls(checkpoint, model, found, where, dtype)
+        move_buffers(model, device)
+        return cls(checkpoint, model, found, where, dtype, device)
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -87,13 +118,19 @@ class Source:
         finally:
             empty(self.model, names)
 
+    def expect(self, names: Iterable[str]) -> None:
+        """Begins to read parameters that will be loaded next, beside what is done until then. They
+        wait in the memory of the host."""
+        places = (self.where[name] for name in names)
+        self._reader.expect(place.name for place in places if place.expert is None)
+
     def whole(self) -> nn.Module:
         """The model with all its parameters in memory from now on, raising as loaded()."""
         self._fill(list(self.where))
         return self.model
 
     def _fill(self, names: list[str]) -> None:
-        fill(self.model, names, self.where, self.checkpoint, self.dtype)
+        fill(self.model, names, self.where, self._reader, self.dtype, self.device)
         for name in names:
             check_finite(self.where[name].name, _tensor(self.model, name))
 

@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from tersor.devices import AUTO
 from tersor.errors import TersorError
 from tersor.qweight import ActSpec, QSpec, Scheme
 from tersor.solvers import PRUNERS, SOLVERS
@@ -94,6 +95,7 @@ class Quantize(Step):
 
     method: a name in SOLVERS, or a solver. bits, group, asymmetric, activations: see scheme_of.
     act_order, damp, clip: of the solver; None leaves it as it has them.
+    device: where the work is done; see quantize_checkpoint.
     """
 
     name: ClassVar[str] = "quantize"
@@ -107,6 +109,7 @@ class Quantize(Step):
     clip: bool | None = None
     ignore: tuple[str, ...] = ()
     sequential: bool = False
+    device: str = AUTO
 
     @property
     def reads_text(self) -> bool:
@@ -116,7 +119,7 @@ class Quantize(Step):
         from tersor.pipeline import quantize_checkpoint
 
         scheme = scheme_of(self.bits, self.group, self.asymmetric, self.activations)
-        rest = {"ignore": self.ignore, "sequential": self.sequential}
+        rest = {"ignore": self.ignore, "sequential": self.sequential, "device": self.device}
         return quantize_checkpoint, {"scheme": scheme, "method": self._solver(), **rest}
 
     def after(self, state: State) -> State:
@@ -154,6 +157,7 @@ class Prune(Step):
     clip: bool | None = None
     ignore: tuple[str, ...] = ()
     sequential: bool = False
+    device: str = AUTO
 
     @property
     def reads_text(self) -> bool:
@@ -162,7 +166,8 @@ class Prune(Step):
     def call(self) -> tuple[Callable[..., Report], dict[str, Any]]:
         from tersor.pipeline import prune_checkpoint
 
-        rest = {"allocation": self.allocation, "ignore": self.ignore, "sequential": self.sequential}
+        rest = {"ignore": self.ignore, "sequential": self.sequential, "device": self.device}
+        rest["allocation"] = self.allocation
         return prune_checkpoint, {"method": self._solver(), "scheme": self._scheme(), **rest}
 
     def after(self, state: State) -> State:

@@ -48,7 +48,16 @@ STRUCTURED = (  # options of `prune --structured` alone
     *("importance", "head_importance", "layer_importance"),
     *("ranking", "multiple", "update"),
 )
-UNSTRUCTURED = ("method", "quantize", "group", "asymmetric", "activations", "ignore", "sequential")
+UNSTRUCTURED = (
+    "method",
+    "quantize",
+    "group",
+    "asymmetric",
+    "activations",
+    "ignore",
+    "sequential",
+    "device",
+)
 
 
 def _shrink(args: argparse.Namespace) -> None:

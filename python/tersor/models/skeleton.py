@@ -56,12 +56,14 @@ def fill(
     where: Mapping[str, Stored],
     reader: Reader,
     dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
 ) -> None:
     """Load parameters (and persistent buffers) of a skeleton from a checkpoint.
 
     names: of the model; where: from stored(). Those that are one tensor in the files, such as a
     head tied to the embeddings, are one tensor in memory if they are filled in one call.
     dtype: what floating-point weights are converted to; None keeps the dtype of the files.
+    device: where they are then.
     Raises TersorError for a tensor whose shape is not what the configuration asks for.
     """
     loaded: dict[Stored, Tensor] = {}
@@ -77,8 +79,8 @@ def fill(
                     f"tensor {place.name!r} gives {name} the shape {tuple(tensor.shape)}, but "
                     f"config.json asks for {tuple(old.shape)}; the two are of different models"
                 )
-            if dtype is not None and tensor.is_floating_point():
-                tensor = tensor.to(dtype)
+            converted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+            tensor = tensor.to(device, converted)
             is_parameter = isinstance(old, nn.Parameter)
             loaded[place] = nn.Parameter(tensor, False) if is_parameter else tensor
         setattr(owner, last, loaded[place])

@@ -125,6 +125,7 @@ def _write(
                 calibration=calibration,
                 ignore=ignore,
                 sequential=sequential,
+                device="cpu",  # where the candidates were solved
                 progress=progress,
             )
     report = Report.read(made)

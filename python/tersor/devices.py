@@ -1,0 +1,59 @@
+"""Where a run computes: the CPU, or an NVIDIA GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from tersor import cuda
+from tersor.errors import TersorError
+
+CPU = torch.device("cpu")
+AUTO = "auto"
+
+
+def find_device(named: str | torch.device = AUTO) -> torch.device:
+    """The device of that name: "cpu", "cuda" or "cuda:1"; "auto" is an NVIDIA GPU where one can be
+    used, and else the CPU.
+
+    Raises TersorError for a device that is not there, or that has no kernels.
+    """
+    if named == AUTO:
+        return CPU if _missing() else torch.device("cuda", torch.cuda.current_device())
+    try:
+        device = torch.device(named)
+    except (RuntimeError, TypeError) as error:
+        raise TersorError(f"device is auto, cpu, cuda or cuda:N, not {named!r}") from error
+    if device.type == "cpu":
+        return CPU
+    if device.type != "cuda":
+        raise TersorError(f"there are no kernels for {device}; use --device cpu, or cuda")
+    if (reason := _missing()) is not None:
+        raise TersorError(f"{named} cannot be used: {reason}; use --device cpu")
+    count = torch.cuda.device_count()
+    if device.index is not None and device.index >= count:
+        raise TersorError(f"there is no {device}, of {count} here; use cuda:0 to cuda:{count - 1}")
+    return device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
+
+
+def _missing() -> str | None:
+    """Why no GPU can be used, or None."""
+    if (reason := cuda.unavailable()) is not None:
+        return reason
+    return None if torch.cuda.is_available() else f"torch {torch.__version__} is not built for CUDA"
+
+
+def described(device: torch.device) -> dict[str, Any]:
+    """A device for the settings of a report: on a GPU sums have another order. Nothing of the CPU,
+    which is described anyway."""
+    return {} if device.type == "cpu" else {"device": torch.cuda.get_device_name(device)}
+
+
+def move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Those that are no parameters and real: rotary frequencies, masks and the like."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                module._buffers[name] = buffer.to(device)
