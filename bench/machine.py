@@ -54,6 +54,14 @@ def save(name: str, content: dict[str, Any]) -> Path:
     return path
 
 
+def saved(name: str) -> dict[str, Any]:
+    """What save() wrote, without the machine's description; nothing where it has not."""
+    path = RESULTS / f"{name}.json"
+    content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    content.pop("machine", None)
+    return content
+
+
 def summary(seconds: list[float]) -> dict[str, float]:
     """Median, least and most, in milliseconds."""
     taken = {"median": median(seconds), "least": min(seconds), "most": max(seconds)}

@@ -65,15 +65,17 @@ def shapes(shape: argparse.Namespace) -> Iterator[tuple[str, dict[str, tuple[int
         )
 
 
-def make_checkpoint(folder: Path, shape: argparse.Namespace) -> int:
-    """Writes the checkpoint, one shard in memory at a time; returns its number of weights."""
+def make_checkpoint(folder: Path, shape: argparse.Namespace, device: str = "cpu") -> int:
+    """Writes the checkpoint, one shard in memory at a time; returns its number of weights. device:
+    that draws them."""
     folder.mkdir(parents=True)
-    draw = torch.Generator().manual_seed(0)
+    draw = torch.Generator(device).manual_seed(0)
 
     def tensor(size: tuple[int, ...]) -> Tensor:
         if len(size) == 1:
             return torch.ones(size, dtype=torch.bfloat16)
-        return torch.empty(size, dtype=torch.bfloat16).normal_(0, size[1] ** -0.5, generator=draw)
+        made = torch.empty(size, dtype=torch.bfloat16, device=device)
+        return made.normal_(0, size[1] ** -0.5, generator=draw).cpu()
 
     index, weights = {}, 0
     for name, tensors in shapes(shape):

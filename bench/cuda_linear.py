@@ -1,6 +1,6 @@
 """The CUDA kernels on the GPU of this machine: built, checked, and timed against torch.
 
-    python bench/cuda.py [--quick] [--no-build] [--no-sanitizer]
+    python bench/cuda_linear.py [--quick] [--no-build] [--no-sanitizer]
 
 Needs an NVIDIA GPU, nvcc, and Torch for CUDA. Builds tersor for this GPU into build/cuda (unless
 --no-build says that the installed one is to be taken), and then, each in a process of its own:
@@ -10,24 +10,17 @@ Needs an NVIDIA GPU, nvcc, and Torch for CUDA. Builds tersor for this GPU into b
 2. runs the tests of the package that need a GPU;
 3. measures what the device can do: a large copy, and a large product;
 4. times one linear: graphs of several calls, on copies of the weight that are more than the caches
-   hold, medians; against cuBLAS (torch's linear), torch's `_weight_int4pack_mm`, and Marlin where
-   vLLM is installed;
+   hold, medians; against cuBLAS (torch's linear) and torch's `_weight_int4pack_mm`;
 5. decodes and prefills Llama shapes of 1.1 and 8 billion random weights.
 
-Writes bench/results/cuda.json.
+Writes bench/results/cuda_linear.json.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -37,8 +30,8 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-ROOT = Path(__file__).resolve().parent.parent
-SITE = ROOT / "build" / "cuda"
+import gpu
+
 GROUP = 128
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192))  # n, k
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048)
@@ -49,36 +42,6 @@ MODELS = {  # Llama shapes: hidden, layers, heads, key-value heads, intermediate
     "8 B": (4096, 32, 32, 8, 14336, 128256),
 }
 HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-# --- the build, and processes of its own ---------------------------------------------------------
-
-
-def build() -> None:
-    major, minor = torch.cuda.get_device_capability()
-    arch = f"{major}{minor}{'a' * (major == 9)}"  # wgmma is Hopper's alone
-    shutil.rmtree(SITE, ignore_errors=True)
-    subprocess.run(
-        [
-            sys.executable, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps",
-            "--target", str(SITE), "-C", f"build-dir={ROOT / 'build' / 'cuda-objects'}",
-            "-C", "cmake.define.TERSOR_CUDA=on",
-            "-C", f"cmake.define.TERSOR_CUDA_ARCHITECTURES={arch}-real", str(ROOT),
-        ],
-        check=True,
-    )  # fmt: skip
-
-
-def child(part: str, *before: str, quick: bool) -> subprocess.CompletedProcess[str]:
-    command = [*before, sys.executable, __file__, "--part", part, *["--quick"] * quick]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
-def result(part: str, quick: bool) -> Any:
-    done = child(part, quick=quick)
-    if done.returncode:
-        sys.exit(f"{part}: {done.stdout}\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 # --- 1. right ------------------------------------------------------------------------------------
@@ -127,59 +90,7 @@ def check(quick: bool) -> dict[str, Any]:
     return {name: round(share, 4) for name, share in worst.items()}
 
 
-def sanitize() -> dict[str, str]:
-    tool = shutil.which("compute-sanitizer")
-    if tool is None:
-        return {"compute-sanitizer": "not installed"}
-    found = {}
-    for each in ("memcheck", "racecheck"):
-        done = child("check", tool, "--tool", each, "--error-exitcode", "9", quick=True)
-        last = [line for line in (done.stdout + done.stderr).splitlines() if "SUMMARY" in line]
-        found[each] = f"exit {done.returncode}; {last[-1].strip('= ') if last else 'no summary'}"
-    return found
-
-
-def tests() -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-rs", str(ROOT / "tests" / "test_cuda.py")],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
-    return done.stdout.strip().splitlines()[-1] if done.stdout else done.stderr
-
-
 # --- 2. fast -------------------------------------------------------------------------------------
-
-
-def seconds(calls: list[Callable[[], object]], rounds: int = 15) -> float:
-    """Median of a call, by replays of a graph that holds one of each."""
-    for call in calls[:3]:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    graph.replay()
-    taken = []
-    for _ in range(rounds):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        taken.append(start.elapsed_time(end) / 1e3 / len(calls))
-    return median(taken)
-
-
-def limits() -> dict[str, float]:
-    source = torch.randint(256, (2 << 30,), dtype=torch.uint8, device="cuda")
-    to = torch.empty_like(source)
-    copy = 2 * source.numel() / seconds([lambda: to.copy_(source)])
-    a, b = (torch.randn(8192, 8192, device="cuda").half() for _ in range(2))
-    product = 2 * 8192**3 / seconds([lambda: a @ b])
-    return {"copy_bytes_per_second": copy, "float16_flop_per_second": product}
 
 
 def candidates(n: int, k: int, x: Tensor) -> dict[str, list[Callable[[], object]]]:
@@ -225,7 +136,7 @@ def kernels(quick: bool) -> list[dict[str, Any]]:
         for m in TOKENS[:: 4 if quick else 1]:
             for name, dtype in HALVES.items():
                 x = torch.randn(m, k, device="cuda").to(dtype)
-                taken = {each: seconds(calls) for each, calls in candidates(n, k, x).items()}
+                taken = {each: gpu.seconds(calls) for each, calls in candidates(n, k, x).items()}
                 rows.append({"n": n, "k": k, "m": m, "dtype": name, "seconds": taken})
                 torch.cuda.empty_cache()
     return rows
@@ -311,58 +222,14 @@ def shown(rows: list[dict[str, Any]], limit: dict[str, float]) -> Table:
     return table
 
 
-def device() -> dict[str, Any]:
-    found = torch.cuda.get_device_properties(0)
-    driver = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    return {
-        "gpu": found.name, "multiprocessors": found.multi_processor_count,
-        "capability": f"{found.major}.{found.minor}", "memory_bytes": found.total_memory,
-        "driver": driver.stdout.strip(), "cuda": torch.version.cuda,
-    }  # fmt: skip
-
-
-PARTS: dict[str, Callable[[bool], Any]] = {
-    "check": check,
-    "limits": lambda quick: limits(),
-    "kernels": kernels,
-    "models": models,
-}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="few shapes; not saved")
-    parser.add_argument("--no-build", action="store_true", help="the tersor that is installed")
-    parser.add_argument("--no-sanitizer", action="store_true", help="without compute-sanitizer")
-    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("there is no NVIDIA GPU that torch can use; nothing was measured")
-    if given.part:
-        print(json.dumps(PARTS[given.part](given.quick)))
-        return
-    if not given.no_build:
-        build()
-        paths = [str(SITE), os.environ.get("PYTHONPATH", "")]
-        os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-    import machine
-
-    found: dict[str, Any] = {"device": device(), "errors": result("check", given.quick)}
-    if not given.no_sanitizer:
-        found["sanitizer"] = sanitize()
-    found["tests"] = tests()
-    for part in ("limits", "kernels", "models"):
-        found[part] = result(part, given.quick)
+def show(found: dict[str, Any]) -> None:
     out = Console()
-    out.print(shown(found["kernels"], found["limits"]))
-    for name in ("errors", "sanitizer", "tests", "limits", "models"):
-        out.print(f"{name}: {found.get(name)}", highlight=False)
-    if not given.quick:
-        print(machine.save("cuda", found))
+    if isinstance(found.get("kernels"), list):
+        out.print(shown(found["kernels"], found["limits"]))
+    for name in found.keys() - {"kernels"}:
+        out.print(f"{name}: {found[name]}", highlight=False)
 
 
 if __name__ == "__main__":
-    main()
+    parts = {"check": check, "kernels": kernels, "models": models}
+    gpu.run(__doc__, "cuda_linear", parts, ["test_cuda.py"], show)
