@@ -6,8 +6,11 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from tersor import cuda
+from tersor.devices import CPU
 from tersor.errors import TersorError
 from tersor.formats import FORMATS
 from tersor.layerwise import (
@@ -24,7 +27,7 @@ from tersor.models.linears import is_conv1d, is_fused
 from tersor.qweight import QWeight, Scheme
 from tersor.report import Report, Timings, versions
 from tersor.scope import check_inputs
-from tersor.walk import check_model, read_inputs, replace_linear, walking
+from tersor.walk import check_model, device_of, read_inputs, replace_linear, walking
 
 
 def quantize_model(
@@ -38,7 +41,8 @@ def quantize_model(
 ) -> Report:
     """Puts a QuantLinear in the place of the model's linears; returns what came of each.
 
-    model: of transformers or not, on the CPU. Where its blocks can be found (see tersor.models),
+    model: of transformers or not, on the CPU or all of it on one NVIDIA GPU, where the work is done
+        then and its linears run. Where its blocks can be found (see tersor.models),
         the linears in them are quantized, each block on what the quantized ones before it give; of
         another module every nn.Linear is, on what the original module computes.
     calibration: token ids, int64 [samples, seq_len] (Calibration(...).windows(tokenizer) makes
@@ -85,7 +89,7 @@ def _compress(
 ) -> Report:
     treatment = Treatment(solver, scheme)
     check_arguments({EVERY: treatment}, ignore)
-    check_model(model)
+    check_model(model, on_gpu=True)
     if scheme is None and (odd := _not_plain(model)):
         raise TersorError(
             f"{odd} would have to become nn.Linear to be pruned in memory, and the model could no "
@@ -101,11 +105,14 @@ def _compress(
     with walking(model, inputs, ignore) as walk:
         scope = walk.scope
         check_inputs(model, scope.linears, scheme.weight if scheme else None, solver.sparsity)
+        if scheme is not None:
+            for name in scope.linears:
+                check_kernel(name, model.get_submodule(name).weight, scheme)
         report = Report(
             model=type(model).__name__,
             fingerprint="in memory",
             architecture=walk.how,
-            settings=settings_of({EVERY: treatment}, ignore, sequential),
+            settings=settings_of({EVERY: treatment}, ignore, sequential, device_of(model)),
             versions=versions(),
             calibration={"inputs": len(inputs)} if inputs else None,
             kept=scope.kept,
@@ -119,7 +126,7 @@ def _compress(
             for each in solved:
                 if scheme is not None and isinstance(each.weight, QWeight):
                     layer = install(model, each.name, each.weight, scheme)
-                    packed = FORMATS[layer.format].pack(each.weight)
+                    packed = FORMATS[layer.format].pack(each.weight.to(CPU))
                     each.report.bytes = sum(tensor.nbytes for tensor in packed.values())
                 report.layers.append(each.report)
                 if each.departure:
@@ -130,6 +137,28 @@ def _compress(
 def swap_linears(model: nn.Module, scheme: Scheme, ignore: Sequence[str] = ()) -> Report:
     """quantize_model by rounding to nearest, which needs no calibration."""
     return quantize_model(model, scheme=scheme, method="rtn", ignore=ignore)
+
+
+def check_kernel(name: str, weight: Tensor, scheme: Scheme) -> None:
+    """TersorError where a weight, once quantized, could not stay on the device that it is on."""
+    if weight.is_cpu:
+        return
+    if not weight.is_cuda:
+        raise TersorError(
+            f"{name} is on {weight.device}, which has no kernels; bring the model to the CPU, with "
+            "model.cpu()"
+        )
+    n, k = weight.shape
+    grid = torch.empty(n, scheme.weight.groups(k), dtype=weight.dtype, device="meta")
+    zeros = None if scheme.weight.symmetric else grid.to(torch.uint8)
+    codes = torch.empty(n, k, dtype=torch.uint8, device="meta")
+    planned = QWeight(scheme.weight, codes, grid, zeros)
+    reason = cuda.unavailable() or cuda.refusal(planned, scheme.activation)
+    if reason is not None:
+        raise TersorError(
+            f"{name}, {n} x {k}, cannot be {scheme} on {weight.device}: {reason}; bring the "
+            "model to the CPU, with model.cpu(), or quantize it another way"
+        )
 
 
 def _not_plain(model: nn.Module) -> str | None:

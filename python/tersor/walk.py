@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.blocks import Call, batches, catch
+from tersor.devices import CPU
 from tersor.errors import TersorError
 from tersor.models import FoundArch, find_arch, plain_linears
 from tersor.packed_linear import PackedLinear, keep_hooks
@@ -57,8 +58,9 @@ def walking(model: nn.Module, inputs: list[Call], ignore: Sequence[str]) -> Iter
         yield Walk(model, scope, how, texts)
 
 
-def check_model(model: nn.Module) -> None:
-    """TersorError unless the linears of a model can be replaced by others."""
+def check_model(model: nn.Module, on_gpu: bool = False) -> None:
+    """TersorError unless the linears of a model can be replaced by others. on_gpu: whether all of
+    it may be on an NVIDIA GPU."""
     if isinstance(model, nn.Linear):
         raise TersorError(
             "a bare nn.Linear cannot be replaced within itself; use QuantLinear.from_linear"
@@ -69,12 +71,21 @@ def check_model(model: nn.Module) -> None:
                 f"the model holds a {type(each).__name__} already, whose weight is frozen; begin "
                 "with the original, as transformers loads it"
             )
+    first = device_of(model)
     for name, tensor in model.named_parameters():
-        if not tensor.is_cpu:
+        if tensor.is_cpu and first == CPU:
+            continue
+        if not on_gpu or not tensor.is_cuda or tensor.device != first:
+            where = "the CPU, or all of it to one GPU" if on_gpu else "the CPU"
             raise TersorError(
-                f"{name} is on {tensor.device}; load the model's weights and move it to the CPU, "
+                f"{name} is on {tensor.device}; load the model's weights and move it to {where}, "
                 "or use quantize_checkpoint, which reads a folder block by block"
             )
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the parameters of a model are, after check_model."""
+    return next((tensor.device for tensor in model.parameters()), CPU)
 
 
 def replace_linear(model: nn.Module, linear: nn.Module, layer: nn.Module) -> None:
@@ -138,7 +149,8 @@ def read_inputs(model: nn.Module, calibration: Tensor | Iterable[Any] | None) ->
         return []
     if isinstance(calibration, Tensor):
         _check_ids(model, calibration)
-        return [Call((ids,), {}) for ids in batches(calibration)]
+        device = device_of(model)
+        return [Call((ids.to(device),), {}) for ids in batches(calibration)]
     if isinstance(calibration, (str, Mapping)) or not isinstance(calibration, Iterable):
         raise TersorError(
             f"calibration inputs are a tensor of token ids or a list with an element for each call "

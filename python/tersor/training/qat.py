@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from tersor.checkpoint import check_finite
 from tersor.errors import TersorError
-from tersor.inmemory import install, quantize_model
+from tersor.inmemory import check_kernel, install, quantize_model
 from tersor.layerwise import Solver, find_solver
 from tersor.packed_linear import keep_hooks
 from tersor.pruning.masks import Mask, as_matrix, detach, masked, original
@@ -172,8 +172,8 @@ class QuantizationTraining(TrainerCallback):
 
         quantize: False leaves ordinary linears with the weights below the rounding; the scales are
             lost (see qweights).
-        Raises TersorError where masks are still on the weights, a weight is not finite, or, for
-        QuantLinear, not on the CPU; with the model as it was.
+        Raises TersorError where masks are still on the weights, a weight is not finite, or no
+        QuantLinear can be where it is; with the model as it was.
         """
         linears = self._attached()
         for name, linear in linears.items():
@@ -186,21 +186,18 @@ class QuantizationTraining(TrainerCallback):
                 raise TersorError(f"{name} is in parts; {_WHOLE}")
             check_finite(name, original(linear), "train from a checkpoint before, at a lower rate")
             check_finite(name, self._fake(linear).scales, "train at a lower rate")
-            if quantize and not original(linear).is_cpu:
-                raise TersorError(
-                    f"{name} is on {original(linear).device} and kernels run on the CPU; call "
-                    "model.cpu() before finish()"
-                )
+            if quantize:
+                check_kernel(name, as_matrix(linear, original(linear)), self.scheme)
         for hook in self._hooks:
             hook.remove()
         layers, sizes = {}, {}
         for name, linear in linears.items():
-            q = self._qweight(name)
+            q, place = self._qweight(name), original(linear).device
             layers[name], sizes[name] = zeros([q.dequantize()]), q.codes.numel()
             detach(linear)
             if quantize:
                 assert self.model is not None
-                install(self.model, name, q, self.scheme)
+                install(self.model, name, q.to(place), self.scheme)
         total = sum(layers[name] * size for name, size in sizes.items()) / sum(sizes.values())
         self.model, self.linears, self._hooks = None, {}, []
         return Quantized(self.scheme, total, layers)
@@ -232,12 +229,12 @@ class QuantizationTraining(TrainerCallback):
         if any(is_sharded(original(linear)) for linear in self._attached().values()):
             warnings.warn(f"the weights are still to be quantized: {_WHOLE}", stacklevel=2)
             return
-        devices = {str(original(linear).device) for linear in self._attached().values()}
-        if devices != {"cpu"}:
+        try:
+            for name, linear in self._attached().items():
+                check_kernel(name, as_matrix(linear, original(linear)), self.scheme)
+        except TersorError as error:
             warnings.warn(
-                f"the model is on {', '.join(sorted(devices))} and kernels run on the CPU, so its "
-                "weights are still to be quantized: call model.cpu(), then finish()",
-                stacklevel=2,
+                f"the weights are still to be quantized: {error}; then call finish()", stacklevel=2
             )
             return
         self.finish()
