@@ -155,8 +155,8 @@ def refuse_departures(departures: Mapping[str, str]) -> None:
 
 @dataclass
 class Timings:
-    """Seconds per stage, and the peak of resident memory. Where a run was interrupted and started
-    again, reading, observing and solving count in all its parts, the rest in the last one."""
+    """Seconds per stage, and the peak of resident memory, and of a GPU's where one is used. Where a
+    run was interrupted and started again, reading, observing and solving count in all its parts, the rest in the last one."""
 
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -173,10 +173,14 @@ class Timings:
             self.seconds[name] = self.seconds.get(name, 0.0) + value
 
     def to_json(self) -> str:
-        content = {
+        import torch
+
+        content: dict[str, Any] = {
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
             "peak_resident_bytes": peak_resident_bytes(),
         }
+        if torch.cuda.is_initialized():
+            content["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
         return json.dumps(content, indent=2) + "\n"
 
 
