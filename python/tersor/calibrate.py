@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
@@ -388,15 +389,18 @@ def capture(
     A linear that was never called, such as an expert that no token chose, has tokens == 0.
     Raises TersorError naming the linear where an input was NaN or infinite.
     """
-    stats = {
-        name: kind(linear.in_features, linear.weight.device) for name, linear in linears.items()
-    }
+    stats = {name: kind(linear.in_features, _device(linear)) for name, linear in linears.items()}
 
     with watching(linears, lambda name, x: stats[name].update(x)):
         deque(passes, maxlen=0)
     for name, gram in stats.items():
         gram.check(name)
     return stats
+
+
+def _device(module: nn.Module) -> torch.device:
+    """Where a linear is, of whatever class: a packed one has buffers alone."""
+    return next(chain(module.parameters(), module.buffers())).device
 
 
 @contextmanager

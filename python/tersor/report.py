@@ -156,7 +156,8 @@ def refuse_departures(departures: Mapping[str, str]) -> None:
 @dataclass
 class Timings:
     """Seconds per stage, and the peak of resident memory, and of a GPU's where one is used. Where a
-    run was interrupted and started again, reading, observing and solving count in all its parts, the rest in the last one."""
+    run was interrupted and started again, reading, observing and solving count in all its parts,
+    the rest in the last one."""
 
     seconds: dict[str, float] = field(default_factory=dict)
 
