@@ -17,9 +17,9 @@ from peft import LoraConfig
 import tersor
 from reference import check_gptq_codes, damped, spread
 from tersor import ActSpec, QSpec, QuantLinear, Scheme, SparseLinear, TersorError
+from tersor.adapters.codebook import NF4, quantize_codebook
 from tersor.adapters.lora import add_lora
 from tersor.adapters.merge import merge_lora
-from tersor.adapters.nf4 import NF4, quantize_nf4
 from tersor.adapters.nf4_linear import NF4Linear, nf4_model
 from tersor.saving import save
 from tersor.solvers import RTN
@@ -169,7 +169,7 @@ def test_nf4_is_rounded_to_nf4() -> None:
     for each in report.layers:
         layer = plain.get_submodule(each.name)
         assert type(layer) is NF4Linear and each.method == "nf4" and 0 < each.changed < 1
-        oracle = quantize_nf4(wanted[each.name].float(), NF4(64))
+        oracle = quantize_codebook(wanted[each.name].float(), NF4(64))
         assert float((layer.packed != oracle.packed).double().mean()) < 1e-3
         got = relative(layer.dequantize(torch.float64) - wanted[each.name], wanted[each.name])
         assert each.weight_error == pytest.approx(got, rel=1e-3)

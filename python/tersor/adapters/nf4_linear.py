@@ -1,4 +1,4 @@
-"""NF4Linear: a linear layer over a weight in NF4, the frozen base of QLoRA."""
+"""NF4Linear: a linear layer over a weight in NF4 or FP4, the frozen base of QLoRA."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tersor.adapters.nf4 import NF4, NF4Weight, quantize_nf4, scale_shapes
+from tersor.adapters.codebook import NF4, Codebook, CodebookWeight, quantize_codebook, scale_shapes
 from tersor.errors import TersorError
 from tersor.report import LayerReport, Report, versions
 from tersor.walk import check_model, replace_linear, walking
@@ -21,7 +21,7 @@ _PARTS = ("packed", "scales", "steps", "mean")
 class NF4Linear(nn.Module):
     """y = x @ dequantize(W).T + bias; W and bias are frozen.
 
-    weight: in NF4. bias: floating point [n], or None.
+    weight: in NF4 or FP4. bias: floating point [n], or None.
     dtype: of the bias, and of adapters before peft makes them float32; by default the bias's, or
         float32. Inputs may have any floating-point dtype: W is dequantized to it for the product,
         in the forward pass and again in the backward pass, and is never kept.
@@ -37,7 +37,7 @@ class NF4Linear(nn.Module):
     bias: Tensor | None
 
     def __init__(
-        self, weight: NF4Weight, bias: Tensor | None = None, dtype: torch.dtype | None = None
+        self, weight: CodebookWeight, bias: Tensor | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
@@ -55,17 +55,17 @@ class NF4Linear(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach().to(self.dtype).clone())
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, spec: NF4 | None = None) -> NF4Linear:
-        """The layer with its weight rounded to NF4."""
+    def from_linear(cls, linear: nn.Linear, spec: Codebook | None = None) -> NF4Linear:
+        """The layer with its weight rounded to the spec, by default NF4()."""
         if not isinstance(linear, nn.Linear):
             raise TersorError(f"from_linear takes an nn.Linear, not {type(linear).__name__}")
-        weight = quantize_nf4(linear.weight, spec or NF4())
+        weight = quantize_codebook(linear.weight, spec or NF4())
         return cls(weight, linear.bias, linear.weight.dtype)
 
-    def nf4_weight(self) -> NF4Weight:
+    def nf4_weight(self) -> CodebookWeight:
         """The weight as it is stored; its tensors are the layer's own."""
         shape = (self.out_features, self.in_features)
-        return NF4Weight(self.spec, shape, self.packed, self.scales, self.steps, self.mean)
+        return CodebookWeight(self.spec, shape, self.packed, self.scales, self.steps, self.mean)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """[n, k]"""
@@ -108,7 +108,7 @@ class _Product(torch.autograd.Function):
     """x @ dequantize(W).T, which keeps the packed weight for the backward pass, not the dense."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: NF4Weight, *tensors: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: CodebookWeight, *tensors: Tensor | None) -> Tensor:
         ctx.spec, ctx.shape, ctx.dtype = weight.spec, weight.shape, x.dtype
         ctx.save_for_backward(*tensors)
         return F.linear(x, weight.dequantize(x.dtype))
@@ -116,16 +116,17 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        weight = NF4Weight(ctx.spec, ctx.shape, *ctx.saved_tensors)
+        weight = CodebookWeight(ctx.spec, ctx.shape, *ctx.saved_tensors)
         return (grad @ weight.dequantize(grad.dtype)).to(ctx.dtype), *[None] * 5
 
 
-def nf4_model(model: nn.Module, spec: NF4 | None = None, ignore: Sequence[str] = ()) -> Report:
+def nf4_model(model: nn.Module, spec: Codebook | None = None, ignore: Sequence[str] = ()) -> Report:
     """Puts an NF4Linear in the place of the model's linears; returns what came of each.
 
     model: of transformers or not, changed in place. The linears are those that quantize_model
         takes: in the blocks where they can be found, and otherwise every nn.Linear.
-    spec: by default blocks of 64 with double quantization. ignore: as in quantize_model.
+    spec: NF4(...) or FP4(...); by default NF4 in blocks of 64 with double quantization.
+    ignore: as in quantize_model.
 
     There is no kernel for NF4 here, nor a folder: it is the base of QLoRA (tersor.add_lora), whose
     weights are dequantized in every pass. Rounding is deterministic, so that the same model gives
@@ -133,8 +134,8 @@ def nf4_model(model: nn.Module, spec: NF4 | None = None, ignore: Sequence[str] =
     Raises TersorError, before the model is changed, for what cannot be quantized.
     """
     spec = spec or NF4()
-    if not isinstance(spec, NF4):
-        raise TersorError(f"spec is an NF4(...), not {spec!r}")
+    if not isinstance(spec, Codebook):
+        raise TersorError(f"spec is NF4(...) or FP4(...), not {spec!r}")
     check_model(model)
     with walking(model, [], ignore) as walk:
         scope = walk.scope
@@ -142,7 +143,7 @@ def nf4_model(model: nn.Module, spec: NF4 | None = None, ignore: Sequence[str] =
             model=type(model).__name__,
             fingerprint="in memory",
             architecture=walk.how,
-            settings={"method": "nf4", **asdict(spec), "ignore": sorted(set(ignore))},
+            settings={"method": spec.values, **asdict(spec), "ignore": sorted(set(ignore))},
             versions=versions(),
             calibration=None,
             kept=scope.kept,
@@ -157,7 +158,7 @@ def nf4_model(model: nn.Module, spec: NF4 | None = None, ignore: Sequence[str] =
     return report
 
 
-def _rounded(name: str, linear: nn.Linear, spec: NF4) -> tuple[NF4Linear, LayerReport]:
+def _rounded(name: str, linear: nn.Linear, spec: Codebook) -> tuple[NF4Linear, LayerReport]:
     try:
         layer = NF4Linear.from_linear(linear, spec)
     except TersorError as error:
@@ -169,7 +170,7 @@ def _rounded(name: str, linear: nn.Linear, spec: NF4) -> tuple[NF4Linear, LayerR
         name=name,
         shape=weight.shape,
         scheme=str(spec),
-        method="nf4",
+        method=spec.values,
         error=float(lost / total) if total > 0 else 0.0,
         sparsity=1 - int(q.count_nonzero()) / q.numel(),
         tokens=0,
