@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tersor import cuda_codebook
 from tersor.adapters.codebook import NF4, Codebook, CodebookWeight, quantize_codebook, scale_shapes
 from tersor.errors import TersorError
 from tersor.report import LayerReport, Report, versions
@@ -28,12 +29,18 @@ class NF4Linear(nn.Module):
 
     state_dict() holds the packed tensors (packed, scales, steps, mean) and the bias, and
     load_state_dict() takes them as they are. `.to(dtype)` changes none of them but the bias.
+
+    On a GPU the weight is in the order of the CUDA kernels, for which it is dequantized no more
+    where tokens are few (tersor.cuda_codebook), as long as blocks lie within rows: of 32, of a
+    multiple of 64, or the whole row. Others stay in portable order and are dequantized there.
     """
 
-    packed: Tensor
-    scales: Tensor
+    # Portable order; None while the weight is in CUDA order.
+    packed: Tensor | None
+    scales: Tensor | None
     steps: Tensor | None
     mean: Tensor | None
+    ordered: Tensor | None  # uint8, CUDA order
     bias: Tensor | None
 
     def __init__(
@@ -53,6 +60,8 @@ class NF4Linear(nn.Module):
         for name in _PARTS:
             self.register_buffer(name, getattr(weight, name))
         self.register_buffer("bias", None if bias is None else bias.detach().to(self.dtype).clone())
+        self.register_buffer("ordered", None, persistent=False)
+        self._settle()
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, spec: Codebook | None = None) -> NF4Linear:
@@ -63,12 +72,19 @@ class NF4Linear(nn.Module):
         return cls(weight, linear.bias, linear.weight.dtype)
 
     def nf4_weight(self) -> CodebookWeight:
-        """The weight as it is stored; its tensors are the layer's own."""
+        """The weight in portable order; its tensors are the layer's own, but for a weight that is
+        in CUDA order."""
         shape = (self.out_features, self.in_features)
+        if self.ordered is not None:
+            return cuda_codebook.unpack_weight(self.ordered, self.spec, shape)
+        assert self.packed is not None and self.scales is not None
         return CodebookWeight(self.spec, shape, self.packed, self.scales, self.steps, self.mean)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """[n, k]"""
+        if self.ordered is not None:
+            blocks = self._blocks()
+            return cuda_codebook.dequantize(self.ordered, blocks, 0, blocks.n, dtype)
         return self.nf4_weight().dequantize(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -78,6 +94,10 @@ class NF4Linear(nn.Module):
                 f"the layer takes floating-point inputs [..., {self.in_features}], not {x.dtype} "
                 f"{list(x.shape)}"
             )
+        if self.ordered is not None:
+            if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+                x = x.to(torch.get_autocast_dtype(x.device.type))
+            return cuda_codebook.linear(x, self.ordered, self.bias, self._blocks())
         bias = None if self.bias is None else self.bias.to(x.dtype)
         y: Tensor = _Product.apply(x, self.nf4_weight(), *self._tensors())
         return y if bias is None else y + bias.to(y.dtype)
@@ -91,17 +111,58 @@ class NF4Linear(nn.Module):
     def _tensors(self) -> tuple[Tensor | None, ...]:
         return self.packed, self.scales, self.steps, self.mean
 
+    # --- where the weight lives -------------------------------------------------------------
+
+    def _blocks(self) -> cuda_codebook.Blocks:
+        return cuda_codebook.Blocks.of((self.out_features, self.in_features), self.spec)
+
+    def _settle(self) -> None:
+        """Puts a weight on a GPU into CUDA order, where it has one."""
+        if self.packed is not None and cuda_codebook.takes(self._blocks(), self.packed.device):
+            self.ordered = cuda_codebook.pack_weight(self.nf4_weight())
+            for name in _PARTS:
+                self._buffers[name] = None
+
+    def _unsettle(self) -> None:
+        """Puts the weight into portable order, on the device that it is on."""
+        if self.ordered is not None:
+            weight = self.nf4_weight()
+            for name in _PARTS:
+                self._buffers[name] = getattr(weight, name)
+            self.ordered = None
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
         """A dtype applies to the bias: the scales are part of what the codes mean."""
-        before = {name: getattr(self, name) for name in _PARTS}
-        probe = fn(torch.empty(0, dtype=self.dtype, device=self.packed.device))
+        there = self.packed if self.ordered is None else self.ordered
+        assert there is not None
+        probe = fn(torch.empty(0, dtype=self.dtype, device=there.device))
+        if probe.device.type != there.device.type:
+            self._unsettle()
+        before = {name: self._buffers[name] for name in (*_PARTS, "ordered")}
         super()._apply(fn, recurse)
         for name, old in before.items():
             new = getattr(self, name)
             if old is not None and new.dtype != old.dtype:
                 self._buffers[name] = old.to(new.device)
         self.dtype = probe.dtype
+        self._settle()
         return self
+
+    # --- saving and loading -----------------------------------------------------------------
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        if self.ordered is not None:
+            weight = self.nf4_weight()
+            for name in scale_shapes(weight.spec, weight.shape):
+                destination[prefix + name] = getattr(weight, name)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        self._unsettle()
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self._settle()
 
 
 class _Product(torch.autograd.Function):
@@ -128,9 +189,10 @@ def nf4_model(model: nn.Module, spec: Codebook | None = None, ignore: Sequence[s
     spec: NF4(...) or FP4(...); by default NF4 in blocks of 64 with double quantization.
     ignore: as in quantize_model.
 
-    There is no kernel for NF4 here, nor a folder: it is the base of QLoRA (tersor.add_lora), whose
-    weights are dequantized in every pass. Rounding is deterministic, so that the same model gives
-    the same base; state_dict() and load_state_dict() keep one that was made in another way.
+    There is no kernel for NF4 on a CPU, nor a folder: it is the base of QLoRA (tersor.add_lora),
+    whose weights are dequantized in every pass, but on a GPU, where kernels serve few tokens.
+    Rounding is deterministic, so that the same model gives the same base; state_dict() and
+    load_state_dict() keep one that was made in another way.
     Raises TersorError, before the model is changed, for what cannot be quantized.
     """
     spec = spec or NF4()
