@@ -26,7 +26,7 @@ HALVES = (torch.float16, torch.bfloat16)
 TOKENS = (8, 16, 32, 64)
 # n, k and the block: rows, columns and groups that do not fill what the kernels go by.
 SHAPES = [(16, 32, 32), (64, 64, 64), (80, 96, 32), (37, 160, 32), (131, 320, 64), (64, 384, 128),
-          (9, 1024, 1024), (70, 16, 16), (300, 128, 64)]  # fmt: skip
+          (9, 1024, 1024), (70, 16, 16), (300, 128, 64), (256, 96, 32)]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def library(tmp_path_factory):
 
 
 def random_weight(n: int, k: int, spec: Codebook, seed: int = 0) -> CodebookWeight:
-    """Any codes and scales, steps that all differ."""
+    """Any codes and scales; steps that all differ."""
     draw = torch.Generator().manual_seed(seed)
     made = CodebookWeight(spec, (n, k), torch.empty(0), torch.empty(0))
     for name, (length, dtype) in scale_shapes(spec, (n, k)).items():
@@ -60,11 +60,11 @@ def parts(q: CodebookWeight) -> list[ctypes.c_void_p]:
 
 def pack(library: ctypes.CDLL, q: CodebookWeight, workers: int = 3) -> Tensor:
     size = library.codebook_bytes(described(q))
-    room = torch.full((size + 256,), 0xEE, dtype=torch.uint8)
+    room = torch.full((size + 256,), 0xFF, dtype=torch.uint8)  # NaN where nothing is written
     begin = -room.data_ptr() % 128
     packed = room[begin : begin + size]
     library.codebook_pack(described(q), pointer(packed), *parts(q), workers, 0)
-    assert bool((room[begin + size :] == 0xEE).all()) and bool((room[:begin] == 0xEE).all())
+    assert bool((room[begin + size :] == 0xFF).all()) and bool((room[:begin] == 0xFF).all())
     return packed
 
 
@@ -374,8 +374,9 @@ def test_gradients_are_those_of_the_dequantized_weight(calls, monkeypatch):
             room = 3 * max(torch.finfo(dtype).eps, 2.0**-20) * terms
             assert x.grad.dtype == dtype
             assert bool(((x.grad.double() - exact).abs() <= room).all())
-    inputs = torch.randn(2, 192, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(ordered, inputs)
+    small, _ = layers(16, 32, FP4(32), monkeypatch)
+    inputs = torch.randn(2, 32, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(small, inputs)
 
 
 def test_the_operator_is_one_that_torch_can_compile(calls, monkeypatch):
