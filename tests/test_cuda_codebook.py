@@ -191,6 +191,12 @@ def test_products_against_float64(library, tokens, dtype, double):
         check(library, q, m, dtype, tokens, resident, seed, eager, with_bias=seed % 3 != 1)
 
 
+def test_rows_of_more_blocks_than_share_a_step(library):
+    """Two steps a row; rows that are only padding would have theirs beyond the weight."""
+    q = random_weight(3, 16384, NF4(32))
+    check(library, q, 5, torch.float16, 8, 7, 0, False)
+
+
 def test_the_same_bits_in_any_order_of_threads(library):
     q = random_weight(144, 448, NF4(64))
     packed = pack(library, q)
