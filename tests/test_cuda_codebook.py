@@ -388,7 +388,7 @@ def test_gradients_are_those_of_the_dequantized_weight(calls, monkeypatch):
 def test_the_operator_is_one_that_torch_can_compile(calls, monkeypatch):
     ordered, _ = layers(80, 192, NF4(64), monkeypatch)
     x = torch.randn(3, 192).requires_grad_()
-    given = (x, ordered.ordered, ordered.bias, *ordered._blocks().fields())
+    given = (x, ordered.ordered, ordered.bias, *ordered._blocks.fields())
     torch.library.opcheck(torch.ops.tersor.codebook_cuda, given)
     compiled = torch.compile(ordered, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), ordered(x))

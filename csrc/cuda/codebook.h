@@ -58,8 +58,8 @@ struct RoundedValues {
 // the values least in the sum of squares, and 1 where none is better; the inverse goes into the
 // scales, which are float32. (NF4: an error of 3.1e-4 of the scale in bfloat16, where rounding the
 // values themselves has 5.3e-4, and 3.2e-5 for 7.2e-5 in float16, root mean square on Gaussian
-// weights.) What remains is the only rounding of a weight on its way into the product, and less
-// than that of a weight that is dequantized to 16 bits.
+// weights.) What remains is the only rounding of a weight on its way into the product: at most half
+// a unit in the last place, as that of a weight which is dequantized to 16 bits.
 inline RoundedValues rounded_values(const float* values, int32_t dtype) {
   constexpr int kMultiples = 1024;
   const auto round = [&](double value) {

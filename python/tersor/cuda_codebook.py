@@ -5,10 +5,9 @@ along with it. Its bits are those that it has in portable order, scales included
 to 64 tokens in float16 (from sm_75 on) and bfloat16 (sm_80); more tokens, other dtypes and the
 backward pass go through a weight that is dequantized for the call, and torch's product.
 
-Kernels multiply with the values of the codebook in 16 bits, of the dtype of x (FP4's are exact,
-NF4's are off by at most half a unit in the last place), and sum in float32, where the scales come
-in as they are meant: no result is further from the meaning of the weight than with a weight that is
-dequantized to 16 bits.
+Kernels multiply with the values of the codebook in 16 bits, of the dtype of x: FP4's are exact,
+NF4's are off by at most half a unit in the last place, as a weight dequantized to 16 bits is. Sums
+are float32, and the scales come into them as they are meant.
 """
 
 from __future__ import annotations

@@ -49,6 +49,7 @@ class NF4Linear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.spec = weight.spec
+        self._blocks = cuda_codebook.Blocks.of(weight.shape, weight.spec)
         self.dtype = dtype or (torch.float32 if bias is None else bias.dtype)
         if bias is not None and bias.shape != (self.out_features,):
             raise TersorError(f"bias must be [{self.out_features}], not {list(bias.shape)}")
@@ -83,7 +84,7 @@ class NF4Linear(nn.Module):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """[n, k]"""
         if self.ordered is not None:
-            blocks = self._blocks()
+            blocks = self._blocks
             return cuda_codebook.dequantize(self.ordered, blocks, 0, blocks.n, dtype)
         return self.nf4_weight().dequantize(dtype)
 
@@ -97,7 +98,7 @@ class NF4Linear(nn.Module):
         if self.ordered is not None:
             if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
                 x = x.to(torch.get_autocast_dtype(x.device.type))
-            return cuda_codebook.linear(x, self.ordered, self.bias, self._blocks())
+            return cuda_codebook.linear(x, self.ordered, self.bias, self._blocks)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         y: Tensor = _Product.apply(x, self.nf4_weight(), *self._tensors())
         return y if bias is None else y + bias.to(y.dtype)
@@ -113,12 +114,9 @@ class NF4Linear(nn.Module):
 
     # --- where the weight lives -------------------------------------------------------------
 
-    def _blocks(self) -> cuda_codebook.Blocks:
-        return cuda_codebook.Blocks.of((self.out_features, self.in_features), self.spec)
-
     def _settle(self) -> None:
         """Puts a weight on a GPU into CUDA order, where it has one."""
-        if self.packed is not None and cuda_codebook.takes(self._blocks(), self.packed.device):
+        if self.packed is not None and cuda_codebook.takes(self._blocks, self.packed.device):
             self.ordered = cuda_codebook.pack_weight(self.nf4_weight())
             for name in _PARTS:
                 self._buffers[name] = None
