@@ -44,7 +44,7 @@ def fp4_values() -> Tensor:
 
     E2M1: a sign, two bits of exponent and one of mantissa (MX formats, arXiv:2310.10537), so that
     the codes 0 to 7 are 0, 0.5, 1, 1.5, 2, 3, 4 and 6, and 8 to 15 the same below zero, with a
-    second zero at 8 that rounding never gives. bitsandbytes' "fp4" has 0.0625 in the place of 0.5,
+    second zero at 8 that rounding never gives. bitsandbytes' "fp4" has 1/32 in the place of 1/2,
     and its codes in another order.
     """
     upper = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64) / 6

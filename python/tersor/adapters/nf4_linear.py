@@ -106,7 +106,7 @@ class NF4Linear(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, {self.spec}"
+            f"bias={self.bias is not None}, {self.spec}" + ", CUDA" * (self.ordered is not None)
         )
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
