@@ -23,8 +23,8 @@ from torch import nn
 import machine
 import tersor
 from tersor import demo
+from tersor.adapters.codebook import NF4
 from tersor.adapters.loftq import LoftQ, loftq_model
-from tersor.adapters.nf4 import NF4
 from tersor.adapters.nf4_linear import nf4_model
 from tersor.calibrate import Calibration, load_tokenizer
 from tersor.demo_model import DemoModel, demo_model

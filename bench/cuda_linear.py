@@ -10,7 +10,8 @@ Needs an NVIDIA GPU, nvcc, and Torch for CUDA. Builds tersor for this GPU into b
 2. runs the tests of the package that need a GPU;
 3. measures what the device can do: a large copy, and a large product;
 4. times one linear: graphs of several calls, on copies of the weight that are more than the caches
-   hold, medians; against cuBLAS (torch's linear) and torch's `_weight_int4pack_mm`;
+   hold, medians; against cuBLAS (torch's linear), torch's `_weight_int4pack_mm`, and bitsandbytes'
+   NF4 where it is installed;
 5. decodes and prefills Llama shapes of 1.1 and 8 billion random weights.
 
 Writes bench/results/cuda_linear.json.
@@ -87,7 +88,50 @@ def check(quick: bool) -> dict[str, Any]:
                     if not share <= 1 or not same:
                         what = f"{n} x {k}, {spec}, {dtype}, {m} tokens"
                         raise SystemExit(f"{what}: {share} of the bound, the same twice: {same}")
+    worst |= check_codebooks(quick)
     return {name: round(share, 4) for name, share in worst.items()}
+
+
+def codebook_layer(n: int, k: int, spec: Any) -> Any:
+    from tersor import NF4Linear
+
+    draw = torch.Generator("cuda").manual_seed(0)
+    dense = torch.nn.Linear(k, n, bias=False, device="meta").to_empty(device="cuda")
+    with torch.no_grad():
+        dense.weight.normal_(generator=draw)
+    return NF4Linear.from_linear(dense, spec)
+
+
+def check_codebooks(quick: bool) -> dict[str, float]:
+    """As check; values in 16 bits are off by half a unit in the last place."""
+    from tersor import FP4, NF4
+
+    worst: dict[str, float] = {}
+    specs = (NF4(32), NF4(64), NF4(128, False), FP4(64))
+    draw = torch.Generator("cuda").manual_seed(time.time_ns() % (1 << 31))
+    for n, k in (*CHECKED[: 3 if quick else None], (37, 256)):
+        for spec in specs:
+            if k % spec.block:
+                continue
+            layer = codebook_layer(n, k, spec)
+            w = layer.dequantize(torch.float64)
+            for dtype in HALVES.values():
+                for m in (1, 3, 8, 9, 16, 17, 32, 64):
+                    x = torch.randn(m, k, device="cuda", generator=draw).to(dtype)
+                    poison = torch.full((m, n), float("nan"), device="cuda", dtype=dtype)
+                    del poison
+                    y = layer(x)
+                    exact, terms = x.double() @ w.T, x.double().abs() @ w.abs().T
+                    unit = torch.finfo(dtype).eps / 2
+                    bound = ((k + 10) * 2.0**-24 + 1.01 * unit) * terms + unit * exact.abs() + 1e-7
+                    share = float(((y.double() - exact).abs() / bound).max())
+                    name = f"{spec} {dtype}"
+                    worst[name] = max(worst.get(name, 0.0), share)
+                    same = torch.equal(y, layer(x))
+                    if not share <= 1 or not same:
+                        what = f"{n} x {k}, {spec}, {dtype}, {m} tokens"
+                        raise SystemExit(f"{what}: {share} of the bound, the same twice: {same}")
+    return worst
 
 
 # --- 2. fast -------------------------------------------------------------------------------------
@@ -95,19 +139,24 @@ def check(quick: bool) -> dict[str, Any]:
 
 def candidates(n: int, k: int, x: Tensor) -> dict[str, list[Callable[[], object]]]:
     """For each engine a call on each of its copies of the weight."""
-    from tersor import QSpec, QuantLinear
+    from tersor import NF4, QSpec, QuantLinear
 
     made: dict[str, list[Callable[[], object]]] = {}
-    for name, spec in (("tersor W4", QSpec(4, GROUP)), ("tersor W8", QSpec(8, GROUP))):
-        first = QuantLinear(weight(n, k, spec)).to("cuda")
-        count = max(2, COPIES_BYTES // first.packed.numel() + 1)
+    firsts = {
+        "tersor W4": (QuantLinear(weight(n, k, QSpec(4, GROUP))).to("cuda"), "packed"),
+        "tersor W8": (QuantLinear(weight(n, k, QSpec(8, GROUP))).to("cuda"), "packed"),
+        "tersor NF4": (codebook_layer(n, k, NF4(64)), "ordered"),
+    }
+    for name, (first, tensor) in firsts.items():
+        count = max(2, COPIES_BYTES // getattr(first, tensor).numel() + 1)
         layers = [first]
         for _ in range(count - 1):
-            twin = QuantLinear.__new__(QuantLinear)
+            twin = type(first).__new__(type(first))
             twin.__dict__ = first.__dict__ | {"_buffers": dict(first._buffers)}
-            twin.packed = first.packed.clone()
+            setattr(twin, tensor, getattr(first, tensor).clone())
             layers.append(twin)
         made[name] = [lambda layer=layer: layer(x) for layer in layers]
+    made |= bitsandbytes(n, k, x)
     dense = torch.randn(n, k, device="cuda").to(x.dtype)
     copies = [dense.clone() for _ in range(max(2, COPIES_BYTES // (2 * n * k) + 1))]
     made["torch"] = [lambda w=w: F.linear(x, w) for w in copies]
@@ -128,6 +177,20 @@ def int4pack(n: int, k: int, x: Tensor) -> dict[str, list[Callable[[], object]]]
     copies = [packed.clone() for _ in range(max(2, COPIES_BYTES // (n * k // 2) + 1))]
     mm = torch.ops.aten._weight_int4pack_mm
     return {"torch int4pack": [lambda w=w: mm(x, w, GROUP, grid) for w in copies]}
+
+
+def bitsandbytes(n: int, k: int, x: Tensor) -> dict[str, list[Callable[[], object]]]:
+    """NF4 in blocks of 64 with double quantization, where the package is installed."""
+    try:
+        import bitsandbytes as bnb
+    except ImportError:
+        return {}
+    dense = torch.randn(n, k, device="cuda").to(x.dtype)
+    packed, state = bnb.functional.quantize_4bit(
+        dense, blocksize=64, compress_statistics=True, quant_type="nf4"
+    )
+    copies = [packed.clone() for _ in range(max(2, COPIES_BYTES // packed.numel() + 1))]
+    return {"bitsandbytes": [lambda w=w: bnb.matmul_4bit(x, w.t(), state) for w in copies]}
 
 
 def kernels(quick: bool) -> list[dict[str, Any]]:
@@ -207,17 +270,20 @@ def whole(model: Any, vocabulary: int, prompt: int = 2048, new: int = 64) -> dic
 
 def shown(rows: list[dict[str, Any]], limit: dict[str, float]) -> Table:
     table = Table(title="seconds of torch's float16 linear over ours; bytes of W4 over bandwidth")
-    for head in ("n", "k", "m", "dtype", "W4", "W8", "int4pack / W4", "of bandwidth"):
+    heads = ("n", "k", "m", "dtype", "W4", "W8", "NF4", "int4pack / W4", "bitsandbytes / NF4",
+             "of bandwidth")  # fmt: skip
+    for head in heads:
         table.add_column(head, justify="right")
     for row in rows:
         taken, n, k = row["seconds"], row["n"], row["k"]
         moved = n * k * (4 + 16 / GROUP) / 8 + 2 * row["m"] * (n + k)
         share = moved / taken["tersor W4"] / limit["copy_bytes_per_second"]
-        pack = taken.get("torch int4pack")
+        pack, peer = taken.get("torch int4pack"), taken.get("bitsandbytes")
         table.add_row(
             str(n), str(k), str(row["m"]), row["dtype"],
-            *(f"{taken['torch'] / taken[f'tersor W{bits}']:.2f}" for bits in (4, 8)),
-            f"{pack / taken['tersor W4']:.2f}" if pack else "", f"{share:.0%}",
+            *(f"{taken['torch'] / taken[f'tersor {kind}']:.2f}" for kind in ("W4", "W8", "NF4")),
+            f"{pack / taken['tersor W4']:.2f}" if pack else "",
+            f"{peer / taken['tersor NF4']:.2f}" if peer else "", f"{share:.0%}",
         )  # fmt: skip
     return table
 

@@ -4,9 +4,12 @@
 
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "cuda/cuda.h"
 #include "dispatch.h"
@@ -33,6 +36,13 @@ void check_address(uintptr_t address, size_t alignment, const char* what) {
                 " bytes");
 }
 
+void check_packed(uintptr_t packed, size_t size, size_t bytes) {
+  check_address(packed, kAlignment, "a packed weight");
+  if (size != bytes)
+    throw Error("the packed weight has " + std::to_string(size) + " bytes; it should have " +
+                std::to_string(bytes));
+}
+
 std::optional<std::string> text(const char* reason) {
   if (reason) return reason;
   return std::nullopt;
@@ -51,12 +61,7 @@ struct Weight {
     bytes = cuda::packed_bytes(spec);
   }
 
-  void check_packed(uintptr_t packed, size_t size) const {
-    check_address(packed, kAlignment, "a packed weight");
-    if (size != bytes)
-      throw Error("the packed weight has " + std::to_string(size) + " bytes; it should have " +
-                  std::to_string(bytes));
-  }
+  void check_packed(uintptr_t packed, size_t size) const { ::check_packed(packed, size, bytes); }
 
   tersor_view view(uintptr_t codes, uintptr_t scales, uintptr_t zeros) const {
     check_address(codes, 1, "codes");
@@ -97,15 +102,12 @@ void dequantize(const Weight& w, uintptr_t packed, size_t size, int64_t begin, i
                    reinterpret_cast<void*>(to), dtype, target(device, stream));
 }
 
-// The hot path; false where no kernel serves so many tokens.
-bool linear(const Weight& w, uintptr_t packed, size_t size, uintptr_t x, int64_t m, int64_t ldx,
-            int dtype, uintptr_t bias, uintptr_t y, int64_t ldy, uintptr_t workspace,
-            size_t workspace_size, uintptr_t scratch, size_t scratch_size, int device,
-            uintptr_t stream) {
-  w.check_packed(packed, size);
+// Of a call: what both kinds of weight ask of x, y, bias and workspace.
+void check_call(int64_t n, int64_t k, uintptr_t x, int64_t m, int64_t ldx, int dtype,
+                uintptr_t bias, uintptr_t y, int64_t ldy, uintptr_t workspace,
+                size_t workspace_size, int device) {
   if (dtype != TERSOR_BF16 && dtype != TERSOR_F16) throw Error("x must be bfloat16 or float16");
-  if (m < 1 || m > INT32_MAX || ldx < w.spec.k || ldy < w.spec.n || ldx > INT32_MAX ||
-      ldy > INT32_MAX || ldx % 8)
+  if (m < 1 || m > INT32_MAX || ldx < k || ldy < n || ldx > INT32_MAX || ldy > INT32_MAX || ldx % 8)
     throw Error(
         "m must be from 1 to 2^31 - 1; rows must not overlap, and those of x begin at "
         "multiples of 16 bytes");
@@ -115,6 +117,15 @@ bool linear(const Weight& w, uintptr_t packed, size_t size, uintptr_t x, int64_t
   if (bias % 4) throw Error("bias must be aligned to 4 bytes");
   if (workspace_size < cuda::workspace_bytes(device))
     throw Error("the workspace is smaller than workspace_bytes()");
+}
+
+// The hot path; false where no kernel serves so many tokens.
+bool linear(const Weight& w, uintptr_t packed, size_t size, uintptr_t x, int64_t m, int64_t ldx,
+            int dtype, uintptr_t bias, uintptr_t y, int64_t ldy, uintptr_t workspace,
+            size_t workspace_size, uintptr_t scratch, size_t scratch_size, int device,
+            uintptr_t stream) {
+  w.check_packed(packed, size);
+  check_call(w.spec.n, w.spec.k, x, m, ldx, dtype, bias, y, ldy, workspace, workspace_size, device);
   if (w.spec.activation == TERSOR_A8) {
     const size_t needed = cuda::scratch_bytes(w.spec, m, dtype, device);
     if (needed) check_address(scratch, kAlignment, "the scratch memory");
@@ -125,6 +136,82 @@ bool linear(const Weight& w, uintptr_t packed, size_t size, uintptr_t x, int64_t
        reinterpret_cast<void*>(y), ldx, ldy, dtype, reinterpret_cast<const float*>(bias),
        reinterpret_cast<void*>(workspace)},
       reinterpret_cast<void*>(scratch), target(device, stream));
+}
+
+// A weight of indices into sixteen values, in CUDA order: checked once, when it is made.
+struct CodebookWeight {
+  cuda::CodebookSpec spec;
+  std::vector<float> values;
+  cuda::RoundedValues bf16, f16;
+  size_t bytes;
+
+  CodebookWeight(int64_t n, int64_t k, int64_t g, bool doubled, const std::vector<float>& given)
+      : spec{n, k, g, doubled}, values(given) {
+    tersor::check(common());
+    if (const char* why = cuda::refuses(spec)) throw Error(why);
+    const auto usable = [](float value) { return value >= -1 && value <= 1; };
+    if (values.size() != cuda::kValues || !std::all_of(values.begin(), values.end(), usable))
+      throw Error("a codebook has 16 values from -1 to 1");
+    bf16 = cuda::rounded_values(values.data(), TERSOR_BF16);
+    f16 = cuda::rounded_values(values.data(), TERSOR_F16);
+    bytes = cuda::packed_bytes(spec);
+  }
+
+  // What such a weight has of a spec of codes.
+  tersor_spec common() const {
+    return {spec.n, spec.k, spec.g, 4, 0, TERSOR_F32, TERSOR_A16, 0, 0};
+  }
+
+  void check_packed(uintptr_t packed, size_t size) const { ::check_packed(packed, size, bytes); }
+
+  cuda::CodebookView view(uintptr_t codes, uintptr_t scales, uintptr_t steps,
+                          uintptr_t mean) const {
+    check_address(codes, 1, "codes");
+    check_address(scales, spec.doubled ? 1 : 4, "scales");
+    if ((steps != 0) != spec.doubled || (mean != 0) != spec.doubled)
+      throw Error("steps and a mean come with double quantization, and only there");
+    if (steps % 4 || mean % 4) throw Error("steps and the mean must be aligned to 4 bytes");
+    return {reinterpret_cast<uint8_t*>(codes), reinterpret_cast<void*>(scales),
+            reinterpret_cast<float*>(steps), reinterpret_cast<float*>(mean)};
+  }
+};
+
+void codebook_pack(const CodebookWeight& w, uintptr_t codes, uintptr_t scales, uintptr_t steps,
+                   uintptr_t mean, uintptr_t packed, size_t size, int device, uintptr_t stream) {
+  w.check_packed(packed, size);
+  cuda::pack(w.spec, w.view(codes, scales, steps, mean), reinterpret_cast<void*>(packed),
+             target(device, stream));
+}
+
+void codebook_unpack(const CodebookWeight& w, uintptr_t packed, size_t size, uintptr_t codes,
+                     uintptr_t scales, uintptr_t steps, uintptr_t mean, int device,
+                     uintptr_t stream) {
+  w.check_packed(packed, size);
+  cuda::unpack(w.spec, reinterpret_cast<const void*>(packed), w.view(codes, scales, steps, mean),
+               target(device, stream));
+}
+
+void codebook_dequantize(const CodebookWeight& w, uintptr_t packed, size_t size, int64_t begin,
+                         int64_t end, uintptr_t to, int dtype, int device, uintptr_t stream) {
+  w.check_packed(packed, size);
+  check_address(to, static_cast<size_t>(element_bytes(dtype)), "the destination");
+  if (begin < 0 || begin >= end || end > w.spec.n)
+    throw Error("rows must be a range of those from 0 to " + std::to_string(w.spec.n));
+  cuda::dequantize(w.spec, w.values.data(), reinterpret_cast<const void*>(packed), begin, end,
+                   reinterpret_cast<void*>(to), dtype, target(device, stream));
+}
+
+// As linear.
+bool codebook_linear(const CodebookWeight& w, uintptr_t packed, size_t size, uintptr_t x, int64_t m,
+                     int64_t ldx, int dtype, uintptr_t bias, uintptr_t y, int64_t ldy,
+                     uintptr_t workspace, size_t workspace_size, int device, uintptr_t stream) {
+  w.check_packed(packed, size);
+  check_call(w.spec.n, w.spec.k, x, m, ldx, dtype, bias, y, ldy, workspace, workspace_size, device);
+  return cuda::linear(
+      {w.spec, dtype == TERSOR_BF16 ? w.bf16 : w.f16, m, reinterpret_cast<const void*>(packed),
+       reinterpret_cast<const void*>(x), reinterpret_cast<void*>(y), ldx, ldy, dtype,
+       reinterpret_cast<const float*>(bias), reinterpret_cast<void*>(workspace)},
+      target(device, stream));
 }
 
 }  // namespace
@@ -173,4 +260,27 @@ void tersor::bind_cuda(nb::module_ m) {
   m.def("cuda_unpack", ::unpack);
   m.def("cuda_dequantize", dequantize);
   m.def("cuda_linear", linear);
+
+  nb::class_<CodebookWeight>(m, "CudaCodebookWeight")
+      .def(nb::init<int64_t, int64_t, int64_t, bool, const std::vector<float>&>(), "n"_a, "k"_a,
+           "g"_a, "doubled"_a, "values"_a)
+      .def_ro("bytes", &CodebookWeight::bytes);
+  m.def(
+      "cuda_codebook_refuses",
+      [](int64_t n, int64_t k, int64_t g, bool doubled) {
+        if (n < 1 || k < 1) throw Error("n and k must be 1 or more");
+        return text(cuda::refuses(cuda::CodebookSpec{n, k, g, doubled}));
+      },
+      "n"_a, "k"_a, "g"_a, "doubled"_a);
+  m.def(
+      "cuda_codebook_serves",
+      [](const CodebookWeight& w, int64_t m, int dtype, int device) {
+        element_bytes(dtype);
+        return cuda::serves(w.spec, m, dtype, device);
+      },
+      "weight"_a, "m"_a, "dtype"_a, "device"_a);
+  m.def("cuda_codebook_pack", codebook_pack);
+  m.def("cuda_codebook_unpack", codebook_unpack);
+  m.def("cuda_codebook_dequantize", codebook_dequantize);
+  m.def("cuda_codebook_linear", codebook_linear);
 }

@@ -34,8 +34,9 @@ def build(folder: Path, source: str = "emulate") -> ctypes.CDLL:
     """One of the files of tests/emulator, compiled."""
     library = folder / f"{source}.so"
     command = [
-        compiler(), "-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra",
-        "-Wno-unknown-pragmas", "-I", ROOT / "csrc", "-I", ROOT / "tests" / "emulator",
+        compiler(), "-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC",
+        "-Wall", "-Wextra", "-Wno-unknown-pragmas",
+        "-I", ROOT / "csrc", "-I", ROOT / "tests" / "emulator",
         ROOT / "tests" / "emulator" / f"{source}.cpp", "-o", library,
     ]  # fmt: skip
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)

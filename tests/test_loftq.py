@@ -16,9 +16,9 @@ from peft import LoftQConfig, LoraConfig, PeftModel
 
 import tersor
 from tersor import GPTQ, QSpec, QuantLinear, Scheme, SparseGPT, Sparsity, TersorError
+from tersor.adapters.codebook import FP4, NF4, Codebook, quantize_codebook
 from tersor.adapters.loftq import LoftQ, cancel, loftq_model
 from tersor.adapters.lora import add_lora, prepare_lora
-from tersor.adapters.nf4 import NF4, quantize_nf4
 from tersor.adapters.nf4_linear import NF4Linear
 from tersor.calibrate import GramStats
 from tersor.saving import save
@@ -53,7 +53,7 @@ def quantizers() -> dict[str, Any]:
     stats, needed = statistics(), GPTQ()
     return {
         "rtn": lambda w: RTN()(w, None, W2.weight),
-        "nf4": lambda w: quantize_nf4(w, NF4(64)),
+        "nf4": lambda w: quantize_codebook(w, NF4(64)),
         "gptq": lambda w: needed(w, stats, W2.weight),
     }
 
@@ -149,6 +149,7 @@ CASES = [
     (Scheme(QSpec(2, 32, symmetric=False)), "gptq", LoftQ()),
     (W2, GPTQ(act_order=True), LoftQ(2, "activation")),
     (NF4(64), "rtn", LoftQ(1, "activation")),
+    (FP4(64), "rtn", LoftQ()),
 ]
 
 
@@ -160,13 +161,13 @@ def test_model_is_closer_to_the_original_than_a_quantized_one(
     model, done = loftq_model(
         tiny.model("llama"), config, to=to, method=method, calibration=IDS, settings=settings
     )
-    kind = NF4Linear if isinstance(to, NF4) else QuantLinear
+    kind = NF4Linear if isinstance(to, Codebook) else QuantLinear
     names = [n for n, m in model.get_base_model().named_modules() if isinstance(m, kind)]
     assert len(names) == len(done) == 14
     assert all(each.rank == 8 and each.error < 0.8 * each.plain for each in done)
 
     plain = tiny.model("llama")
-    if isinstance(to, NF4):
+    if isinstance(to, Codebook):
         tersor.adapters.nf4_linear.nf4_model(plain, to)
     else:
         tersor.quantize_model(plain, IDS, scheme=to, method=method)
@@ -258,8 +259,8 @@ def test_wrong_settings(settings: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"to": "nf4"}, r"`to` is a Scheme\(QSpec\(\.\.\.\)\) or NF4"),
-        ({"to": NF4(), "method": "gptq"}, "NF4 rounds to nearest"),
+        ({"to": "nf4"}, r"`to` is a Scheme\(QSpec\(\.\.\.\)\), NF4"),
+        ({"to": NF4(), "method": "gptq"}, "NF4 g64 double rounds to nearest"),
         ({"to": W2, "method": "gptq"}, "gptq needs inputs to calibrate on"),
         ({"to": W2, "settings": LoftQ(1, "activation")}, 'weighting="activation" needs inputs'),
         ({"to": W2, "method": SparseGPT(Sparsity(0.5))}, "sparsegpt prunes"),

@@ -22,9 +22,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 import tersor
 from tersor import ActSpec, QSpec, QuantLinear, QWeight, Scheme, SparseLinear, TersorError
+from tersor.adapters.codebook import NF4
 from tersor.adapters.layer import AdaptedLinear
 from tersor.adapters.lora import add_lora, prepare_lora
-from tersor.adapters.nf4 import NF4
 from tersor.adapters.nf4_linear import NF4Linear, nf4_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")

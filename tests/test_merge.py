@@ -17,9 +17,9 @@ from peft import LoraConfig
 import tersor
 from reference import check_gptq_codes, damped, spread
 from tersor import ActSpec, QSpec, QuantLinear, Scheme, SparseLinear, TersorError
+from tersor.adapters.codebook import FP4, NF4, Codebook, quantize_codebook
 from tersor.adapters.lora import add_lora
 from tersor.adapters.merge import merge_lora
-from tersor.adapters.nf4 import NF4, quantize_nf4
 from tersor.adapters.nf4_linear import NF4Linear, nf4_model
 from tersor.saving import save
 from tersor.solvers import RTN
@@ -160,16 +160,17 @@ def test_an_adapter_of_nothing_leaves_the_layer_as_it_is() -> None:
     assert all(x.method == "unchanged" and x.changed == x.weight_error == 0 for x in report.layers)
 
 
-def test_nf4_is_rounded_to_nf4() -> None:
+@pytest.mark.parametrize("spec", [NF4(64), FP4(32)], ids=str)
+def test_nf4_is_rounded_to_nf4_and_fp4_to_fp4(spec: Codebook) -> None:
     base = tiny.model("llama")
-    nf4_model(base, NF4(64))
+    nf4_model(base, spec)
     model = adapted(base)
     wanted = merged_weights(model)
     plain, report = merge_lora(model)
     for each in report.layers:
         layer = plain.get_submodule(each.name)
-        assert type(layer) is NF4Linear and each.method == "nf4" and 0 < each.changed < 1
-        oracle = quantize_nf4(wanted[each.name].float(), NF4(64))
+        assert type(layer) is NF4Linear and each.method == spec.values and 0 < each.changed < 1
+        oracle = quantize_codebook(wanted[each.name].float(), spec)
         assert float((layer.packed != oracle.packed).double().mean()) < 1e-3
         got = relative(layer.dequantize(torch.float64) - wanted[each.name], wanted[each.name])
         assert each.weight_error == pytest.approx(got, rel=1e-3)

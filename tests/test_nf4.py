@@ -1,4 +1,4 @@
-"""NF4: the published values, errors and sizes; the layer and the models made of it."""
+"""NF4 and FP4: the published values, errors and sizes; the layer and the models made of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,15 @@ from torch import Tensor, nn
 import tersor
 import tiny
 from tersor import QSpec, Scheme, TersorError
-from tersor.adapters.nf4 import NF4, NF4Weight, nf4_values, quantize_nf4
+from tersor.adapters.codebook import (
+    FP4,
+    NF4,
+    Codebook,
+    CodebookWeight,
+    fp4_values,
+    nf4_values,
+    quantize_codebook,
+)
 from tersor.adapters.nf4_linear import NF4Linear, nf4_model
 
 IDS = torch.arange(40).view(2, 20)
@@ -29,11 +37,24 @@ PUBLISHED = [  # arXiv:2305.14314, appendix E
 ]  # fmt: skip
 
 
+KINDS = (NF4, FP4)
+
+
+def float4(code: int) -> float:
+    """What E2M1 says of a code: s ee m, a bias of 1, and no implied digit where ee is 0."""
+    sign, exponent, mantissa = code >> 3, code >> 1 & 3, code & 1
+    size = (1 + mantissa / 2) * 2.0 ** (exponent - 1) if exponent else mantissa / 2
+    return -size if sign else size
+
+
+ORACLES = {NF4: PUBLISHED, FP4: [float4(code) / 6 for code in range(16)]}
+
+
 def gaussian(n: int, k: int, seed: int = 0) -> Tensor:
     return torch.randn(n, k, generator=torch.manual_seed(seed))
 
 
-def plain_quantize(w: Tensor, block: int, double: bool) -> Tensor:
+def plain_quantize(w: Tensor, block: int, double: bool, kind: type[Codebook] = NF4) -> Tensor:
     """The dequantized weight, by loops over blocks in float64."""
     flat = w.double().flatten()
     blocks = flat.split(block)
@@ -46,7 +67,7 @@ def plain_quantize(w: Tensor, block: int, double: bool) -> Tensor:
             step = float(torch.tensor(max(map(abs, rest)) / 127).float()) or 1.0
             stored += [round(r / step) * step + mean for r in rest]
         scales = stored
-    values = torch.tensor(PUBLISHED, dtype=torch.float64)
+    values = torch.tensor(ORACLES[kind], dtype=torch.float64)
     out = [
         values[(b[:, None] / s - values).abs().argmin(1)] * s if s else torch.zeros_like(b)
         for b, s in zip(blocks, scales, strict=True)
@@ -71,21 +92,39 @@ def test_values_are_quantiles_of_the_normal_distribution() -> None:
     torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("block", "error"), [(64, 0.00845), (128, 0.00914)])
+def test_fp4_is_e2m1() -> None:
+    """Codes are the bits of the number; the largest is 6."""
+    want = torch.tensor(ORACLES[FP4], dtype=torch.float64)
+    assert (6 * want[:8]).tolist() == [0, 0.5, 1, 1.5, 2, 3, 4, 6]
+    assert torch.equal(fp4_values(), want.float())
+    w = torch.tensor(ORACLES[FP4]).repeat(4).view(1, 64)
+    q = quantize_codebook(w, FP4(64, False))
+    found = torch.stack([q.packed & 15, q.packed >> 4], 1).flatten()
+    assert found.tolist() == [0 if code == 8 else code for code in range(16)] * 4
+    assert torch.equal(q.dequantize(), w)
+    second_zero = CodebookWeight(q.spec, q.shape, torch.full_like(q.packed, 0x88), q.scales)
+    assert not second_zero.dequantize().any()
+
+
+@pytest.mark.parametrize(
+    ("kind", "block", "error"),
+    [(NF4, 64, 0.00845), (NF4, 128, 0.00914), (FP4, 64, 0.01117), (FP4, 128, 0.01186)],
+)
 @pytest.mark.parametrize("double", [False, True])
 def test_error_on_gaussian_weights_is_the_published_one(
-    block: int, error: float, double: bool
+    kind: type[Codebook], block: int, error: float, double: bool
 ) -> None:
     w = gaussian(2048, 1024)
-    q = quantize_nf4(w, NF4(block, double))
+    q = quantize_codebook(w, kind(block, double))
     assert float((q.dequantize() - w).square().mean()) == pytest.approx(error, rel=0.02)
 
 
 @pytest.mark.parametrize(
-    ("spec", "bits"), [(NF4(64, False), 4.5), (NF4(64), 4.127), (NF4(128, False), 4.25)]
+    ("spec", "bits"),
+    [(NF4(64, False), 4.5), (NF4(64), 4.127), (NF4(128, False), 4.25), (FP4(64), 4.127)],
 )
-def test_bits_per_weight(spec: NF4, bits: float) -> None:
-    q = quantize_nf4(gaussian(512, 1024), spec)
+def test_bits_per_weight(spec: Codebook, bits: float) -> None:
+    q = quantize_codebook(gaussian(512, 1024), spec)
     assert 8 * q.nbytes / (512 * 1024) == pytest.approx(bits, abs=5e-4)
     assert spec.bits == pytest.approx(bits, abs=5e-4)
 
@@ -93,11 +132,14 @@ def test_bits_per_weight(spec: NF4, bits: float) -> None:
 @pytest.mark.parametrize("shape", [(48, 64), (37, 50), (1, 1), (3, 33), (300, 129)])
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("block", [16, 64, 256])
-def test_same_as_plain_loops(block: int, double: bool, shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_same_as_plain_loops(
+    kind: type[Codebook], block: int, double: bool, shape: tuple[int, int]
+) -> None:
     w = gaussian(*shape)
     w[:, : shape[1] // 2] *= 0.01  # blocks of different sizes
-    got = quantize_nf4(w, NF4(block, double)).dequantize(torch.float64)
-    want = plain_quantize(w, block, double)
+    got = quantize_codebook(w, kind(block, double)).dequantize(torch.float64)
+    want = plain_quantize(w, block, double, kind)
     # A weight half way between two values may go to either.
     differs = (got - want).abs() > 1e-5 * w.abs().max()
     assert float(differs.double().mean()) < 0.002
@@ -110,7 +152,7 @@ def test_many_weights_at_once_are_as_a_few() -> None:
     """Larger than what is handled at a time, with a short last block."""
     w = gaussian(1030, 1025)
     for spec in (NF4(64), NF4(4096, False)):
-        got = quantize_nf4(w, spec).dequantize()
+        got = quantize_codebook(w, spec).dequantize()
         scales = [float(b.abs().max()) for b in w.flatten().split(spec.block)]
         bound = torch.tensor(scales).repeat_interleave(spec.block)[: w.numel()].view_as(w)
         half = max(b - a for a, b in itertools.pairwise(PUBLISHED)) / 2
@@ -122,23 +164,23 @@ def test_zeros_stay_zeros_and_scale_is_free() -> None:
     w = gaussian(4, 64)
     w[1] = 0
     for double in (False, True):
-        q = quantize_nf4(w, NF4(64, double))
+        q = quantize_codebook(w, NF4(64, double))
         assert not q.dequantize()[1].any()
-    one, two = (quantize_nf4(w * s, NF4(64, False)) for s in (1.0, 4.0))
+    one, two = (quantize_codebook(w * s, NF4(64, False)) for s in (1.0, 4.0))
     assert torch.equal(one.packed, two.packed)
     assert torch.equal(one.dequantize() * 4, two.dequantize())
 
 
 def test_rounding_again_changes_nothing() -> None:
-    q = quantize_nf4(gaussian(64, 64), NF4(64, False))
-    again = quantize_nf4(q.dequantize(), NF4(64, False))
+    q = quantize_codebook(gaussian(64, 64), NF4(64, False))
+    again = quantize_codebook(q.dequantize(), NF4(64, False))
     assert torch.equal(again.packed, q.packed)
     assert torch.equal(again.scales, q.scales)
 
 
 def test_layout_of_the_codes() -> None:
     w = torch.tensor(PUBLISHED).repeat(4).view(1, 64)
-    q = quantize_nf4(w, NF4(64, False))
+    q = quantize_codebook(w, NF4(64, False))
     assert q.packed[:8].tolist() == [16 * (2 * i + 1) + 2 * i for i in range(8)]
     assert torch.equal(q.dequantize(), nf4_values().repeat(4).view(1, 64))
 
@@ -146,7 +188,7 @@ def test_layout_of_the_codes() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_any_floating_point_weight(dtype: torch.dtype) -> None:
     w = gaussian(8, 64).to(dtype)
-    got, want = quantize_nf4(w, NF4()), quantize_nf4(w.float(), NF4())
+    got, want = quantize_codebook(w, NF4()), quantize_codebook(w.float(), NF4())
     assert torch.equal(got.packed, want.packed)
     assert got.dequantize(torch.float16).dtype == torch.float16
 
@@ -259,6 +301,15 @@ def test_any_module_and_ignored_linears() -> None:
     assert report.layers[0].bits_per_weight == 4 + 32 / 16
 
 
+def test_fp4_in_the_place_of_nf4() -> None:
+    model = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 8))
+    expected = [quantize_codebook(model[i].weight, FP4(32)).dequantize() for i in (0, 2)]
+    report = nf4_model(model, FP4(32))
+    assert [layer.method for layer in report.layers] == ["fp4"] * 2
+    assert report.settings["method"] == "fp4" and report.layers[0].scheme == "FP4 g32 double"
+    assert all(torch.equal(model[i].dequantize(), w) for i, w in zip((0, 2), expected, strict=True))
+
+
 def test_is_the_same_every_time_and_state_comes_back() -> None:
     one, two = tiny.model("llama"), tiny.model("llama")
     nf4_model(one), nf4_model(two)
@@ -271,31 +322,38 @@ def test_is_the_same_every_time_and_state_comes_back() -> None:
 
 @pytest.mark.parametrize("block", [0, -64, 48, 65, 8192, None, 64.0])
 def test_wrong_blocks(block: Any) -> None:
-    with pytest.raises(TersorError, match="an NF4 block is one of"):
+    with pytest.raises(TersorError, match="a block of NF4 is one of"):
         NF4(block)
+    with pytest.raises(TersorError, match="a block of FP4 is one of"):
+        FP4(block)
+
+
+def test_a_codebook_has_values() -> None:
+    with pytest.raises(TersorError, match=r"is NF4\(\.\.\.\) or FP4\(\.\.\.\)"):
+        Codebook()
 
 
 def test_wrong_weights() -> None:
     with pytest.raises(TersorError, match=r"takes a weight \[n, k\], not torch\.int64"):
-        quantize_nf4(torch.zeros(2, 2, dtype=torch.int64), NF4())
+        quantize_codebook(torch.zeros(2, 2, dtype=torch.int64), NF4())
     with pytest.raises(TersorError, match=r"takes a weight \[n, k\]"):
-        quantize_nf4(torch.zeros(4), NF4())
+        quantize_codebook(torch.zeros(4), NF4())
     with pytest.raises(TersorError, match="on the meta device"):
-        quantize_nf4(torch.zeros(2, 2, device="meta"), NF4())
+        quantize_codebook(torch.zeros(2, 2, device="meta"), NF4())
     for bad in (math.nan, math.inf):
         w = gaussian(4, 64)
         w[2, 3] = bad
         with pytest.raises(TersorError, match="NaN or infinite"):
-            quantize_nf4(w, NF4())
+            quantize_codebook(w, NF4())
 
 
 def test_wrong_layers() -> None:
     with pytest.raises(TersorError, match=r"takes an nn\.Linear, not ReLU"):
         NF4Linear.from_linear(nn.ReLU())
-    q = quantize_nf4(gaussian(4, 64), NF4())
+    q = quantize_codebook(gaussian(4, 64), NF4())
     with pytest.raises(TersorError, match=r"bias must be \[4\], not \[3\]"):
         NF4Linear(q, torch.zeros(3))
-    short = NF4Weight(q.spec, q.shape, q.packed[:-1], q.scales, q.steps, q.mean)
+    short = CodebookWeight(q.spec, q.shape, q.packed[:-1], q.scales, q.steps, q.mean)
     with pytest.raises(TersorError, match="packed of NF4 g64 double must be"):
         NF4Linear(short)
     made = layer()
@@ -305,7 +363,7 @@ def test_wrong_layers() -> None:
 
 
 def test_wrong_models() -> None:
-    with pytest.raises(TersorError, match=r"spec is an NF4\(\.\.\.\), not 4"):
+    with pytest.raises(TersorError, match=r"spec is NF4\(\.\.\.\) or FP4\(\.\.\.\), not 4"):
         nf4_model(tiny.model("llama"), 4)
     with pytest.raises(TersorError, match=r"bare nn\.Linear"):
         nf4_model(nn.Linear(4, 4))

@@ -1,6 +1,7 @@
 // What the host hands to the kernels, by value. Pointers are to the memory of the device.
 #pragma once
 
+#include "codebook.h"
 #include "kernel.h"
 #include "layout.h"
 #include "partition.h"
@@ -24,6 +25,14 @@ struct LinearArgs {
   // Where x is int8:
   const float* x_scales;  // [m]
   const int32_t* x_sums;  // [groups][token_tiles * tokens of a tile]: of x, in every group
+};
+
+// The same for a weight of indices into sixteen values (codebook.h).
+struct CodebookArgs : LinearArgs {
+  RoundedValues codebook;  // of the dtype of x
+  int32_t doubled, row_groups;
+  const float* scale_steps;  // of the weight, where doubled
+  const float* mean;
 };
 
 constexpr int kQuantizeThreads = 256;  // of the kernel that takes QuantizeArgs
@@ -110,6 +119,27 @@ struct GridArgs {
   int32_t bits, symmetric, clip, scale_dtype;
   float* scales;   // [count]; infinite where the dtype has none
   uint8_t* zeros;  // [count], or nullptr where symmetric
+};
+
+// A weight of indices in both orders; portable, as tersor.adapters.codebook has it: codes
+// [n * k / 2], two to a byte, scales [n * k / g], and steps [scale_steps] and mean [1] or nullptr.
+struct CodebookPackArgs {
+  CodebookShape s;
+  uint8_t* packed;
+  uint8_t* codes;
+  uint8_t* scales;  // elements of s.w.scale_bytes
+  float* steps;
+  float* mean;
+};
+
+// value * scale of rows [begin, end), in float32, then rounded to the dtype of `to` [end - begin,
+// k].
+struct CodebookDequantizeArgs {
+  CodebookShape s;
+  const uint8_t* packed;
+  float values[kValues];
+  int64_t begin, end;
+  void* to;
 };
 
 }  // namespace tersor::cuda

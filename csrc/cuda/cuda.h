@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda/codebook.h"
 #include "kernel.h"
 
 namespace tersor::cuda {
@@ -65,5 +66,43 @@ bool linear(const tersor_args& args, void* scratch, Target target);
 // Of the column solver (solve/solve.h): the grids of a weight, and one block of columns.
 void search_grid(const GridArgs& args, Target target);
 void solve_block(const SolveArgs& args, Target target);
+
+// --- weights of indices into sixteen values (codebook.h) ----------------------------------------
+
+struct CodebookSpec {
+  int64_t n, k, g;  // g: weights that share a scale
+  bool doubled;     // scales are int8, with a step for each 256 and a mean
+};
+
+// A weight in portable order, as tersor.adapters.codebook has it, on a device.
+struct CodebookView {
+  uint8_t* codes;  // [n * k / 2], two to a byte
+  void* scales;    // [n * k / g] float32, or int8
+  float* steps;    // [n * k / g / 256], rounded up, or nullptr
+  float* mean;     // [1] or nullptr
+};
+
+struct CodebookCall {
+  CodebookSpec spec;
+  RoundedValues values;  // of `dtype`
+  int64_t m;
+  const void *packed, *x;
+  void* y;
+  int64_t ldx, ldy;
+  int32_t dtype;  // enum tersor_dtype of x and y
+  const float* bias;
+  void* workspace;
+};
+
+// As the functions above.
+const char* refuses(const CodebookSpec& spec);
+size_t packed_bytes(const CodebookSpec& spec);
+void pack(const CodebookSpec& spec, const CodebookView& view, void* packed, Target target);
+void unpack(const CodebookSpec& spec, const void* packed, const CodebookView& view, Target target);
+// values [16], on the host.
+void dequantize(const CodebookSpec& spec, const float* values, const void* packed, int64_t begin,
+                int64_t end, void* to, int32_t dtype, Target target);
+std::string serves(const CodebookSpec& spec, int64_t m, int32_t dtype, int device);
+bool linear(const CodebookCall& call, Target target);
 
 }  // namespace tersor::cuda

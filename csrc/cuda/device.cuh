@@ -74,6 +74,18 @@ TERSOR_DEVICE void copy_async(void* shared, const void* global, bool inside = tr
 #endif
 }
 
+// The same with 4 bytes.
+TERSOR_DEVICE void copy_async4(void* shared, const void* global, bool inside = true) {
+#if __CUDA_ARCH__ >= 800
+  const int bytes = inside ? 4 : 0;
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)),
+               "l"(global), "r"(bytes)
+               : "memory");
+#else
+  *static_cast<uint32_t*>(shared) = inside ? __ldg(static_cast<const uint32_t*>(global)) : 0;
+#endif
+}
+
 // The copies since the last call are one group.
 TERSOR_DEVICE void commit_copies() {
 #if __CUDA_ARCH__ >= 800
@@ -217,6 +229,8 @@ TERSOR_DEVICE float float_of_bits(uint32_t bits) { return __uint_as_float(bits);
 TERSOR_DEVICE int nearest(float value) { return __float2int_rn(value); }
 // a / b, rounded once, whatever the compiler's flags.
 TERSOR_DEVICE float quotient(float a, float b) { return __fdiv_rn(a, b); }
+// a * b, rounded by itself, even where a sum follows.
+TERSOR_DEVICE float times(float a, float b) { return __fmul_rn(a, b); }
 
 TERSOR_DEVICE uint16_t bits_of(float value, Half) {
   return __half_as_ushort(__float2half_rn(value));

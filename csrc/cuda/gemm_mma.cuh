@@ -14,23 +14,32 @@
 //   scales  [kBlocks][groups][64] as in memory, room for two groups of float32
 //   zeros   [kBlocks][groups][64]
 //   x sums  [groups][kTokens] int32, for products that need them
+//
+// A weight of indices into sixteen values (codebook.h), whose Args are CodebookArgs, has no zeros:
+// where its scales are int8, they are in their place, and the float32 step of each in that of the
+// scales.
 #pragma once
 
+#include <type_traits>
+
 #include "arguments.h"
+#include "codebook.cuh"
 #include "device.cuh"
 #include "epilogue.cuh"
 #include "products.cuh"
 
 namespace tersor::cuda {
 
-template <class Product, int kTokens_, int kBlocks_>
+template <class Product, int kTokens_, int kBlocks_, class Args = LinearArgs>
 struct MmaGemm {
+  static constexpr bool kCodebook = std::is_same_v<Args, CodebookArgs>;
   static constexpr int kBits = Product::kBits, kTokens = kTokens_, kBlocks = kBlocks_;
   static constexpr int kWarps = 4, kThreads = kWarps * kLanes;
   static constexpr int kTokenTiles = kTokens / 8;  // of one tensor core operation
   using End = Epilogue<typename Product::Result, kBlocks, kTokenTiles, kThreads>;
   using Sums = typename End::Sums;
   using Group = typename Product::Sum[kBlocks][kTokenTiles][4];
+  using Lookup = typename LookupOf<Product, kCodebook>::Type;
   static constexpr int kTile = End::kTile;
   static constexpr int kStages = kTokens <= 16 ? 6 : kBits == 4 ? 4 : 3;
   static constexpr int kPerBlock = kTokens <= 16 ? 4 : 2;  // workers that a multiprocessor holds
@@ -43,7 +52,9 @@ struct MmaGemm {
   static constexpr int kXSums = kZeros + kBlocks * 2 * kBlock;
   static constexpr int kStage = kXSums + (Product::kCorrects ? 2 * kTokens * 4 : 0);
   static constexpr int kTurn = kStages * kStage;  // of this worker, where it shares a tile
-  static constexpr int kSharedBytes = kTurn + 16;
+  static constexpr int kTable = kTurn + 128;      // of values, where there is a codebook
+  static_assert(!kCodebook || kTable % 128 == 0, "entries begin at the first bank");
+  static constexpr int kSharedBytes = kCodebook ? kTable + Lookup::kBytes : kTurn + 16;
 
   // Where the 16 bytes c of a token stand: eight rows of 128 bytes, or of 64, in different banks.
   static TERSOR_DEVICE int x_at(int token, int c) {
@@ -53,7 +64,7 @@ struct MmaGemm {
 
   // --- one step: what is copied, and what is done with it ------------------------------------
 
-  static TERSOR_DEVICE void fetch(const LinearArgs& a, uint8_t* stage, int at) {
+  static TERSOR_DEVICE void fetch(const Args& a, uint8_t* stage, int at) {
     const int tile = at / a.w.steps, step = at % a.w.steps;
     const int row_tile = tile / a.token_tiles, first_token = tile % a.token_tiles * kTokens;
     const int group = step / a.w.steps_per_group * a.w.groups_per_step;
@@ -71,8 +82,14 @@ struct MmaGemm {
         copy_async(stage + kCodes + b * block_bytes(kBits) + at16, codes + at16, inside);
       }
       const int64_t grid = grid_at(a.w, from, group, 0);
+      uint8_t* scales = stage + kScales + b * 2 * kBlock * 4;
+      if constexpr (kCodebook)
+        if (a.doubled) {
+          fetch_steps(a, scales, row_block, group);
+          scales = stage + kZeros + b * 2 * kBlock;
+        }
       if (thread() < scale_chunks)
-        copy_async(stage + kScales + b * 2 * kBlock * 4 + thread() * 16,
+        copy_async(scales + thread() * 16,
                    a.packed + a.w.scales_at + grid * a.w.scale_bytes + thread() * 16, inside);
       const int chunk = thread() - kThreads / 2;
       if (chunk >= 0 && chunk < zero_chunks)
@@ -100,6 +117,17 @@ struct MmaGemm {
     }
   }
 
+  // The step of each scale of a block of rows. A row that is only padding has none, and a group
+  // that is has some.
+  static TERSOR_DEVICE void fetch_steps(const Args& a, uint8_t* to, int row_block, int group) {
+    if (thread() >= a.w.groups_per_step * kBlock) return;
+    const int row = row_block * kBlock + thread() % kBlock, each = group + thread() / kBlock;
+    const bool inside = row < a.w.n;
+    const int last = a.row_groups - 1;
+    const int step = inside ? scale_step_of(row, a.row_groups, each < last ? each : last) : 0;
+    copy_async4(to + thread() * 4, a.scale_steps + step, inside);
+  }
+
   // The second operands of the tensor cores for the columns of operation `q`, which are 32 bytes of
   // every token. ldmatrix gives four 8 x 8 matrices: those of 16 tokens and one operation; or of
   // the only 8 tokens and two.
@@ -121,15 +149,22 @@ struct MmaGemm {
   }
 
   // sums += scale * group, group = 0. index: of the group within the step.
-  static TERSOR_DEVICE void fold(const LinearArgs& a, const uint8_t* stage, int index, Sums& sums,
-                                 Group& group) {
+  static TERSOR_DEVICE void fold(const Args& a, const uint8_t* stage, const Lookup& lookup,
+                                 int index, Sums& sums, Group& group) {
     const int warp = thread() / kLanes, lane = thread() % kLanes;
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
       const uint8_t* scales = stage + kScales + b * 2 * kBlock * 4;
       const int row = index * kBlock + warp * kStrip + lane / 4;
-      const float upper = scale_of(scales, a.scale_dtype, row);
-      const float lower = scale_of(scales, a.scale_dtype, row + 8);
+      float upper, lower;
+      if constexpr (kCodebook) {
+        const uint8_t* codes = stage + kZeros + b * 2 * kBlock;
+        upper = Product::scale(a, lookup, scales, codes, row);
+        lower = Product::scale(a, lookup, scales, codes, row + 8);
+      } else {
+        upper = scale_of(scales, a.scale_dtype, row);
+        lower = scale_of(scales, a.scale_dtype, row + 8);
+      }
 #pragma unroll
       for (int j = 0; j < kTokenTiles; ++j)
 #pragma unroll
@@ -146,13 +181,13 @@ struct MmaGemm {
   }
 
   // row: of the scales and zeros in a stage.
-  static TERSOR_DEVICE int zero_of(const LinearArgs& a, const uint8_t* stage, int b, int row) {
+  static TERSOR_DEVICE int zero_of(const Args& a, const uint8_t* stage, int b, int row) {
     return a.w.asymmetric ? stage[kZeros + b * 2 * kBlock + row] : 1 << (kBits - 1);
   }
 
   // ends_group: a group, or what this worker has of it, ends with this step.
-  static TERSOR_DEVICE void step(const LinearArgs& a, const uint8_t* stage, bool ends_group,
-                                 Sums& sums, Group& group) {
+  static TERSOR_DEVICE void step(const Args& a, const uint8_t* stage, const Lookup& lookup,
+                                 bool ends_group, Sums& sums, Group& group) {
     const int warp = thread() / kLanes, lane = thread() % kLanes;
     constexpr int kOperations = kBlock / Product::kColumns, kHalf = kOperations / 2;
     constexpr int kWords = kBits / kOperations;  // of a lane in an operation
@@ -178,19 +213,24 @@ struct MmaGemm {
           load16(words[b], stage + kCodes + b * block_bytes(kBits) + chunk * 16);
         }
         uint32_t codes[4];
-        Product::operands(codes, words[b] + q * kWords % 4, zeros[b]);
+        if constexpr (kCodebook)
+          Product::operands(codes, words[b][q * kWords % 4], lookup);
+        else
+          Product::operands(codes, words[b] + q * kWords % 4, zeros[b]);
 #pragma unroll
         for (int j = 0; j < kTokenTiles; ++j) Product::multiply(group[b][j], codes, tokens[j]);
       }
-      if (q + 1 == kHalf && a.w.groups_per_step == 2) fold(a, stage, 0, sums, group);
+      if (q + 1 == kHalf && a.w.groups_per_step == 2) fold(a, stage, lookup, 0, sums, group);
     }
-    if (ends_group) fold(a, stage, a.w.groups_per_step - 1, sums, group);
+    if (ends_group) fold(a, stage, lookup, a.w.groups_per_step - 1, sums, group);
   }
 
   // --- a worker ------------------------------------------------------------------------------
 
-  static TERSOR_DEVICE void run(const LinearArgs& a) {
+  static TERSOR_DEVICE void run(const Args& a) {
     uint8_t* shared = shared_memory();
+    Lookup lookup{};
+    if constexpr (kCodebook) lookup = Product::begin(a, shared + kTable, kThreads);
     const Partition& p = a.partition;
     const int begin = p.begin(worker()), end = p.begin(worker() + 1);
 #pragma unroll
@@ -209,7 +249,7 @@ struct MmaGemm {
       commit_copies();
       const int tile = at / p.steps, next = at % p.steps + 1;
       const bool ends_tile = next == p.steps || at + 1 == end;
-      step(a, shared + (at - begin) % kStages * kStage,
+      step(a, shared + (at - begin) % kStages * kStage, lookup,
            ends_tile || next % a.w.steps_per_group == 0, sums, group);
       if (!ends_tile) continue;
       const bool whole = at + 1 - tile_begin == p.steps;

@@ -23,6 +23,7 @@ struct Gemm {
   bool boxed;         // takes BoxedArgs, else LinearArgs
   bool int8;          // takes x as a quantize_kernel leaves it
   const void* function;
+  bool codebook = false;  // takes CodebookArgs
 };
 
 // Tables, one for each file of kernels; in a table those of the same bits by growing `tokens`.
@@ -30,6 +31,7 @@ std::vector<Gemm> mma_gemms_f16();
 std::vector<Gemm> mma_gemms_bf16();
 std::vector<Gemm> wgmma_gemms();
 std::vector<Gemm> int8_gemms();
+std::vector<Gemm> codebook_gemms();
 
 // Kernels that take PackArgs.
 const void* pack_kernel();
@@ -42,5 +44,9 @@ const void* dequantize_kernel(int32_t dtype);
 const void* solve_kernel(bool grid, bool pattern);
 // Takes GridArgs.
 const void* search_grid_kernel();
+// The same for CodebookPackArgs and CodebookDequantizeArgs.
+const void* pack_codebook_kernel();
+const void* unpack_codebook_kernel();
+const void* dequantize_codebook_kernel(int32_t dtype);
 
 }  // namespace tersor::cuda

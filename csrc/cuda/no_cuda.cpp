@@ -30,4 +30,15 @@ bool linear(const tersor_args&, void*, Target) { refuse(); }
 void search_grid(const GridArgs&, Target) { refuse(); }
 void solve_block(const SolveArgs&, Target) { refuse(); }
 
+const char* refuses(const CodebookSpec&) { return kWhy; }
+size_t packed_bytes(const CodebookSpec&) { refuse(); }
+void pack(const CodebookSpec&, const CodebookView&, void*, Target) { refuse(); }
+void unpack(const CodebookSpec&, const void*, const CodebookView&, Target) { refuse(); }
+void dequantize(const CodebookSpec&, const float*, const void*, int64_t, int64_t, void*, int32_t,
+                Target) {
+  refuse();
+}
+std::string serves(const CodebookSpec&, int64_t, int32_t, int) { refuse(); }
+bool linear(const CodebookCall&, Target) { refuse(); }
+
 }  // namespace tersor::cuda

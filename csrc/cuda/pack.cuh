@@ -26,8 +26,9 @@ TERSOR_DEVICE int64_t portable_grid(const Shape& w, int64_t index) {
   return row < w.n && group < portable_groups(w) ? row * portable_groups(w) + group : -1;
 }
 
-TERSOR_DEVICE void pack_body(const PackArgs& a) {
-  const Shape& w = a.w;
+// code_of: a row and a column.
+template <class Code>
+TERSOR_DEVICE void pack_codes(const Shape& w, uint8_t* packed, Code code_of) {
   const int per_word = 32 / w.bits, per_block = kBlock * kBlock / per_word;
   const uint32_t empty = 1u << (w.bits - 1);
   each_of(int64_t{w.row_blocks} * w.steps * per_block, [&](int64_t i) {
@@ -37,19 +38,29 @@ TERSOR_DEVICE void pack_body(const PackArgs& a) {
     for (int j = 0; j < per_word; ++j) {
       const Place at = place_of(w.bits, static_cast<int>(i % per_block) * per_word + j);
       const int64_t row = row0 + at.row, column = column0 + at.column;
-      const uint32_t code = row < w.n && column < w.k ? a.codes[row * w.k + column] : empty;
+      const uint32_t code = row < w.n && column < w.k ? code_of(row, column) : empty;
       word |= code << (j * w.bits);
     }
-    reinterpret_cast<uint32_t*>(a.packed)[i] = word;
+    reinterpret_cast<uint32_t*>(packed)[i] = word;
   });
+}
+
+TERSOR_DEVICE void pack_grid(const PackArgs& a) {
+  const Shape& w = a.w;
+  const auto empty = static_cast<uint8_t>(1u << (w.bits - 1));
   each_of(int64_t{w.row_blocks} * w.groups * kBlock, [&](int64_t i) {
     const int64_t from = portable_grid(w, i);
     for (int byte = 0; byte < w.scale_bytes; ++byte)
       a.packed[w.scales_at + i * w.scale_bytes + byte] =
           from < 0 ? 0 : a.scales[from * w.scale_bytes + byte];
-    if (w.asymmetric)
-      a.packed[w.zeros_at + i] = from < 0 ? static_cast<uint8_t>(empty) : a.zeros[from];
+    if (w.asymmetric) a.packed[w.zeros_at + i] = from < 0 ? empty : a.zeros[from];
   });
+}
+
+TERSOR_DEVICE void pack_body(const PackArgs& a) {
+  pack_codes(a.w, a.packed,
+             [&](int64_t row, int64_t column) { return a.codes[row * a.w.k + column]; });
+  pack_grid(a);
 }
 
 TERSOR_DEVICE uint8_t code_at(const Shape& w, const uint8_t* packed, int64_t row, int64_t column) {
@@ -64,16 +75,21 @@ TERSOR_DEVICE int64_t grid_of(const Shape& w, int64_t row, int64_t group) {
                  static_cast<int>(row % kBlock));
 }
 
-TERSOR_DEVICE void unpack_body(const PackArgs& a) {
+TERSOR_DEVICE void unpack_grid(const PackArgs& a) {
   const Shape& w = a.w;
-  each_of(int64_t{w.n} * w.k,
-          [&](int64_t i) { a.codes[i] = code_at(w, a.packed, i / w.k, i % w.k); });
   each_of(int64_t{w.n} * portable_groups(w), [&](int64_t i) {
     const int64_t at = grid_of(w, i / portable_groups(w), i % portable_groups(w));
     for (int byte = 0; byte < w.scale_bytes; ++byte)
       a.scales[i * w.scale_bytes + byte] = a.packed[w.scales_at + at * w.scale_bytes + byte];
     if (w.asymmetric) a.zeros[i] = a.packed[w.zeros_at + at];
   });
+}
+
+TERSOR_DEVICE void unpack_body(const PackArgs& a) {
+  const Shape& w = a.w;
+  each_of(int64_t{w.n} * w.k,
+          [&](int64_t i) { a.codes[i] = code_at(w, a.packed, i / w.k, i % w.k); });
+  unpack_grid(a);
 }
 
 template <class To>

@@ -23,6 +23,7 @@ constexpr int64_t kMostTiles = 16384;
 constexpr size_t kCounterBytes = kMostTiles * sizeof(int);
 // More tokens than this are better multiplied with a weight that is dequantized once.
 constexpr int64_t kMostTokens = 128;
+constexpr int64_t kMostCodebookTokens = 64;
 // The shortest stretch of steps that is worth a worker of its own.
 constexpr int32_t kLeastSteps = 4;
 
@@ -36,6 +37,7 @@ const std::vector<Gemm>& gemms() {
     std::vector<Gemm> table = mma_gemms_f16();
     for (const Gemm& gemm : mma_gemms_bf16()) table.push_back(gemm);
     for (const Gemm& gemm : int8_gemms()) table.push_back(gemm);
+    for (const Gemm& gemm : codebook_gemms()) table.push_back(gemm);
 #ifdef TERSOR_HAVE_CUDA90A
     for (const Gemm& gemm : wgmma_gemms()) table.push_back(gemm);
 #endif
@@ -120,18 +122,15 @@ struct Plan {
   Partition partition{};
 };
 
-Plan plan(const tersor_spec& spec, int64_t m, int32_t dtype, int number) {
-  if (const char* why = refuses(spec)) throw Error(std::string("a weight in CUDA order: ") + why);
-  const bool int8 = spec.activation == TERSOR_A8;
-  if (m < 1 || (m > kMostTokens && !int8)) return {};
+// fits: whether a kernel takes such a weight.
+template <class Fits>
+Plan plan(const Shape& w, int64_t m, int32_t dtype, int number, Fits fits) {
   const Device& on = device(number);
-  const Shape w = shape(spec);
   Plan best;
   int64_t least = INT64_MAX;
   for (size_t i = 0; i < gemms().size(); ++i) {
     const Gemm& gemm = gemms()[i];
-    if (!on.resident[i] || gemm.bits != spec.bits || gemm.dtype != dtype || gemm.int8 != int8)
-      continue;
+    if (!on.resident[i] || gemm.dtype != dtype || !fits(gemm)) continue;
     const int64_t rows = (int64_t{w.row_blocks} + gemm.blocks - 1) / gemm.blocks;
     const int64_t tokens = (m + gemm.tokens - 1) / gemm.tokens, tiles = rows * tokens;
     if (tiles > kMostTiles || tiles * w.steps > INT32_MAX / 2) continue;
@@ -146,6 +145,23 @@ Plan plan(const tersor_spec& spec, int64_t m, int32_t dtype, int number) {
                                   static_cast<int32_t>(on.resident[i]), kLeastSteps);
   }
   return best;
+}
+
+Plan plan(const tersor_spec& spec, int64_t m, int32_t dtype, int number) {
+  if (const char* why = refuses(spec)) throw Error(std::string("a weight in CUDA order: ") + why);
+  const bool int8 = spec.activation == TERSOR_A8;
+  if (m < 1 || (m > kMostTokens && !int8)) return {};
+  return plan(shape(spec), m, dtype, number, [&](const Gemm& gemm) {
+    return gemm.bits == spec.bits && gemm.int8 == int8 && !gemm.codebook;
+  });
+}
+
+CodebookShape shape(const CodebookSpec& s) { return codebook_shape_of(s.n, s.k, s.g, s.doubled); }
+
+Plan plan(const CodebookSpec& spec, int64_t m, int32_t dtype, int number) {
+  if (const char* why = refuses(spec)) throw Error(std::string("a weight in CUDA order: ") + why);
+  if (m < 1 || m > kMostCodebookTokens) return {};
+  return plan(shape(spec).w, m, dtype, number, [](const Gemm& gemm) { return gemm.codebook; });
 }
 
 // Where int8 activations lie in the memory that a caller has for them.
@@ -295,12 +311,11 @@ size_t scratch_bytes(const tersor_spec& spec, int64_t m, int32_t dtype, int numb
   return chosen.gemm && chosen.gemm->int8 ? Scratch(chosen, shape(spec)).bytes : 0;
 }
 
-bool linear(const tersor_args& call, void* scratch, Target target) {
-  const Plan chosen = plan(call.spec, call.m, call.dtype, target.device);
-  if (!chosen.gemm) return false;
-  LinearArgs args{};
-  args.w = shape(call.spec);
-  args.scale_dtype = call.spec.scale_dtype;
+namespace {
+
+// What a tersor_args and a CodebookCall say alike.
+template <class Call>
+void describe(LinearArgs& args, const Call& call, const Plan& chosen) {
   args.packed = static_cast<const uint8_t*>(call.packed);
   args.x = call.x;
   args.y = static_cast<uint16_t*>(call.y);
@@ -311,6 +326,17 @@ bool linear(const tersor_args& call, void* scratch, Target target) {
   args.partition = chosen.partition;
   args.arrived = static_cast<int*>(call.workspace);
   args.partials = reinterpret_cast<float*>(static_cast<uint8_t*>(call.workspace) + kCounterBytes);
+}
+
+}  // namespace
+
+bool linear(const tersor_args& call, void* scratch, Target target) {
+  const Plan chosen = plan(call.spec, call.m, call.dtype, target.device);
+  if (!chosen.gemm) return false;
+  LinearArgs args{};
+  args.w = shape(call.spec);
+  args.scale_dtype = call.spec.scale_dtype;
+  describe(args, call, chosen);
   const Current current(target.device);
   BoxedArgs boxed;
   const void* given = &args;
@@ -349,6 +375,62 @@ void solve_block(const SolveArgs& args, Target target) {
   launch(solve_kernel(args.scales != nullptr, args.of != 0),
          static_cast<int>((args.n + kSolveRows - 1) / kSolveRows), kSolveThreads, kSolveShared,
          &args, target);
+}
+
+// --- weights of indices into sixteen values ------------------------------------------------------
+
+const char* refuses(const CodebookSpec& spec) {
+  if (spec.k % 16) return "k must be a multiple of 16 on a GPU";
+  if (spec.g < 1 || spec.k % spec.g || !is_group(spec.k, spec.g))
+    return "blocks must divide a row, and be 32, a multiple of 64, or the whole row";
+  if ((spec.n + 2 * kBlock) > INT32_MAX / (spec.k / spec.g))
+    return "the weight has too many blocks for one kernel";
+  return nullptr;
+}
+
+size_t packed_bytes(const CodebookSpec& spec) { return static_cast<size_t>(shape(spec).bytes); }
+
+void pack(const CodebookSpec& spec, const CodebookView& view, void* packed, Target target) {
+  const CodebookPackArgs args{shape(spec), static_cast<uint8_t*>(packed),
+                              view.codes,  static_cast<uint8_t*>(view.scales),
+                              view.steps,  view.mean};
+  launch_over(pack_codebook_kernel(), spec.n * spec.k / 8, &args, target);
+}
+
+void unpack(const CodebookSpec& spec, const void* packed, const CodebookView& view, Target target) {
+  const CodebookPackArgs args{shape(spec), static_cast<uint8_t*>(const_cast<void*>(packed)),
+                              view.codes,  static_cast<uint8_t*>(view.scales),
+                              view.steps,  view.mean};
+  launch_over(unpack_codebook_kernel(), spec.n * spec.k / 2, &args, target);
+}
+
+void dequantize(const CodebookSpec& spec, const float* values, const void* packed, int64_t begin,
+                int64_t end, void* to, int32_t dtype, Target target) {
+  CodebookDequantizeArgs args{shape(spec), static_cast<const uint8_t*>(packed), {}, begin, end, to};
+  std::copy_n(values, kValues, args.values);
+  launch_over(dequantize_codebook_kernel(dtype), (end - begin) * spec.k, &args, target);
+}
+
+std::string serves(const CodebookSpec& spec, int64_t m, int32_t dtype, int number) {
+  const Plan chosen = plan(spec, m, dtype, number);
+  return chosen.gemm ? chosen.gemm->name : "";
+}
+
+bool linear(const CodebookCall& call, Target target) {
+  const Plan chosen = plan(call.spec, call.m, call.dtype, target.device);
+  if (!chosen.gemm) return false;
+  const CodebookShape s = shape(call.spec);
+  CodebookArgs args{};
+  args.w = s.w;
+  describe(args, call, chosen);
+  args.codebook = call.values;
+  args.doubled = s.doubled, args.row_groups = s.row_groups;
+  args.scale_steps = reinterpret_cast<const float*>(args.packed + s.steps_at);
+  args.mean = reinterpret_cast<const float*>(args.packed + s.mean_at);
+  const Current current(target.device);
+  launch(chosen.gemm->function, chosen.partition.workers, chosen.gemm->threads, chosen.gemm->shared,
+         &args, target);
+  return true;
 }
 
 }  // namespace tersor::cuda

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tersor.adapters.codebook import FP4, NF4
     from tersor.adapters.loftq import LoftQ, loftq_model
     from tersor.adapters.lora import add_lora, prepare_lora
     from tersor.adapters.merge import merge_lora
-    from tersor.adapters.nf4 import NF4
     from tersor.adapters.nf4_linear import NF4Linear, nf4_model
     from tersor.calibrate import Calibration
     from tersor.errors import TersorError
@@ -113,7 +113,8 @@ _HOME = {  # module of each public name
     "Treatment": "layerwise",
     "add_lora": "adapters.lora",
     "prepare_lora": "adapters.lora",
-    "NF4": "adapters.nf4",
+    "NF4": "adapters.codebook",
+    "FP4": "adapters.codebook",
     "NF4Linear": "adapters.nf4_linear",
     "nf4_model": "adapters.nf4_linear",
     "LoftQ": "adapters.loftq",
@@ -133,6 +134,7 @@ _HOME = {  # module of each public name
 }
 
 __all__ = [
+    "FP4",
     "GPTQ",
     "NF4",
     "QAT",

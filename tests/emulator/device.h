@@ -38,6 +38,7 @@ namespace emulator {
 struct Copy {
   void* to;
   const void* from;  // nullptr: zeros
+  size_t bytes = 16;
 };
 
 constexpr int kWarp = 32;
@@ -109,9 +110,9 @@ inline void check_shared(const void* to, size_t bytes) {
 
 inline void perform(const Copy& copy) {
   if (copy.from)
-    std::memcpy(copy.to, copy.from, 16);
+    std::memcpy(copy.to, copy.from, copy.bytes);
   else
-    std::memset(copy.to, 0, 16);
+    std::memset(copy.to, 0, copy.bytes);
 }
 
 inline void enter() {
@@ -241,14 +242,20 @@ inline int add_atomically(int* at, int value) {
   return before;
 }
 
-inline void copy_async(void* shared, const void* global, bool inside = true) {
-  emulator::check_shared(shared, 16);
-  emulator::check_read(inside ? global : shared, inside ? 16 : 1, inside ? 16 : 1);
-  const emulator::Copy copy{shared, inside ? global : nullptr};
+inline void copy_bytes_async(void* shared, const void* global, bool inside, size_t bytes) {
+  emulator::check_shared(shared, bytes);
+  emulator::check_read(inside ? global : shared, inside ? bytes : 1, inside ? bytes : 1);
+  const emulator::Copy copy{shared, inside ? global : nullptr, bytes};
   if (emulator::machine().eager)
     emulator::perform(copy);
   else
     emulator::self().open.push_back(copy);
+}
+inline void copy_async(void* shared, const void* global, bool inside = true) {
+  copy_bytes_async(shared, global, inside, 16);
+}
+inline void copy_async4(void* shared, const void* global, bool inside = true) {
+  copy_bytes_async(shared, global, inside, 4);
 }
 inline void commit_copies() {
   emulator::Fiber& fiber = emulator::self();
@@ -358,6 +365,7 @@ inline float float_of_bits(uint32_t bits) {
 
 inline int nearest(float value) { return static_cast<int>(std::nearbyint(value)); }
 inline float quotient(float a, float b) { return a / b; }
+inline float times(float a, float b) { return a * b; }
 
 template <class T, class Join>
 T over_lanes(T value, Join) {

@@ -4,6 +4,7 @@
 #include "cuda/gemm_mma.cuh"
 #include "cuda/gemm_wgmma.cuh"
 #include "cuda/pack.cuh"
+#include "cuda/pack_codebook.cuh"
 #include "cuda/quantize.cuh"
 
 namespace {
@@ -26,8 +27,8 @@ struct Run {
   bool eager;
 };
 
-template <class Kernel, class Body>
-void gemm(LinearArgs& a, const Run& run, Body body, std::vector<Region> readable = {}) {
+template <class Kernel, class Args, class Body>
+void gemm(Args& a, const Run& run, Body body, std::vector<Region> readable = {}) {
   constexpr int kTokens = Kernel::kTokens, kBlocks = Kernel::kBlocks;
   const int row_tiles = (a.w.row_blocks + kBlocks - 1) / kBlocks;
   a.token_tiles = (a.m + kTokens - 1) / kTokens;
@@ -37,7 +38,10 @@ void gemm(LinearArgs& a, const Run& run, Body body, std::vector<Region> readable
   a.partials += (16 - reinterpret_cast<uintptr_t>(a.partials) % 16) % 16 / 4;
   std::vector<int> arrived(a.partition.tiles, 0);
   a.arrived = arrived.data();
-  readable.push_back(region(a.packed, a.w.bytes));
+  int64_t bytes = a.w.bytes;
+  if constexpr (std::is_same_v<Args, CodebookArgs>)
+    bytes = codebook_shape_of(a.w.n, a.w.k, a.w.g, a.doubled).bytes;
+  readable.push_back(region(a.packed, bytes));
   readable.push_back(region(a.partials, int64_t{8} * a.partition.workers * Kernel::kTile));
   if (readable.size() == 2) readable.push_back(region(a.x, ((a.m - 1) * a.ldx + a.w.k) * 2));
   emulator::launch(a.partition.workers, Kernel::kThreads, Kernel::kSharedBytes, readable, run.seed,
@@ -77,6 +81,25 @@ void wgmma(const LinearArgs& a, const Run& run) {
   using Kernel = WgmmaGemm<T, kBits, kTokens>;
   BoxedArgs boxed{a, tensor_map(a.x, a.m, a.w.k, a.ldx, kTokens)};
   gemm<Kernel>(boxed.linear, run, [&] { Kernel::run(boxed); });
+}
+
+template <class T, int kTokens, int kBlocks, int kCopies>
+void codebook(CodebookArgs a, const Run& run) {
+  using Kernel = MmaGemm<CodebookProduct<T, kCopies>, kTokens, kBlocks, CodebookArgs>;
+  gemm<Kernel>(a, run, [&] { Kernel::run(a); });
+}
+
+template <class T>
+void codebook(const CodebookArgs& a, int tokens, const Run& run) {
+  if (tokens == 8) return codebook<T, 8, 1, 32>(a, run);
+  if (tokens == 16) return codebook<T, 16, 1, 32>(a, run);
+  if (tokens == 32) return codebook<T, 32, 2, 16>(a, run);
+  if (tokens == 64) return codebook<T, 64, 1, 16>(a, run);
+  emulator::fail("there is no kernel with so many tokens");
+}
+
+CodebookShape codebook_shape(const int64_t* s) {
+  return codebook_shape_of(s[0], s[1], s[2], s[3] != 0);
 }
 
 template <class T, int kBits>
@@ -138,6 +161,52 @@ void linear(const int64_t* s, int scale_dtype, const uint8_t* packed, const uint
     half ? gemm<Half, 4>(a, kind, tokens, run) : gemm<Bfloat, 4>(a, kind, tokens, run);
   else
     half ? gemm<Half, 8>(a, kind, tokens, run) : gemm<Bfloat, 8>(a, kind, tokens, run);
+}
+
+// s: n, k, g, doubled.
+int64_t codebook_bytes(const int64_t* s) { return codebook_shape(s).bytes; }
+
+// values [16] as floats; returns the unit.
+float codebook_rounded(const float* values, int dtype, float* rounded) {
+  const RoundedValues made = rounded_values(values, dtype);
+  for (int i = 0; i < kValues; ++i)
+    rounded[i] = dtype == TERSOR_F16 ? from_f16(made.values[i]) : from_bf16(made.values[i]);
+  return made.unit;
+}
+
+void codebook_pack(const int64_t* s, uint8_t* packed, uint8_t* codes, uint8_t* scales, float* steps,
+                   float* mean, int workers, int back) {
+  const CodebookPackArgs a{codebook_shape(s), packed, codes, scales, steps, mean};
+  emulator::launch(workers, kPackThreads, 0, {}, 0, false,
+                   [&] { back ? unpack_codebook_body(a) : pack_codebook_body(a); });
+}
+
+void codebook_dequantize(const int64_t* s, const uint8_t* packed, const float* values,
+                         int64_t begin, int64_t end, void* to, int to_dtype, int workers) {
+  CodebookDequantizeArgs a{codebook_shape(s), packed, {}, begin, end, to};
+  std::copy_n(values, kValues, a.values);
+  emulator::launch(workers, kPackThreads, 0, {}, 0, false, [&] {
+    if (to_dtype == TERSOR_F32) return dequantize_codebook_body<float>(a);
+    if (to_dtype == TERSOR_BF16) return dequantize_codebook_body<Bits<Bfloat>>(a);
+    dequantize_codebook_body<Bits<Half>>(a);
+  });
+}
+
+void codebook_linear(const int64_t* s, const uint8_t* packed, const float* values,
+                     const uint16_t* x, uint16_t* y, const float* bias, int m, int64_t ldx,
+                     int64_t ldy, int dtype, int tokens, int resident, unsigned seed, int eager) {
+  const CodebookShape shape = codebook_shape(s);
+  CodebookArgs a{};
+  a.w = shape.w;
+  a.packed = packed;
+  a.x = x, a.y = y, a.bias = bias;
+  a.ldx = ldx, a.ldy = ldy, a.m = m;
+  a.codebook = rounded_values(values, dtype);
+  a.doubled = shape.doubled, a.row_groups = shape.row_groups;
+  a.scale_steps = reinterpret_cast<const float*>(packed + shape.steps_at);
+  a.mean = reinterpret_cast<const float*>(packed + shape.mean_at);
+  const Run run{resident, seed, eager != 0};
+  dtype == TERSOR_F16 ? codebook<Half>(a, tokens, run) : codebook<Bfloat>(a, tokens, run);
 }
 
 // Of each worker the first step; of each step its worker, and the slot of that worker for its tile.

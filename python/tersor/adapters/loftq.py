@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from tersor.adapters.codebook import Codebook, CodebookWeight, quantize_codebook
 from tersor.adapters.lora import (
     add_lora,
     check_free,
@@ -18,7 +19,6 @@ from tersor.adapters.lora import (
     in_experts,
     refuse_experts,
 )
-from tersor.adapters.nf4 import NF4, NF4Weight, quantize_nf4
 from tersor.adapters.nf4_linear import NF4Linear
 from tersor.calibrate import GramStats, capture
 from tersor.errors import TersorError
@@ -105,7 +105,7 @@ def loftq_model(
     model: nn.Module,
     config: Any = None,
     *,
-    to: Scheme | NF4,
+    to: Scheme | Codebook,
     method: str | Solver = "rtn",
     calibration: Tensor | Iterable[Any] | None = None,
     settings: LoftQ | None = None,
@@ -117,12 +117,13 @@ def loftq_model(
     model: the original, on the CPU; changed in place.
     config: a peft.LoraConfig; ranks, alphas and targets as in tersor.add_lora, which are among the
         linears that quantize_model takes. Those that it does not target are only quantized.
-    to: a Scheme, by `method`, a solver that quantizes ("rtn", "gptq"); or NF4(...), for QLoRA.
+    to: a Scheme, by `method`, a solver that quantizes ("rtn", "gptq"); or NF4(...) or FP4(...), for
+        QLoRA.
     calibration, ignore: as in quantize_model; for methods and weightings that need it. Each block
         sees what the ones before it give, their adapters included.
 
     The quantized base is not the one that quantize_model makes: keep it, by tersor.save (or by
-    state_dict() for NF4), along with the adapters, which peft saves.
+    state_dict() for NF4 and FP4), along with the adapters, which peft saves.
     Raises TersorError, before the model is changed, for bad input.
     """
     peft = import_peft()
@@ -183,13 +184,13 @@ def loftq_model(
     return adapted, done
 
 
-def _solver(to: Scheme | NF4, method: str | Solver) -> Solver | None:
-    if isinstance(to, NF4):
+def _solver(to: Scheme | Codebook, method: str | Solver) -> Solver | None:
+    if isinstance(to, Codebook):
         if method != "rtn":
-            raise TersorError(f"NF4 rounds to nearest; leave out method={method!r}")
+            raise TersorError(f"{to} rounds to nearest; leave out method={method!r}")
         return None
     if not isinstance(to, Scheme):
-        raise TersorError(f"`to` is a Scheme(QSpec(...)) or NF4(...), not {to!r}")
+        raise TersorError(f"`to` is a Scheme(QSpec(...)), NF4(...) or FP4(...), not {to!r}")
     solver = find_solver(method)
     if solver.sparsity is not None:
         raise TersorError(f"{solver.name} prunes, and adapters would fill its zeros; use rtn, gptq")
@@ -197,19 +198,19 @@ def _solver(to: Scheme | NF4, method: str | Solver) -> Solver | None:
 
 
 def _quantizer(
-    to: Scheme | NF4, solver: Solver | None, stats: GramStats | None
+    to: Scheme | Codebook, solver: Solver | None, stats: GramStats | None
 ) -> Callable[[Tensor], Any]:
-    if isinstance(to, NF4):
-        return lambda w: quantize_nf4(w, to)
+    if isinstance(to, Codebook):
+        return lambda w: quantize_codebook(w, to)
     assert solver is not None  # of any scheme
     reached = stats is not None and stats.tokens > 0
     able = solver if reached or solver.needs is None else solver.without_input()
     return lambda w: able(w, stats if reached else None, to.weight)
 
 
-def _layer(q: Any, linear: nn.Linear, to: Scheme | NF4) -> nn.Module:
+def _layer(q: Any, linear: nn.Linear, to: Scheme | Codebook) -> nn.Module:
     dtype = linear.weight.dtype
-    if isinstance(q, NF4Weight):
+    if isinstance(q, CodebookWeight):
         return NF4Linear(q, linear.bias, dtype)
     assert isinstance(q, QWeight) and isinstance(to, Scheme)
     return QuantLinear(q, linear.bias, to.activation, dtype)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tersor.adapters.codebook import quantize_codebook
 from tersor.adapters.lora import import_peft
-from tersor.adapters.nf4 import quantize_nf4
 from tersor.adapters.nf4_linear import NF4Linear
 from tersor.calibrate import GramStats, capture
 from tersor.errors import TersorError
@@ -27,7 +27,7 @@ _PATTERNS = (4, 8, 16)  # with more columns, few bits would have such zeros by r
 class MergedLayer:
     """What merging did to one linear: M = W + B A, and Q is M as it is stored now.
 
-    method: "rtn", "gptq", "nf4", "dense", or "unchanged" where B A was zero.
+    method: "rtn", "gptq", "nf4", "fp4", "dense", or "unchanged" where B A was zero.
     adapter: ‖B A‖² / ‖M‖², the size of what was merged.
     weight_error: ‖M - Q‖² / ‖M‖². More than `adapter` means that rounding moved the weight further
         than training did.
@@ -68,7 +68,8 @@ def merge_lora(
     """The model without adapters, the active ones merged into its weights, and what that cost.
 
     model: a peft.PeftModel of add_lora or loftq_model, changed in place.
-    method: how W + B A is rounded to the spec that W has, "rtn" or "gptq"; NF4 rounds to nearest.
+    method: how W + B A is rounded to the spec that W has, "rtn" or "gptq"; NF4 and FP4
+        are rounded to the nearest of their values.
         A layer that is quantized is quantized afterwards, in the same layer, format and dtype, but
         groups follow the order of the columns again. One whose B A is zero stays as it is. Zeros
         in a pattern stay zeros: at least half of every 4, 8 or 16 columns, such as 2:4. Others
@@ -235,7 +236,8 @@ def _requantized(
     base: nn.Module, wanted: Tensor, bias: Tensor | None, stats: GramStats | None, solver: Solver
 ) -> tuple[nn.Module, str]:
     if isinstance(base, NF4Linear):
-        return NF4Linear(quantize_nf4(wanted, base.spec), bias, base.dtype), "nf4"
+        made = quantize_codebook(wanted, base.spec)
+        return NF4Linear(made, bias, base.dtype), base.spec.values
     assert isinstance(base, QuantLinear)  # SparseLinear is refused before
     seen = stats if stats is not None and stats.tokens else None
     if solver.needs is not None and seen is None:
@@ -272,7 +274,7 @@ def _codes(layer: nn.Module) -> Tensor:
     if isinstance(layer, QuantLinear):
         return layer.qweight().codes
     assert isinstance(layer, NF4Linear)
-    packed, count = layer.packed, layer.out_features * layer.in_features
+    packed, count = layer.nf4_weight().packed, layer.out_features * layer.in_features
     return torch.stack([packed & 15, packed >> 4], 1).flatten()[:count]
 
 

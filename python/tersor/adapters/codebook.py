@@ -1,14 +1,18 @@
-"""NF4, the 4-bit data type of QLoRA (Dettmers et al., arXiv:2305.14314), with double quantization.
+"""Four bits as an index into sixteen values, not a uniform grid: NF4, the data type of QLoRA
+(Dettmers et al., arXiv:2305.14314), and FP4, the floating-point numbers of 4 bits.
 
-Sixteen values, not a uniform grid, and blocks that run along the flattened weight: neither QSpec
-nor the kernels and formats made from it know either, so NF4 weights have a class of their own.
+Blocks that share a scale run along the flattened weight, and scales can be quantized themselves
+(double quantization). Neither QSpec nor the kernels and formats made from it know any of this, so
+these weights have a class of their own.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -34,9 +38,25 @@ def nf4_values() -> Tensor:
     return (values / values.abs().max()).float()
 
 
+@functools.cache
+def fp4_values() -> Tensor:
+    """The sixteen values of FP4 by their codes, divided by the largest: float32, from -1 to 1.
+
+    E2M1: a sign, two bits of exponent and one of mantissa (MX formats, arXiv:2310.10537), so that
+    the codes 0 to 7 are 0, 0.5, 1, 1.5, 2, 3, 4 and 6, and 8 to 15 the same below zero, with a
+    second zero at 8 that rounding never gives. bitsandbytes' "fp4" has 1/32 in the place of 1/2,
+    and its codes in another order.
+    """
+    upper = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64) / 6
+    return torch.cat([upper, -upper]).float()
+
+
+VALUES: dict[str, Callable[[], Tensor]] = {"nf4": nf4_values, "fp4": fp4_values}  # by code
+
+
 @dataclass(frozen=True)
-class NF4:
-    """How a weight is stored in NF4.
+class Codebook:
+    """How a weight is stored as indices into sixteen values: NF4(...) or FP4(...).
 
     block: weights that share a scale, their largest absolute value; consecutive ones of the weight
         [n, k] as it lies in memory, so that no size has to divide another.
@@ -44,12 +64,17 @@ class NF4:
         with a float32 step for each 256. Blocks of 64 then take 4.127 bits per weight, not 4.5.
     """
 
+    values: ClassVar[str]  # the key of VALUES
+
     block: int = 64
     double: bool = True
 
     def __post_init__(self) -> None:
+        if type(self) is Codebook:
+            raise TersorError("a Codebook is NF4(...) or FP4(...); make one of these")
         if type(self.block) is not int or self.block not in BLOCKS:
-            raise TersorError(f"an NF4 block is one of {BLOCKS}, not {self.block!r}; 64 is usual")
+            kind = type(self).__name__
+            raise TersorError(f"a block of {kind} is one of {BLOCKS}, not {self.block!r}; use 64")
 
     @property
     def bits(self) -> float:
@@ -57,12 +82,26 @@ class NF4:
         return 4 + ((8 + 32 / STEP_BLOCK) if self.double else 32) / self.block
 
     def __str__(self) -> str:
-        return f"NF4 g{self.block}" + (" double" if self.double else "")
+        return f"{type(self).__name__} g{self.block}" + (" double" if self.double else "")
+
+
+@dataclass(frozen=True)
+class NF4(Codebook):
+    """Values at even steps of the normal distribution: the best of the two for weights."""
+
+    values: ClassVar[str] = "nf4"
+
+
+@dataclass(frozen=True)
+class FP4(Codebook):
+    """Floating-point numbers, E2M1."""
+
+    values: ClassVar[str] = "fp4"
 
 
 @dataclass
-class NF4Weight:
-    """A weight in NF4; n output features, k input features.
+class CodebookWeight:
+    """A weight in NF4 or FP4; n output features, k input features.
 
     packed: uint8 [ceil(n * k / 2)], two codes to a byte, the first in the low half.
     scales: float32 [blocks], or with double quantization int8 [blocks].
@@ -72,7 +111,7 @@ class NF4Weight:
     flattened matrix is the value of code i times the scale of block i // block.
     """
 
-    spec: NF4
+    spec: Codebook
     shape: tuple[int, int]
     packed: Tensor
     scales: Tensor
@@ -94,7 +133,7 @@ class NF4Weight:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight that the codes stand for, [n, k]; computed in float32, then cast."""
         count, block = math.prod(self.shape), self.spec.block
-        values = _pairs(self.packed.device)[self.packed.int()].flatten()
+        values = _pairs(self.spec.values, self.packed.device)[self.packed.int()].flatten()
         whole = count // block * block
         scales = self.block_scales()
         weight = torch.empty(count, dtype=dtype, device=self.packed.device)
@@ -105,7 +144,7 @@ class NF4Weight:
         return weight.view(self.shape)
 
 
-def quantize_nf4(w: Tensor, spec: NF4) -> NF4Weight:
+def quantize_codebook(w: Tensor, spec: Codebook) -> CodebookWeight:
     """Rounds each weight of w [n, k], floating point, to the nearest value of its block's scale.
 
     Scales are stored before any code is chosen, so that codes are the best ones for the very scales
@@ -113,7 +152,7 @@ def quantize_nf4(w: Tensor, spec: NF4) -> NF4Weight:
     Raises TersorError where w is not finite, not a matrix, or on the meta device.
     """
     if w.dim() != 2 or not w.is_floating_point() or not w.numel():
-        raise TersorError(f"NF4 takes a weight [n, k], not {w.dtype} {list(w.shape)}")
+        raise TersorError(f"{spec} takes a weight [n, k], not {w.dtype} {list(w.shape)}")
     if w.is_meta:
         raise TersorError("the weight is on the meta device; load the model's weights first")
     flat = w.detach().reshape(-1)
@@ -125,22 +164,23 @@ def quantize_nf4(w: Tensor, spec: NF4) -> NF4Weight:
     scales, steps, mean = _store_scales(largest) if spec.double else (largest, None, None)
     n, k = w.shape
     packed = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8, device=w.device)
-    made = NF4Weight(spec, (n, k), packed, scales, steps, mean)
+    made = CodebookWeight(spec, (n, k), packed, scales, steps, mean)
     divisors = made.block_scales()
     divisors = torch.where(divisors > 0, divisors, 1.0)
+    bounds, nearest = _bounds(spec.values, w.device)
     for i in range(0, flat.numel(), _CHUNK):  # a multiple of every block, and of two codes
         part = flat[i : i + _CHUNK].float()
         each = divisors[i // spec.block : (i + _CHUNK) // spec.block]
         part = part / each.repeat_interleave(spec.block)[: part.numel()]
-        codes = torch.bucketize(part, _bounds(w.device)).to(torch.uint8)
+        codes = nearest[torch.bucketize(part, bounds)]
         if codes.numel() % 2:
             codes = torch.nn.functional.pad(codes, (0, 1))
         packed[i // 2 : (i + _CHUNK) // 2] = codes[0::2] | codes[1::2] << 4
     return made
 
 
-def scale_shapes(spec: NF4, shape: tuple[int, int]) -> dict[str, tuple[int, torch.dtype]]:
-    """The length and dtype of each tensor of an NF4Weight of this shape, by the names it has."""
+def scale_shapes(spec: Codebook, shape: tuple[int, int]) -> dict[str, tuple[int, torch.dtype]]:
+    """The length and dtype of each tensor of a CodebookWeight of this shape, by their names."""
     count = math.prod(shape)
     blocks = math.ceil(count / spec.block)
     packed = {"packed": ((count + 1) // 2, torch.uint8)}
@@ -173,14 +213,18 @@ def _store_scales(scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @functools.cache
-def _bounds(device: torch.device) -> Tensor:
-    """Half way between neighbouring values, [15]."""
-    values = nf4_values().double()
-    return ((values[1:] + values[:-1]) / 2).float().to(device)
+def _bounds(values: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Half way between neighbouring values, float32, and the code between each two: uint8."""
+    each = VALUES[values]().double()
+    codes = each.argsort(stable=True)
+    each = each[codes]
+    distinct = torch.cat([torch.ones(1, dtype=torch.bool), each[1:] > each[:-1]])
+    each, codes = each[distinct], codes[distinct]
+    return ((each[1:] + each[:-1]) / 2).float().to(device), codes.to(torch.uint8).to(device)
 
 
 @functools.cache
-def _pairs(device: torch.device) -> Tensor:
+def _pairs(values: str, device: torch.device) -> Tensor:
     """The two values of each byte, [256, 2]."""
-    values, byte = nf4_values(), torch.arange(256)
-    return torch.stack([values[byte & 15], values[byte >> 4]], 1).to(device)
+    each, byte = VALUES[values](), torch.arange(256)
+    return torch.stack([each[byte & 15], each[byte >> 4]], 1).to(device)
