@@ -23,6 +23,7 @@ struct Gemm {
   bool boxed;         // takes BoxedArgs, else LinearArgs
   bool int8;          // takes x as a quantize_kernel leaves it
   const void* function;
+  bool outliers = false;  // takes columns in 16 bits beside the int8 ones
 };
 
 // Tables, one for each file of kernels; in a table those of the same bits by growing `tokens`.
@@ -30,12 +31,17 @@ std::vector<Gemm> mma_gemms_f16();
 std::vector<Gemm> mma_gemms_bf16();
 std::vector<Gemm> wgmma_gemms();
 std::vector<Gemm> int8_gemms();
+std::vector<Gemm> outlier_gemms();
 
 // Kernels that take PackArgs.
 const void* pack_kernel();
 const void* unpack_kernel();
 // Takes QuantizeArgs; a block of threads for each row. dtype: enum tersor_dtype of x.
 const void* quantize_kernel(int32_t dtype);
+// The same without outliers; of 16 bits alone.
+const void* quantize_others_kernel(int32_t dtype);
+// Takes OutlierArgs; a block of threads for each step of columns. dtype: of x, of 16 bits.
+const void* outlier_kernel(int32_t dtype);
 // Takes DequantizeArgs. dtype: enum tersor_dtype of what it writes.
 const void* dequantize_kernel(int32_t dtype);
 // Takes SolveArgs; a worker for each kSolveRows rows.
