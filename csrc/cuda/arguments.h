@@ -41,9 +41,9 @@ struct QuantizeArgs {
   const void* x;  // [m, k]
   int64_t ldx;    // in elements
   int32_t m, rows;
-  int8_t* codes;  // [rows, steps * 64], in the order of quantize.cuh
-  float* scales;  // [rows]
-  int32_t* sums;  // [groups, rows]
+  int8_t* codes;             // [rows, steps * 64], in the order of quantize.cuh
+  float* scales;             // [rows]
+  int32_t* sums;             // [groups, rows]
   const uint64_t* outliers;  // [steps], for the kernel that leaves columns out
 };
 

@@ -32,15 +32,16 @@ struct MmaGemm {
   static constexpr int kBits = Product::kBits, kTokens = kTokens_, kBlocks = kBlocks_;
   static constexpr int kWarps = 4, kThreads = kWarps * kLanes;
   static constexpr int kTokenTiles = kTokens / 8;  // of one tensor core operation
-  using End =
-      Epilogue<typename Product::Result, kBlocks, kTokenTiles, kThreads, kOutliers ? 2 : 1>;
+  using End = Epilogue<typename Product::Result, kBlocks, kTokenTiles, kThreads, kOutliers ? 2 : 1>;
   using Sums = typename End::Sums;
   template <class P>
   using Group = typename P::Sum[kBlocks][kTokenTiles][4];
   using Exact = FloatProduct<typename Product::Result, kBits>;
   static constexpr int kTile = End::kTile;
   static constexpr int kStages = kOutliers ? (kTokens <= 16 ? 4 : 3)
-                                           : (kTokens <= 16 ? 6 : kBits == 4 ? 4 : 3);
+                                           : (kTokens <= 16 ? 6
+                                              : kBits == 4  ? 4
+                                                            : 3);
   static constexpr int kPerBlock = kTokens <= 16 ? 4 : 2;  // workers that a multiprocessor holds
 
   static constexpr int kRow = kBlock * Product::kElement;  // bytes of a token in a stage

@@ -35,14 +35,15 @@ const void* quantize_others_kernel(int32_t dtype) {
 }
 
 std::vector<Gemm> outlier_gemms() {
-  return {outlier_row<Half, 4, 8, 1>("w4a8o_mma_8"),     outlier_row<Half, 4, 16, 1>("w4a8o_mma_16"),
-          outlier_row<Half, 4, 32, 2>("w4a8o_mma_32"),   outlier_row<Half, 4, 64, 1>("w4a8o_mma_64"),
-          outlier_row<Bfloat, 4, 8, 1>("w4a8o_mma_8"),   outlier_row<Bfloat, 4, 16, 1>("w4a8o_mma_16"),
-          outlier_row<Bfloat, 4, 32, 2>("w4a8o_mma_32"), outlier_row<Bfloat, 4, 64, 1>("w4a8o_mma_64"),
-          outlier_row<Half, 8, 8, 1>("w8a8o_mma_8"),     outlier_row<Half, 8, 16, 1>("w8a8o_mma_16"),
-          outlier_row<Half, 8, 32, 2>("w8a8o_mma_32"),   outlier_row<Half, 8, 64, 1>("w8a8o_mma_64"),
-          outlier_row<Bfloat, 8, 8, 1>("w8a8o_mma_8"),   outlier_row<Bfloat, 8, 16, 1>("w8a8o_mma_16"),
-          outlier_row<Bfloat, 8, 32, 2>("w8a8o_mma_32"), outlier_row<Bfloat, 8, 64, 1>("w8a8o_mma_64")};
+  return {
+      outlier_row<Half, 4, 8, 1>("w4a8o_mma_8"),     outlier_row<Half, 4, 16, 1>("w4a8o_mma_16"),
+      outlier_row<Half, 4, 32, 2>("w4a8o_mma_32"),   outlier_row<Half, 4, 64, 1>("w4a8o_mma_64"),
+      outlier_row<Bfloat, 4, 8, 1>("w4a8o_mma_8"),   outlier_row<Bfloat, 4, 16, 1>("w4a8o_mma_16"),
+      outlier_row<Bfloat, 4, 32, 2>("w4a8o_mma_32"), outlier_row<Bfloat, 4, 64, 1>("w4a8o_mma_64"),
+      outlier_row<Half, 8, 8, 1>("w8a8o_mma_8"),     outlier_row<Half, 8, 16, 1>("w8a8o_mma_16"),
+      outlier_row<Half, 8, 32, 2>("w8a8o_mma_32"),   outlier_row<Half, 8, 64, 1>("w8a8o_mma_64"),
+      outlier_row<Bfloat, 8, 8, 1>("w8a8o_mma_8"),   outlier_row<Bfloat, 8, 16, 1>("w8a8o_mma_16"),
+      outlier_row<Bfloat, 8, 32, 2>("w8a8o_mma_32"), outlier_row<Bfloat, 8, 64, 1>("w8a8o_mma_64")};
 }
 
 }  // namespace tersor::cuda

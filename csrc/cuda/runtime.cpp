@@ -36,6 +36,7 @@ const std::vector<Gemm>& gemms() {
     std::vector<Gemm> table = mma_gemms_f16();
     for (const Gemm& gemm : mma_gemms_bf16()) table.push_back(gemm);
     for (const Gemm& gemm : int8_gemms()) table.push_back(gemm);
+    for (const Gemm& gemm : outlier_gemms()) table.push_back(gemm);
 #ifdef TERSOR_HAVE_CUDA90A
     for (const Gemm& gemm : wgmma_gemms()) table.push_back(gemm);
 #endif
@@ -120,7 +121,7 @@ struct Plan {
   Partition partition{};
 };
 
-Plan plan(const tersor_spec& spec, int64_t m, int32_t dtype, int number) {
+Plan plan(const tersor_spec& spec, int64_t m, int32_t dtype, int number, bool outliers) {
   if (const char* why = refuses(spec)) throw Error(std::string("a weight in CUDA order: ") + why);
   const bool int8 = spec.activation == TERSOR_A8;
   if (m < 1 || (m > kMostTokens && !int8)) return {};
@@ -130,7 +131,8 @@ Plan plan(const tersor_spec& spec, int64_t m, int32_t dtype, int number) {
   int64_t least = INT64_MAX;
   for (size_t i = 0; i < gemms().size(); ++i) {
     const Gemm& gemm = gemms()[i];
-    if (!on.resident[i] || gemm.bits != spec.bits || gemm.dtype != dtype || gemm.int8 != int8)
+    if (!on.resident[i] || gemm.bits != spec.bits || gemm.dtype != dtype || gemm.int8 != int8 ||
+        gemm.outliers != outliers)
       continue;
     const int64_t rows = (int64_t{w.row_blocks} + gemm.blocks - 1) / gemm.blocks;
     const int64_t tokens = (m + gemm.tokens - 1) / gemm.tokens, tiles = rows * tokens;
@@ -264,8 +266,8 @@ void dequantize(const tersor_spec& spec, const void* packed, int64_t begin, int6
   launch_over(dequantize_kernel(dtype), (end - begin) * spec.k, &args, target);
 }
 
-std::string serves(const tersor_spec& spec, int64_t m, int32_t dtype, int number) {
-  const Plan chosen = plan(spec, m, dtype, number);
+std::string serves(const tersor_spec& spec, int64_t m, int32_t dtype, int number, bool outliers) {
+  const Plan chosen = plan(spec, m, dtype, number, outliers);
   return chosen.gemm ? chosen.gemm->name : "";
 }
 
@@ -290,13 +292,28 @@ uint64_t capture_of(Target target) {
   return status == cudaStreamCaptureStatusNone ? 0 : id;
 }
 
-size_t scratch_bytes(const tersor_spec& spec, int64_t m, int32_t dtype, int number) {
-  const Plan chosen = plan(spec, m, dtype, number);
+size_t scratch_bytes(const tersor_spec& spec, int64_t m, int32_t dtype, int number, bool outliers) {
+  const Plan chosen = plan(spec, m, dtype, number, outliers);
   return chosen.gemm && chosen.gemm->int8 ? Scratch(chosen, shape(spec)).bytes : 0;
 }
 
-bool linear(const tersor_args& call, void* scratch, Target target) {
-  const Plan chosen = plan(call.spec, call.m, call.dtype, target.device);
+size_t outlier_bytes(int64_t k) { return static_cast<size_t>(round_up(k, kBlock) / 8); }
+
+void find_outliers(const void* x, int64_t m, int64_t k, int64_t ldx, int32_t dtype, float threshold,
+                   void* outliers, Target target) {
+  const OutlierArgs args{x,
+                         ldx,
+                         static_cast<int32_t>(m),
+                         static_cast<int32_t>(k),
+                         threshold,
+                         static_cast<uint64_t*>(outliers)};
+  const Current current(target.device);
+  launch(outlier_kernel(dtype), static_cast<int>(round_up(k, kBlock) / kBlock), kOutlierThreads,
+         kOutlierShared, &args, target);
+}
+
+bool linear(const tersor_args& call, const void* outliers, void* scratch, Target target) {
+  const Plan chosen = plan(call.spec, call.m, call.dtype, target.device, outliers != nullptr);
   if (!chosen.gemm) return false;
   LinearArgs args{};
   args.w = shape(call.spec);
@@ -328,8 +345,10 @@ bool linear(const tersor_args& call, void* scratch, Target target) {
     tokens.codes = reinterpret_cast<int8_t*>(begin);
     tokens.scales = reinterpret_cast<float*>(begin + room.scales_at);
     tokens.sums = reinterpret_cast<int32_t*>(begin + room.sums_at);
-    launch(quantize_kernel(call.dtype), room.rows, kQuantizeThreads, kQuantizeShared, &tokens,
-           target);
+    tokens.outliers = args.outliers = static_cast<const uint64_t*>(outliers);
+    args.exact = call.x, args.ld_exact = call.ldx;
+    launch(outliers ? quantize_others_kernel(call.dtype) : quantize_kernel(call.dtype), room.rows,
+           kQuantizeThreads, kQuantizeShared, &tokens, target);
     args.x = tokens.codes, args.ldx = int64_t{args.w.steps} * kBlock;
     args.x_scales = tokens.scales, args.x_sums = tokens.sums;
     args.w.k = static_cast<int32_t>(args.ldx);  // whole steps: what is beyond k is zero
