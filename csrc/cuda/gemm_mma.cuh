@@ -167,10 +167,11 @@ struct MmaGemm {
     }
   }
 
-  // sums += scale * group, group = 0. index: of the group within the step; kSet: of the sums.
+  // sums += scale * group, group = 0. index: of the group within the step; kSet: of the sums. Of a
+  // group that workers share, the one that has its end corrects for the zero points of the whole.
   template <class P, int kSet>
-  static TERSOR_DEVICE void fold(const LinearArgs& a, const uint8_t* stage, int index, Sums& sums,
-                                 Group<P>& group) {
+  static TERSOR_DEVICE void fold(const LinearArgs& a, const uint8_t* stage, int index, bool has_end,
+                                 Sums& sums, Group<P>& group) {
     const int warp = thread() / kLanes, lane = thread() % kLanes;
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
@@ -184,8 +185,9 @@ struct MmaGemm {
         for (int i = 0; i < 4; ++i) {
           if constexpr (P::kCorrects) {
             const int* x_sums = reinterpret_cast<const int*>(stage + kXSums) + index * kTokens;
-            group[b][j][i] -=
-                zero_of(a, stage, b, row + i / 2 * 8) * x_sums[j * 8 + lane % 4 * 2 + i % 2];
+            if (has_end)
+              group[b][j][i] -=
+                  zero_of(a, stage, b, row + i / 2 * 8) * x_sums[j * 8 + lane % 4 * 2 + i % 2];
           }
           sums[kSet * kBlocks + b][j][i] +=
               (i < 2 ? upper : lower) * static_cast<float>(group[b][j][i]);
@@ -200,10 +202,11 @@ struct MmaGemm {
   }
 
   // x: of P in the stage. ends_group: a group, or what this worker has of it, ends with this step.
-  // columns: with kSet 1, those that count.
+  // has_end: and it ends there for all workers. columns: with kSet 1, those that count.
   template <class P, int kSet>
   static TERSOR_DEVICE void step(const LinearArgs& a, const uint8_t* stage, const uint8_t* x,
-                                 uint64_t columns, bool ends_group, Sums& sums, Group<P>& group) {
+                                 uint64_t columns, bool ends_group, bool has_end, Sums& sums,
+                                 Group<P>& group) {
     const int warp = thread() / kLanes, lane = thread() % kLanes;
     constexpr int kOperations = kBlock / P::kColumns, kHalf = kOperations / 2;
     constexpr int kWords = kBits / kOperations;  // of a lane in an operation
@@ -234,9 +237,9 @@ struct MmaGemm {
 #pragma unroll
         for (int j = 0; j < kTokenTiles; ++j) P::multiply(group[b][j], codes, tokens[j]);
       }
-      if (q + 1 == kHalf && a.w.groups_per_step == 2) fold<P, kSet>(a, stage, 0, sums, group);
+      if (q + 1 == kHalf && a.w.groups_per_step == 2) fold<P, kSet>(a, stage, 0, true, sums, group);
     }
-    if (ends_group) fold<P, kSet>(a, stage, a.w.groups_per_step - 1, sums, group);
+    if (ends_group) fold<P, kSet>(a, stage, a.w.groups_per_step - 1, has_end, sums, group);
   }
 
   // --- a worker ------------------------------------------------------------------------------
@@ -263,11 +266,11 @@ struct MmaGemm {
       const bool ends_tile = next == p.steps || at + 1 == end;
       const uint8_t* stage = shared + (at - begin) % kStages * kStage;
       const uint64_t columns = kOutliers ? a.outliers[at % p.steps] : 0;
-      step<Product, 0>(a, stage, stage + kX, 0, ends_tile || next % a.w.steps_per_group == 0, sums,
-                       group);
+      const bool ends_group = next % a.w.steps_per_group == 0 || next == p.steps;
+      step<Product, 0>(a, stage, stage + kX, 0, ends_tile || ends_group, ends_group, sums, group);
       if constexpr (kOutliers) {
         Group<Exact> exact{};
-        if (columns) step<Exact, 1>(a, stage, stage + kExact, columns, true, sums, exact);
+        if (columns) step<Exact, 1>(a, stage, stage + kExact, columns, true, true, sums, exact);
       }
       if (!ends_tile) continue;
       const bool whole = at + 1 - tile_begin == p.steps;
