@@ -1,4 +1,4 @@
-"""LLM.int8() on CUDA kernels, run on the CPU by tests/emulator, against float64; no GPU is needed."""
+"""LLM.int8() by the CUDA kernels, run on the CPU by tests/emulator, against float64."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tersor.errors import TersorError
-from tersor.qweight import QSpec, QWeight
+from tersor.qweight import ActSpec, QSpec, QWeight
 from tersor.solvers.rtn import round_to_grid
 
 # The least scale of each dtype that it may be stored in: that of the solvers' grids, which are no
