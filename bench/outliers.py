@@ -30,7 +30,7 @@ from tersor import ActSpec, QSpec, Scheme, demo
 from tersor.demo_model import demo_model
 from tersor.evaluate import evaluate
 
-CHANNELS, FACTORS = 4, (1, 16, 64)
+CHANNELS, FACTORS, WINDOWS = 4, (1, 16, 64), 64
 READERS = {  # linears that read a norm, in a block of Llama's
     "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
@@ -100,7 +100,7 @@ def main() -> None:
     quick = parser.parse_args().quick
     source = demo_model()
     windows = demo.held_out_windows(source)["code"]
-    windows = windows[:8] if quick else windows
+    windows = windows[: 8 if quick else WINDOWS]
     rows = []
     for factor in FACTORS:
         models: dict[str, Any] = {"original": demo.original(source)}

@@ -147,7 +147,7 @@ def test_int8_activations(calls, dtype, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_outliers(calls, dtype, monkeypatch):
     """The columns are those of all tokens, though a part of them is multiplied at a time."""
-    monkeypatch.setattr(cuda, "_TOKENS", 8)
+    monkeypatch.setattr(cuda, "_TOKENS", 16)
     how = ActSpec(outliers=6.0)
     q = random_qweight(80, 192, QSpec(8, None), torch.float16)
     packed, fields = cuda.pack_weight(q, CPU, how), cuda.Grid.of(q, how).fields()

@@ -208,9 +208,10 @@ def _linear(
         return y
     grid, rows = Grid(n, k, g, bits, asymmetric, scale_dtype, activation), y.view(m, n)
     if x.dtype != torch.float32:
-        tokens = m if m <= _TOKENS or not activation else _TOKENS
-        parts = [slice(begin, min(begin + tokens, m)) for begin in range(0, m, tokens)]
         beyond = None if outliers is None else _find_outliers(matrix, outliers)
+        # With outliers a tile has half as many rows, and there are only so many tiles.
+        tokens = min(m, _TOKENS if beyond is None else _TOKENS // 2) if activation else m
+        parts = [slice(begin, min(begin + tokens, m)) for begin in range(0, m, tokens)]
         if all(_call(matrix[part], packed, bias, grid, rows[part], beyond) for part in parts):
             return y
     if activation:
