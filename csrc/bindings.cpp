@@ -7,6 +7,7 @@
 
 #include <atomic>
 #include <cstring>
+#include <limits>
 
 #if defined(__GLIBC__)
 #include <malloc.h>
@@ -14,6 +15,7 @@
 
 #include "bindings_cuda.h"
 #include "dispatch.h"
+#include "outliers.h"
 #include "parallel.h"
 #include "solve/solve.h"
 
@@ -191,9 +193,10 @@ void unpack(const Bytes& packed, const Elements& codes, const std::optional<Grid
   tersor::unpack(packed.data(), packed.shape(0), w.view);
 }
 
-// The hot path: addresses and sizes as integers, since an array object costs microseconds each.
-void linear(uintptr_t x, int64_t m, int64_t k, int64_t ldx, int dtype, uintptr_t packed,
-            size_t packed_size, uintptr_t bias, uintptr_t y, int64_t n, int64_t ldy) {
+// threshold: 0, or beyond which columns of x stay in 16 bits.
+void multiply(uintptr_t x, int64_t m, int64_t k, int64_t ldx, int dtype, uintptr_t packed,
+              size_t packed_size, uintptr_t bias, uintptr_t y, int64_t n, int64_t ldy,
+              float threshold) {
   const void* weight = reinterpret_cast<const void*>(packed);
   const auto& head = trusted(weight, packed_size);
   if (n != head.spec.n || k != head.spec.k)
@@ -210,10 +213,36 @@ void linear(uintptr_t x, int64_t m, int64_t k, int64_t ldx, int dtype, uintptr_t
   const tersor_kernel& kernel = tersor::select(head.spec, m, dtype, head.layout);
   if (kernel.packed_bytes(&head.spec) != head.bytes)
     throw Error("these bytes are not a packed weight");
+  const tersor_args args{
+      head.spec, m,   &head + 1, reinterpret_cast<const void*>(x),     reinterpret_cast<void*>(y),
+      ldx,       ldy, dtype,     reinterpret_cast<const float*>(bias), nullptr};
   nb::gil_scoped_release release;
-  tersor::run(kernel, {head.spec, m, &head + 1, reinterpret_cast<const void*>(x),
-                       reinterpret_cast<void*>(y), ldx, ldy, dtype,
-                       reinterpret_cast<const float*>(bias), nullptr});
+  if (threshold > 0)
+    tersor::run_with_outliers(head, args, threshold);
+  else
+    tersor::run(kernel, args);
+}
+
+// The hot path: addresses and sizes as integers, since an array object costs microseconds each.
+void linear(uintptr_t x, int64_t m, int64_t k, int64_t ldx, int dtype, uintptr_t packed,
+            size_t packed_size, uintptr_t bias, uintptr_t y, int64_t n, int64_t ldy) {
+  multiply(x, m, k, ldx, dtype, packed, packed_size, bias, y, n, ldy, 0);
+}
+
+// The same where columns with a value beyond the threshold stay in 16 bits (LLM.int8()).
+void linear_outliers(uintptr_t x, int64_t m, int64_t k, int64_t ldx, int dtype, uintptr_t packed,
+                     size_t packed_size, uintptr_t bias, uintptr_t y, int64_t n, int64_t ldy,
+                     float threshold) {
+  const auto& head = trusted(reinterpret_cast<const void*>(packed), packed_size);
+  if (head.spec.activation != TERSOR_A8)
+    throw Error("outliers are kept apart from int8 activations; this weight takes 16-bit ones");
+  if (!tersor::has_columns(head.layout))
+    throw Error(std::string("outliers need a kernel whose weights can be read by columns; layout "
+                            "'") +
+                head.layout + "' is of another package: uninstall it, or leave outliers out");
+  if (!(threshold > 0 && threshold <= std::numeric_limits<float>::max()))
+    throw Error("the threshold of outliers must be a positive number");
+  multiply(x, m, k, ldx, dtype, packed, packed_size, bias, y, n, ldy, threshold);
 }
 
 // Gives memory that has been freed back to the system. The allocator would keep it: tensors of a
@@ -390,6 +419,7 @@ NB_MODULE(_core, m) {
   m.def("unpack", unpack, "packed"_a.noconvert(), "codes"_a.noconvert(),
         "scales"_a.noconvert().none(), "zeros"_a.noconvert().none());
   m.def("linear", linear);
+  m.def("linear_outliers", linear_outliers);
 
   m.def("factor", factor, "gram"_a.noconvert(), "damp"_a);
   m.def("solve_columns", solve_columns, "w"_a.noconvert(), "unit"_a.noconvert(),

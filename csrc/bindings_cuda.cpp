@@ -7,6 +7,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <limits>
 #include <optional>
 #include <string>
 #include <vector>
@@ -102,16 +103,39 @@ void dequantize(const Weight& w, uintptr_t packed, size_t size, int64_t begin, i
                    reinterpret_cast<void*>(to), dtype, target(device, stream));
 }
 
-// Of a call: what both kinds of weight ask of x, y, bias and workspace.
-void check_call(int64_t n, int64_t k, uintptr_t x, int64_t m, int64_t ldx, int dtype,
-                uintptr_t bias, uintptr_t y, int64_t ldy, uintptr_t workspace,
-                size_t workspace_size, int device) {
+void check_rows(uintptr_t x, int64_t m, int64_t k, int64_t ldx, int dtype) {
   if (dtype != TERSOR_BF16 && dtype != TERSOR_F16) throw Error("x must be bfloat16 or float16");
-  if (m < 1 || m > INT32_MAX || ldx < k || ldy < n || ldx > INT32_MAX || ldy > INT32_MAX || ldx % 8)
+  if (m < 1 || m > INT32_MAX || ldx < k || ldx > INT32_MAX || ldx % 8)
     throw Error(
         "m must be from 1 to 2^31 - 1; rows must not overlap, and those of x begin at "
         "multiples of 16 bytes");
   check_address(x, 16, "x");
+}
+
+void check_outliers(uintptr_t outliers, size_t size, int64_t k) {
+  check_address(outliers, 8, "the outliers");
+  if (size != cuda::outlier_bytes(k))
+    throw Error("the outliers have " + std::to_string(size) + " bytes; they should have " +
+                std::to_string(cuda::outlier_bytes(k)));
+}
+
+void find_outliers(uintptr_t x, int64_t m, int64_t k, int64_t ldx, int dtype, float threshold,
+                   uintptr_t outliers, size_t size, int device, uintptr_t stream) {
+  if (k < 16 || k % 16 || k > INT32_MAX) throw Error("k must be a multiple of 16 on a GPU");
+  check_rows(x, m, k, ldx, dtype);
+  check_outliers(outliers, size, k);
+  if (!(threshold > 0 && threshold <= std::numeric_limits<float>::max()))
+    throw Error("the threshold of outliers must be a positive number");
+  cuda::find_outliers(reinterpret_cast<const void*>(x), m, k, ldx, dtype, threshold,
+                      reinterpret_cast<void*>(outliers), target(device, stream));
+}
+
+// Of a call: what both kinds of weight ask of x, y, bias and workspace.
+void check_call(int64_t n, int64_t k, uintptr_t x, int64_t m, int64_t ldx, int dtype,
+                uintptr_t bias, uintptr_t y, int64_t ldy, uintptr_t workspace,
+                size_t workspace_size, int device) {
+  check_rows(x, m, k, ldx, dtype);
+  if (ldy < n || ldy > INT32_MAX) throw Error("rows of y must not overlap");
   check_address(y, 2, "y");
   check_address(workspace, kAlignment, "the workspace");
   if (bias % 4) throw Error("bias must be aligned to 4 bytes");
@@ -122,20 +146,26 @@ void check_call(int64_t n, int64_t k, uintptr_t x, int64_t m, int64_t ldx, int d
 // The hot path; false where no kernel serves so many tokens.
 bool linear(const Weight& w, uintptr_t packed, size_t size, uintptr_t x, int64_t m, int64_t ldx,
             int dtype, uintptr_t bias, uintptr_t y, int64_t ldy, uintptr_t workspace,
-            size_t workspace_size, uintptr_t scratch, size_t scratch_size, int device,
-            uintptr_t stream) {
+            size_t workspace_size, uintptr_t scratch, size_t scratch_size, uintptr_t outliers,
+            size_t outliers_size, int device, uintptr_t stream) {
   w.check_packed(packed, size);
   check_call(w.spec.n, w.spec.k, x, m, ldx, dtype, bias, y, ldy, workspace, workspace_size, device);
   if (w.spec.activation == TERSOR_A8) {
-    const size_t needed = cuda::scratch_bytes(w.spec, m, dtype, device);
+    const size_t needed = cuda::scratch_bytes(w.spec, m, dtype, device, outliers != 0);
     if (needed) check_address(scratch, kAlignment, "the scratch memory");
     if (scratch_size < needed) throw Error("the scratch memory is smaller than scratch_bytes()");
+  }
+  if (outliers) {
+    check_outliers(outliers, outliers_size, w.spec.k);
+    if (w.spec.activation != TERSOR_A8)
+      throw Error("outliers are kept apart from int8 activations; this weight takes 16-bit ones");
   }
   return cuda::linear(
       {w.spec, m, reinterpret_cast<const void*>(packed), reinterpret_cast<const void*>(x),
        reinterpret_cast<void*>(y), ldx, ldy, dtype, reinterpret_cast<const float*>(bias),
        reinterpret_cast<void*>(workspace)},
-      reinterpret_cast<void*>(scratch), target(device, stream));
+      reinterpret_cast<const void*>(outliers), reinterpret_cast<void*>(scratch),
+      target(device, stream));
 }
 
 // A weight of indices into sixteen values, in CUDA order: checked once, when it is made.
@@ -239,19 +269,19 @@ void tersor::bind_cuda(nb::module_ m) {
       "n"_a, "k"_a, "g"_a, "bits"_a, "asymmetric"_a, "scale_dtype"_a, "activation"_a);
   m.def(
       "cuda_serves",
-      [](const Weight& w, int64_t m, int dtype, int device) {
+      [](const Weight& w, int64_t m, int dtype, int device, bool outliers) {
         element_bytes(dtype);
-        return cuda::serves(w.spec, m, dtype, device);
+        return cuda::serves(w.spec, m, dtype, device, outliers);
       },
-      "weight"_a, "m"_a, "dtype"_a, "device"_a);
+      "weight"_a, "m"_a, "dtype"_a, "device"_a, "outliers"_a = false);
   m.def("cuda_workspace_bytes", cuda::workspace_bytes, "device"_a);
   m.def(
       "cuda_scratch_bytes",
-      [](const Weight& w, int64_t m, int dtype, int device) {
+      [](const Weight& w, int64_t m, int dtype, int device, bool outliers) {
         element_bytes(dtype);
-        return cuda::scratch_bytes(w.spec, m, dtype, device);
+        return cuda::scratch_bytes(w.spec, m, dtype, device, outliers);
       },
-      "weight"_a, "m"_a, "dtype"_a, "device"_a);
+      "weight"_a, "m"_a, "dtype"_a, "device"_a, "outliers"_a = false);
   m.def(
       "cuda_capture_of",
       [](int device, uintptr_t stream) { return cuda::capture_of(target(device, stream)); },
@@ -259,6 +289,8 @@ void tersor::bind_cuda(nb::module_ m) {
   m.def("cuda_pack", ::pack);  // not that of tersor, which packs for the CPU
   m.def("cuda_unpack", ::unpack);
   m.def("cuda_dequantize", dequantize);
+  m.def("cuda_outlier_bytes", cuda::outlier_bytes, "k"_a);
+  m.def("cuda_find_outliers", find_outliers);
   m.def("cuda_linear", linear);
 
   nb::class_<CodebookWeight>(m, "CudaCodebookWeight")

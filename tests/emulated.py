@@ -130,17 +130,20 @@ def linear(
     resident: int,
     seed: int,
     eager: bool,
+    outliers: float = 0.0,
 ) -> Tensor:
     """kernel: "mma", "wgmma" or "int8", and the tokens of a tile.
     x [m, k] with any row stride that is a multiple of 8 -> [m, n]. What lies around y is
-    watched."""
+    watched. outliers: columns beyond this stay in 16 bits; kernel is "outliers" then."""
     m, n = x.shape[0], weight.codes.shape[0]
     room = torch.full((m + 2, n + 3), float("nan"), dtype=x.dtype)
     y = room[1:-1, :n]
-    library.linear(
+    columns = None if kernel[0] != "outliers" else find_outliers(library, x, outliers, seed)
+    library.linear_outliers(
         weight.spec(), DTYPES.index(weight.scales.dtype), pointer(packed), pointer(x), pointer(y),
         pointer(bias), m, ctypes.c_int64(x.stride(0)), ctypes.c_int64(y.stride(0)),
         DTYPES.index(x.dtype), kernel[0].encode(), kernel[1], resident, seed, int(eager),
+        pointer(columns),
     )  # fmt: skip
     around = room.clone()
     around[1:-1, :n] = float("nan")
@@ -148,12 +151,26 @@ def linear(
     return y
 
 
-def as_int8(x: np.ndarray) -> np.ndarray:
-    """What int8 activations stand for, as compressed-tensors defines them; in float32 as there."""
+def find_outliers(library: ctypes.CDLL, x: Tensor, threshold: float, seed: int = 0) -> Tensor:
+    """A bit for each column of x [m, k]: uint8 [steps * 8]."""
+    m, k = x.shape
+    columns = torch.full((-(-k // 64) * 8,), 0xEE, dtype=torch.uint8)
+    library.find_outliers(
+        pointer(x), m, k, ctypes.c_int64(x.stride(0)), DTYPES.index(x.dtype),
+        ctypes.c_float(threshold), pointer(columns), seed,
+    )  # fmt: skip
+    return columns
+
+
+def as_int8(x: np.ndarray, outliers: float = np.inf) -> np.ndarray:
+    """What int8 activations stand for, as compressed-tensors defines them; in float32 as there.
+    Columns with a finite value beyond `outliers` stay as they are."""
     x = x.astype(np.float32)
-    scale = np.abs(x).max(axis=1, keepdims=True) / np.float32(127.5)
-    codes = np.clip(np.rint(x / np.where(scale > 0, scale, 1)), -128, 127)
-    return codes.astype(np.float64) * scale.astype(np.float64)
+    exact = ((np.abs(x) > np.float32(outliers)) & np.isfinite(x)).any(axis=0)
+    rest = np.where(exact, 0, x)
+    scale = np.abs(rest).max(axis=1, keepdims=True) / np.float32(127.5)
+    codes = np.clip(np.rint(rest / np.where(scale > 0, scale, 1)), -128, 127)
+    return np.where(exact, x, codes.astype(np.float64) * scale.astype(np.float64))
 
 
 def use_solver(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import tiny
 from tersor import FP4, NF4, ActSpec, NF4Linear, QSpec, QuantLinear, Scheme, TersorError, cuda
 from tersor import cuda_codebook as codebook
 from tersor.adapters.codebook import CodebookWeight
-from tersor.oracle import random_qweight
+from tersor.oracle import oracle, random_qweight
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU")
 HALVES = (torch.float16, torch.bfloat16)
@@ -155,6 +155,64 @@ def test_int8_activations_are_those_of_the_cpu(dtype, spec):
         found = made.to("cuda")(x.cuda()).cpu().double()
         room = 4 * torch.finfo(dtype).eps * (expected.abs() + expected.abs().mean())
         assert bool(((found - expected).abs() <= room).all())
+
+
+@gpu
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("spec", [QSpec(4, 128), QSpec(4, 32, False), QSpec(8, None)], ids=str)
+def test_outliers_are_those_of_the_cpu(dtype, spec):
+    """No column in 16 bits, some, and all; shared and whole tiles; the same bits every time."""
+    for n, k in ((80, 96), (1024, 4096), (512, 4128)):
+        if k % (spec.group or k):
+            continue
+        q = random_qweight(n, k, spec, torch.bfloat16)
+        for outliers in (1e4, 6.0, 1e-6):
+            how = ActSpec(outliers=outliers)
+            made = QuantLinear(q, torch.ones(n), how, dtype)
+            for m in (1, 8, 9, 33, 64, 300):
+                x = inputs(m, k, dtype, seed=m)
+                x[m // 2, ::19] *= 20
+                x[m - 1, 5] = 9.0
+                expected, tolerance = oracle(x, q, made.bias.cpu(), how)
+                y = made.to("cuda")(x.cuda())
+                assert bool(((y.cpu().double() - expected).abs() <= tolerance).all())
+                assert torch.equal(y, made(x.cuda()))
+
+
+@gpu
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_token_that_is_not_finite_spoils_no_other(value):
+    q = random_qweight(256, 512, QSpec(4, 64), torch.bfloat16)
+    made = QuantLinear(q, None, ActSpec(outliers=6.0), torch.float16).to("cuda")
+    x = inputs(9, 512, torch.float16).cuda()
+    x[:, 40] = 20.0
+    expected = made(x)
+    x[3, 40], x[7, 100] = value, value
+    found = made(x)
+    rest = [0, 1, 2, 4, 5, 6, 8]
+    assert torch.equal(found[rest], expected[rest])
+    assert not bool(found[[3, 7]].isfinite().any())
+
+
+@gpu
+def test_outliers_in_graphs_and_compiled():
+    q = random_qweight(512, 512, QSpec(8, None), torch.bfloat16)
+    made = QuantLinear(q, None, ActSpec(outliers=6.0), torch.float16).to("cuda")
+    x = inputs(5, 512, torch.float16).cuda()
+    x[2, 9] = 30.0
+    expected = made(x)
+    assert torch.equal(torch.compile(made, fullgraph=True)(x), expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = made(x)
+    other = inputs(5, 512, torch.float16, seed=1).cuda()
+    other[1, 77] = -50.0
+    for given in (x.clone(), other):
+        wanted = made(given)
+        x.copy_(given)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(y, wanted)
 
 
 @gpu

@@ -154,6 +154,21 @@ def test_int8_activations_against_float64(library, tokens, dtype, bits):
         assert (error <= bound(wide, dense, bias.double().numpy(), exact, dtype)).all()
 
 
+@pytest.mark.parametrize("kind", ["mma", "int8"])
+@pytest.mark.parametrize("tokens", [8, 16, 64])
+def test_a_group_that_workers_share(library, kind, tokens):
+    """Where a scale is that of many steps, a worker may begin and end anywhere among them."""
+    x = torch.randn(5, 512, generator=torch.Generator().manual_seed(0)).half()
+    wide = x.double().numpy() if kind == "mma" else emulated.as_int8(x.float().numpy())
+    for resident, asymmetric in itertools.product((3, 5, 7), (False, True)):
+        weight = Weight.random(80, 512, 512, 8, asymmetric, torch.float16, resident)
+        packed, dense = weight.pack(library), weight.dense()
+        y = emulated.linear(library, weight, packed, x, None, (kind, tokens), resident, 0, False)
+        exact = wide @ dense.T
+        error = np.abs(y.double().numpy() - exact)
+        assert (error <= bound(wide, dense, np.zeros(80), exact, x.dtype)).all()
+
+
 @pytest.mark.parametrize("kernel", [KERNELS[0], KERNELS[3], KERNELS[4]], ids=str)
 def test_the_same_bits_in_any_order_of_threads(library, kernel):
     weight = Weight.random(144, 448, 64, 4, True, torch.bfloat16)

@@ -53,20 +53,29 @@ def calls(library, monkeypatch):
             dtype, 2,
         )  # fmt: skip
 
+    def find_outliers(x, m, k, ldx, dtype, threshold, columns, size, device, stream):
+        assert x % 16 == 0 and ldx % 8 == 0 and dtype in (1, 2) and size == (k + 63) // 64 * 8
+        threshold = emulated.ctypes.c_float(threshold)
+        library.find_outliers(pointer(x), m, k, long(ldx), dtype, threshold, pointer(columns), 0)
+
     def linear(weight, packed, size, x, m, ldx, dtype, bias, y, ldy, *rest):
         assert x % 16 == 0 and ldx % 8 == 0 and dtype in (1, 2)
+        outliers = rest[4]
+        assert (outliers != 0) == (rest[5] != 0)
         products.append(m)
         if m > 16:
             return False
-        library.linear(
+        kind = b"outliers" if outliers else weight.kind
+        library.linear_outliers(
             weight.spec, weight.scale_dtype, pointer(packed), pointer(x), pointer(y),
-            pointer(bias), m, long(ldx), long(ldy), dtype, weight.kind, 16, 3, 0, 0,
+            pointer(bias), m, long(ldx), long(ldy), dtype, kind, 16, 3, 0, 0, pointer(outliers),
         )  # fmt: skip
         return True
 
     native = SimpleNamespace(
         CudaWeight=Weight, cuda_pack=pack, cuda_unpack=unpack, cuda_dequantize=dequantize,
         cuda_linear=linear, cuda_unavailable=lambda: None, cuda_scratch_bytes=lambda *of: 64,
+        cuda_find_outliers=find_outliers, cuda_outlier_bytes=lambda k: (k + 63) // 64 * 8,
     )  # fmt: skip
     monkeypatch.setattr(cuda, "_core", native)
     monkeypatch.setattr(cuda, "_place", lambda device: (0, 0))
@@ -133,6 +142,29 @@ def test_int8_activations(calls, dtype, monkeypatch):
     monkeypatch.setattr(cuda._core, "cuda_linear", lambda *given: False)
     found = cuda._linear(x, packed, None, *fields)
     assert torch.allclose(found.double(), exact(q, meant, None), rtol=2e-3, atol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_outliers(calls, dtype, monkeypatch):
+    """The columns are those of all tokens, though a part of them is multiplied at a time."""
+    monkeypatch.setattr(cuda, "_TOKENS", 16)
+    how = ActSpec(outliers=6.0)
+    q = random_qweight(80, 192, QSpec(8, None), torch.float16)
+    packed, fields = cuda.pack_weight(q, CPU, how), cuda.Grid.of(q, how).fields()
+    x = torch.randn(20, 192, generator=torch.Generator().manual_seed(0)).clamp(-5, 5)
+    x[19, 7], x[2, 100], x[5, 191] = 50.0, -7.0, 6.0
+    x = x.to(dtype)
+    meant = torch.from_numpy(emulated.as_int8(x.float().numpy(), 6.0))
+    assert bool((meant[:, [7, 100]] == x[:, [7, 100]]).all())
+    expected = exact(q, meant, None)
+    scale = meant.abs() @ q.dequantize(torch.float64).abs().T
+    room = 3 * torch.finfo(dtype).eps * (scale + 1)
+    for native in (True, False):
+        if not native:
+            monkeypatch.setattr(cuda._core, "cuda_linear", lambda *given: False)
+        y = cuda._linear(x, packed, None, *fields, 6.0)
+        assert bool(((y.double() - expected).abs() <= room).all())
+    assert calls == ([] if dtype == torch.float32 else [8, 8, 4])
 
 
 def test_rows_that_no_kernel_could_read_are_copied(calls):

@@ -170,6 +170,43 @@ void unpack_values(const tersor_spec& s, const Tile16& t, const uint8_t* row, ui
   }
 }
 
+// ---- Single columns
+// ------------------------------------------------------------------------------
+
+// `row`: where the first word of a row is in the tile.
+int code_at(const tersor_spec& s, const Tile16& t, const uint8_t* row, int64_t column) {
+  const int64_t j = column % t.columns_per_step;
+  const uint8_t byte = row[column / t.columns_per_step * kLineBytes + j % 4];
+  return s.bits == 8 ? byte : j < 4 ? byte & 15 : byte >> 4;
+}
+
+int sparse_code_at(const tersor_spec& s, const Tile16& t, const uint8_t* row, int64_t column) {
+  const int zero = 1 << (s.bits - 1);
+  const int64_t unit = column % kSparseColumns / 8;
+  const int f = static_cast<int>(column / 4 % 2);
+  row += column / kSparseColumns * t.step_bytes;
+  const int pattern = Patterns::load(row).get(unit, f);
+  for (int j = 0; j < 2; ++j) {
+    if (kKeptColumns[pattern][j] != column % 4) continue;
+    const uint8_t byte = row[sparse_codes_at(s.bits, unit) + 2 * f + j];
+    return (s.bits == 8 ? byte : byte >> unit % 2 * 4 & 15) ^ zero;
+  }
+  return zero;
+}
+
+template <class CodeAt>
+void read(const tersor_spec& s, const Tile16& t, CodeAt code, const void* packed, int64_t index,
+          const int32_t* columns, int64_t count, float* values) {
+  const uint8_t* tile = static_cast<const uint8_t*>(packed) + index * t.tile_bytes;
+  for (int64_t c = 0; c < count; ++c)
+    for (int64_t r = 0; r < kTileRows; ++r) {
+      const int64_t at = columns[c] / s.g * kTileRows + r;
+      const int zero = s.asymmetric ? tile[t.zeros_at + at] : 1 << (s.bits - 1);
+      values[c * kTileRows + r] = static_cast<float>(code(s, t, tile + r * 4, columns[c]) - zero) *
+                                  load_element(tile + t.scales_at, at, s.scale_dtype);
+    }
+}
+
 // ---- Whole tiles
 // ---------------------------------------------------------------------------------
 
@@ -243,6 +280,16 @@ void sparse_pack(const tersor_spec* s, const tersor_view* view, void* packed, in
 void sparse_unpack(const tersor_spec* s, const void* packed, const tersor_view* view, int64_t begin,
                    int64_t end) {
   unpack_tiles(s, true, packed, view, begin, end);
+}
+
+void read_columns(const tersor_spec* s, const void* packed, int64_t tile, const int32_t* columns,
+                  int64_t count, float* values) {
+  read(*s, Tile16(*s), code_at, packed, tile, columns, count, values);
+}
+
+void sparse_read_columns(const tersor_spec* s, const void* packed, int64_t tile,
+                         const int32_t* columns, int64_t count, float* values) {
+  read(*s, Tile16(*s, true), sparse_code_at, packed, tile, columns, count, values);
 }
 
 size_t workspace_a8(const tersor_spec* s, int64_t m, int32_t) {

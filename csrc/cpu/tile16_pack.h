@@ -15,6 +15,11 @@ void sparse_pack(const tersor_spec*, const tersor_view*, void* packed, int64_t b
 void sparse_unpack(const tersor_spec*, const void* packed, const tersor_view*, int64_t begin,
                    int64_t end);
 
+// Single columns of a tile's 16 rows, dequantized in float32: values [count][16].
+using ReadColumns = void(const tersor_spec*, const void* packed, int64_t tile,
+                         const int32_t* columns, int64_t count, float* values);
+ReadColumns read_columns, sparse_read_columns;
+
 // For int8, bfloat16 and float32 prepared activations.
 size_t workspace_a8(const tersor_spec*, int64_t m, int32_t dtype);
 size_t workspace_bf16(const tersor_spec*, int64_t m, int32_t dtype);

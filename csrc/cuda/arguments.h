@@ -25,6 +25,10 @@ struct LinearArgs {
   // Where x is int8:
   const float* x_scales;  // [m]
   const int32_t* x_sums;  // [groups][token_tiles * tokens of a tile]: of x, in every group
+  // Where some columns of x stay in 16 bits (outliers.cuh):
+  const uint64_t* outliers;  // [steps], a bit for each column
+  const void* exact;         // x as the caller has it; rows begin at 16 bytes
+  int64_t ld_exact;          // in elements
 };
 
 // The same for a weight of indices into sixteen values (codebook.h).
@@ -46,9 +50,22 @@ struct QuantizeArgs {
   const void* x;  // [m, k]
   int64_t ldx;    // in elements
   int32_t m, rows;
-  int8_t* codes;  // [rows, steps * 64], in the order of quantize.cuh
-  float* scales;  // [rows]
-  int32_t* sums;  // [groups, rows]
+  int8_t* codes;             // [rows, steps * 64], in the order of quantize.cuh
+  float* scales;             // [rows]
+  int32_t* sums;             // [groups, rows]
+  const uint64_t* outliers;  // [steps], for the kernel that leaves columns out
+};
+
+constexpr int kOutlierThreads = 256;  // of the kernel that takes OutlierArgs
+constexpr int kOutlierShared = kOutlierThreads * 4;
+
+// Which columns of x hold a finite value beyond the threshold, whose absolute value is meant.
+struct OutlierArgs {
+  const void* x;  // [m, k] of 16 bits; rows begin at 16 bytes
+  int64_t ldx;    // in elements
+  int32_t m, k;   // k: a multiple of 8
+  float threshold;
+  uint64_t* outliers;  // [steps], a bit for each column
 };
 
 // A matrix as the memory engine sees it (CUtensorMap of the driver). Here: [rows][columns] of 16

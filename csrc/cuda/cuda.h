@@ -50,18 +50,26 @@ void dequantize(const tersor_spec& spec, const void* packed, int64_t begin, int6
                 int32_t dtype, Target target);
 
 // The kernel that serves m tokens of the dtype on a device, by its name, or empty: then a caller
-// dequantizes, and multiplies with the library of its own.
-std::string serves(const tersor_spec& spec, int64_t m, int32_t dtype, int device);
+// dequantizes, and multiplies with the library of its own. outliers: some columns of x may stay in
+// 16 bits beside int8 ones.
+std::string serves(const tersor_spec& spec, int64_t m, int32_t dtype, int device, bool outliers);
 // Of the workspace of any call on a device. It must be zeros at first; a call leaves it so that the
 // next can have it, whatever its shape, but no two calls can have it at a time.
 size_t workspace_bytes(int device);
 // The number of the capture into a graph that the stream is in, or 0.
 uint64_t capture_of(Target target);
 // Of the memory that a call needs for itself, at 128 bytes: where the activations are int8.
-size_t scratch_bytes(const tersor_spec& spec, int64_t m, int32_t dtype, int device);
+size_t scratch_bytes(const tersor_spec& spec, int64_t m, int32_t dtype, int device, bool outliers);
+// Of what find_outliers writes about k columns: a bit for each, and whole words of 64.
+size_t outlier_bytes(int64_t k);
+// Which columns of x [m, k] hold a finite value beyond the threshold. dtype: of 16 bits; rows begin
+// at 16 bytes, and k is a multiple of 16.
+void find_outliers(const void* x, int64_t m, int64_t k, int64_t ldx, int32_t dtype, float threshold,
+                   void* outliers, Target target);
 // y = x * dequantize(W)^T + bias, or false where no kernel serves. Rows of x begin at 16 bytes.
-// args.workspace and scratch as above.
-bool linear(const tersor_args& args, void* scratch, Target target);
+// args.workspace and scratch as above. outliers: of find_outliers, the columns that stay in 16
+// bits where activations are int8; nullptr: none.
+bool linear(const tersor_args& args, const void* outliers, void* scratch, Target target);
 
 // Of the column solver (solve/solve.h): the grids of a weight, and one block of columns.
 void search_grid(const GridArgs& args, Target target);

@@ -7,13 +7,14 @@
 
 namespace tersor::cuda {
 
-// kBlocks: of 64 rows, that a thread has sums of; kThreads: that hold a tile together.
-template <class T, int kBlocks, int kTokenTiles, int kThreads>
+// kBlocks: of 64 rows, that a thread has sums of; kThreads: that hold a tile together. kSets: 2
+// where a second set of sums follows the first, which no token's scale belongs to.
+template <class T, int kBlocks, int kTokenTiles, int kThreads, int kSets = 1>
 struct Epilogue {
-  static constexpr int kSums = kBlocks * kTokenTiles;
+  static constexpr int kSums = kSets * kBlocks * kTokenTiles;
   static constexpr int kTile = kSums * 4 * kThreads;  // floats of a partial sum
 
-  using Sums = float[kBlocks][kTokenTiles][4];
+  using Sums = float[kSets * kBlocks][kTokenTiles][4];
 
   static TERSOR_DEVICE void clear(Sums& sums) {
 #pragma unroll
@@ -37,7 +38,9 @@ struct Epilogue {
           const int t = token + j * 8 + i % 2;
           if (t >= a.m) continue;
           const float sum = kScaled ? sums[b][j][i] * a.x_scales[t] : sums[b][j][i];
-          a.y[t * a.ldy + r] = bits_of(sum + bias, T{});
+          // In this order: a second set of zeros changes no bit.
+          const float more = kSets == 2 ? sums[(kSets - 1) * kBlocks + b][j][i] + bias : bias;
+          a.y[t * a.ldy + r] = bits_of(sum + more, T{});
         }
       }
   }

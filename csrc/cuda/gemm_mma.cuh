@@ -14,34 +14,34 @@
 //   scales  [kBlocks][groups][64] as in memory, room for two groups of float32
 //   zeros   [kBlocks][groups][64]
 //   x sums  [groups][kTokens] int32, for products that need them
+//   exact   [kTokens][64] of 16 bits, in the order of x, where some columns stay in 16 bits
 //
-// A weight of indices into sixteen values (codebook.h), whose Args are CodebookArgs, has no zeros:
-// where its scales are int8, they are in their place, and the float32 step of each in that of the
-// scales.
+// With kOutliers (outliers.cuh) the same codes meet, in the steps that hold such columns, these
+// columns in 16 bits too, in a second set of sums.
 #pragma once
 
-#include <type_traits>
-
 #include "arguments.h"
-#include "codebook.cuh"
 #include "device.cuh"
 #include "epilogue.cuh"
 #include "products.cuh"
 
 namespace tersor::cuda {
 
-template <class Product, int kTokens_, int kBlocks_, class Args = LinearArgs>
+template <class Product, int kTokens_, int kBlocks_, bool kOutliers = false>
 struct MmaGemm {
-  static constexpr bool kCodebook = std::is_same_v<Args, CodebookArgs>;
   static constexpr int kBits = Product::kBits, kTokens = kTokens_, kBlocks = kBlocks_;
   static constexpr int kWarps = 4, kThreads = kWarps * kLanes;
   static constexpr int kTokenTiles = kTokens / 8;  // of one tensor core operation
-  using End = Epilogue<typename Product::Result, kBlocks, kTokenTiles, kThreads>;
+  using End = Epilogue<typename Product::Result, kBlocks, kTokenTiles, kThreads, kOutliers ? 2 : 1>;
   using Sums = typename End::Sums;
-  using Group = typename Product::Sum[kBlocks][kTokenTiles][4];
-  using Lookup = typename LookupOf<Product, kCodebook>::Type;
+  template <class P>
+  using Group = typename P::Sum[kBlocks][kTokenTiles][4];
+  using Exact = FloatProduct<typename Product::Result, kBits>;
   static constexpr int kTile = End::kTile;
-  static constexpr int kStages = kTokens <= 16 ? 6 : kBits == 4 ? 4 : 3;
+  static constexpr int kStages = kOutliers ? (kTokens <= 16 ? 4 : 3)
+                                           : (kTokens <= 16 ? 6
+                                              : kBits == 4  ? 4
+                                                            : 3);
   static constexpr int kPerBlock = kTokens <= 16 ? 4 : 2;  // workers that a multiprocessor holds
 
   static constexpr int kRow = kBlock * Product::kElement;  // bytes of a token in a stage
@@ -50,21 +50,22 @@ struct MmaGemm {
   static constexpr int kScales = kX + kTokens * kRow;
   static constexpr int kZeros = kScales + kBlocks * 2 * kBlock * 4;
   static constexpr int kXSums = kZeros + kBlocks * 2 * kBlock;
-  static constexpr int kStage = kXSums + (Product::kCorrects ? 2 * kTokens * 4 : 0);
+  static constexpr int kExact = kXSums + (Product::kCorrects ? 2 * kTokens * 4 : 0);
+  static constexpr int kStage = kExact + (kOutliers ? kTokens * kBlock * 2 : 0);
   static constexpr int kTurn = kStages * kStage;  // of this worker, where it shares a tile
-  static constexpr int kTable = kTurn + 128;      // of values, where there is a codebook
-  static_assert(!kCodebook || kTable % 128 == 0, "entries begin at the first bank");
-  static constexpr int kSharedBytes = kCodebook ? kTable + Lookup::kBytes : kTurn + 16;
+  static constexpr int kSharedBytes = kTurn + 16;
 
   // Where the 16 bytes c of a token stand: eight rows of 128 bytes, or of 64, in different banks.
+  template <class P = Product>
   static TERSOR_DEVICE int x_at(int token, int c) {
-    const int turn = kRow == 128 ? token % 8 : token / 2 % 4;
-    return token * kRow + (c ^ turn) * 16;
+    constexpr int kBytes = kBlock * P::kElement;
+    const int turn = kBytes == 128 ? token % 8 : token / 2 % 4;
+    return token * kBytes + (c ^ turn) * 16;
   }
 
   // --- one step: what is copied, and what is done with it ------------------------------------
 
-  static TERSOR_DEVICE void fetch(const Args& a, uint8_t* stage, int at) {
+  static TERSOR_DEVICE void fetch(const LinearArgs& a, uint8_t* stage, int at) {
     const int tile = at / a.w.steps, step = at % a.w.steps;
     const int row_tile = tile / a.token_tiles, first_token = tile % a.token_tiles * kTokens;
     const int group = step / a.w.steps_per_group * a.w.groups_per_step;
@@ -82,14 +83,8 @@ struct MmaGemm {
         copy_async(stage + kCodes + b * block_bytes(kBits) + at16, codes + at16, inside);
       }
       const int64_t grid = grid_at(a.w, from, group, 0);
-      uint8_t* scales = stage + kScales + b * 2 * kBlock * 4;
-      if constexpr (kCodebook)
-        if (a.doubled) {
-          fetch_steps(a, scales, row_block, group);
-          scales = stage + kZeros + b * 2 * kBlock;
-        }
       if (thread() < scale_chunks)
-        copy_async(scales + thread() * 16,
+        copy_async(stage + kScales + b * 2 * kBlock * 4 + thread() * 16,
                    a.packed + a.w.scales_at + grid * a.w.scale_bytes + thread() * 16, inside);
       const int chunk = thread() - kThreads / 2;
       if (chunk >= 0 && chunk < zero_chunks)
@@ -115,84 +110,108 @@ struct MmaGemm {
                    a.x_sums + row + first_token + thread() % kPerGroup * 4);
       }
     }
+    if constexpr (kOutliers) {
+      const uint64_t columns = a.outliers[step];
+      if (columns) fetch_exact(a, stage, first_token, step, columns);
+    }
   }
 
-  // The step of each scale of a block of rows. A row that is only padding has none, and a group
-  // that is has some.
-  static TERSOR_DEVICE void fetch_steps(const Args& a, uint8_t* to, int row_block, int group) {
-    if (thread() >= a.w.groups_per_step * kBlock) return;
-    const int row = row_block * kBlock + thread() % kBlock, each = group + thread() / kBlock;
-    const bool inside = row < a.w.n;
-    const int last = a.row_groups - 1;
-    const int step = inside ? scale_step_of(row, a.row_groups, each < last ? each : last) : 0;
-    copy_async4(to + thread() * 4, a.scale_steps + step, inside);
+  // Of the step's columns in 16 bits those 16 bytes that hold an outlier: what stands in the place
+  // of the others is never used.
+  static TERSOR_DEVICE void fetch_exact(const LinearArgs& a, uint8_t* stage, int first_token,
+                                        int step, uint64_t columns) {
+    constexpr int kChunks = kBlock * 2 / 16;
+    const auto* x = static_cast<const uint8_t*>(a.exact);
+#pragma unroll
+    for (int i = 0; i < (kTokens * kChunks + kThreads - 1) / kThreads; ++i) {
+      const int chunk = i * kThreads + thread(), row = chunk / kChunks, c = chunk % kChunks;
+      if (row >= kTokens) break;
+      if (!(columns >> 8 * c & 0xff)) continue;
+      const int64_t token = first_token + row;
+      const bool inside = token < a.m;
+      copy_async(stage + kExact + x_at<Exact>(row, c),
+                 x + (inside ? (token * a.ld_exact + step * kBlock + c * 8) * 2 : 0), inside);
+    }
   }
 
   // The second operands of the tensor cores for the columns of operation `q`, which are 32 bytes of
   // every token. ldmatrix gives four 8 x 8 matrices: those of 16 tokens and one operation; or of
   // the only 8 tokens and two.
+  template <class P>
   static TERSOR_DEVICE void activations(uint32_t (&b)[kTokenTiles][2], const uint8_t* x, int q) {
     const int lane = thread() % kLanes, matrix = lane / 8, row = lane % 8;
     uint32_t four[4];
     if constexpr (kTokenTiles == 1) {
-      load_matrices(four, x + x_at(row, q / 2 * 4 + matrix));
+      load_matrices(four, x + x_at<P>(row, q / 2 * 4 + matrix));
       b[0][0] = q % 2 ? four[2] : four[0];
       b[0][1] = q % 2 ? four[3] : four[1];
     } else {
 #pragma unroll
       for (int j = 0; j < kTokenTiles / 2; ++j) {
-        load_matrices(four, x + x_at(j * 16 + matrix / 2 * 8 + row, q * 2 + matrix % 2));
+        load_matrices(four, x + x_at<P>(j * 16 + matrix / 2 * 8 + row, q * 2 + matrix % 2));
         b[2 * j][0] = four[0], b[2 * j][1] = four[1];
         b[2 * j + 1][0] = four[2], b[2 * j + 1][1] = four[3];
       }
     }
   }
 
-  // sums += scale * group, group = 0. index: of the group within the step.
-  static TERSOR_DEVICE void fold(const Args& a, const uint8_t* stage, const Lookup& lookup,
-                                 int index, Sums& sums, Group& group) {
+  // Leaves of an operation with 16-bit columns those alone that have a bit in `columns`.
+  static TERSOR_DEVICE void keep(uint32_t (&b)[kTokenTiles][2], uint64_t columns, int q) {
+    const int first = q * Exact::kColumns + thread() % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const auto two = static_cast<uint32_t>(columns >> (first + 8 * i));
+      const uint32_t mask = (two & 1 ? 0xffffu : 0) | (two & 2 ? 0xffff0000u : 0);
+#pragma unroll
+      for (int j = 0; j < kTokenTiles; ++j) b[j][i] &= mask;
+    }
+  }
+
+  // sums += scale * group, group = 0. index: of the group within the step; kSet: of the sums. Of a
+  // group that workers share, the one that has its end corrects for the zero points of the whole.
+  template <class P, int kSet>
+  static TERSOR_DEVICE void fold(const LinearArgs& a, const uint8_t* stage, int index, bool has_end,
+                                 Sums& sums, Group<P>& group) {
     const int warp = thread() / kLanes, lane = thread() % kLanes;
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
       const uint8_t* scales = stage + kScales + b * 2 * kBlock * 4;
       const int row = index * kBlock + warp * kStrip + lane / 4;
-      float upper, lower;
-      if constexpr (kCodebook) {
-        const uint8_t* codes = stage + kZeros + b * 2 * kBlock;
-        upper = Product::scale(a, lookup, scales, codes, row);
-        lower = Product::scale(a, lookup, scales, codes, row + 8);
-      } else {
-        upper = scale_of(scales, a.scale_dtype, row);
-        lower = scale_of(scales, a.scale_dtype, row + 8);
-      }
+      const float upper = scale_of(scales, a.scale_dtype, row);
+      const float lower = scale_of(scales, a.scale_dtype, row + 8);
 #pragma unroll
       for (int j = 0; j < kTokenTiles; ++j)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          if constexpr (Product::kCorrects) {
+          if constexpr (P::kCorrects) {
             const int* x_sums = reinterpret_cast<const int*>(stage + kXSums) + index * kTokens;
-            group[b][j][i] -=
-                zero_of(a, stage, b, row + i / 2 * 8) * x_sums[j * 8 + lane % 4 * 2 + i % 2];
+            if (has_end)
+              group[b][j][i] -=
+                  zero_of(a, stage, b, row + i / 2 * 8) * x_sums[j * 8 + lane % 4 * 2 + i % 2];
           }
-          sums[b][j][i] += (i < 2 ? upper : lower) * static_cast<float>(group[b][j][i]);
+          sums[kSet * kBlocks + b][j][i] +=
+              (i < 2 ? upper : lower) * static_cast<float>(group[b][j][i]);
           group[b][j][i] = 0;
         }
     }
   }
 
   // row: of the scales and zeros in a stage.
-  static TERSOR_DEVICE int zero_of(const Args& a, const uint8_t* stage, int b, int row) {
+  static TERSOR_DEVICE int zero_of(const LinearArgs& a, const uint8_t* stage, int b, int row) {
     return a.w.asymmetric ? stage[kZeros + b * 2 * kBlock + row] : 1 << (kBits - 1);
   }
 
-  // ends_group: a group, or what this worker has of it, ends with this step.
-  static TERSOR_DEVICE void step(const Args& a, const uint8_t* stage, const Lookup& lookup,
-                                 bool ends_group, Sums& sums, Group& group) {
+  // x: of P in the stage. ends_group: a group, or what this worker has of it, ends with this step.
+  // has_end: and it ends there for all workers. columns: with kSet 1, those that count.
+  template <class P, int kSet>
+  static TERSOR_DEVICE void step(const LinearArgs& a, const uint8_t* stage, const uint8_t* x,
+                                 uint64_t columns, bool ends_group, bool has_end, Sums& sums,
+                                 Group<P>& group) {
     const int warp = thread() / kLanes, lane = thread() % kLanes;
-    constexpr int kOperations = kBlock / Product::kColumns, kHalf = kOperations / 2;
+    constexpr int kOperations = kBlock / P::kColumns, kHalf = kOperations / 2;
     constexpr int kWords = kBits / kOperations;  // of a lane in an operation
     uint32_t words[kBlocks][4];                  // 16 bytes at a time
-    typename Product::Zero zeros[kBlocks][2];
+    typename P::Zero zeros[kBlocks][2];
 #pragma unroll
     for (int q = 0; q < kOperations; ++q) {
       const int index = a.w.groups_per_step == 2 ? q / kHalf : 0;
@@ -205,7 +224,8 @@ struct MmaGemm {
             zeros[b][lower].set(zero_of(a, stage, b, row));
           }
       uint32_t tokens[kTokenTiles][2];
-      activations(tokens, stage + kX, q);
+      activations<P>(tokens, x, q);
+      if constexpr (kSet == 1) keep(tokens, columns, q);
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) {
         if (q * kWords % 4 == 0) {
@@ -213,24 +233,19 @@ struct MmaGemm {
           load16(words[b], stage + kCodes + b * block_bytes(kBits) + chunk * 16);
         }
         uint32_t codes[4];
-        if constexpr (kCodebook)
-          Product::operands(codes, words[b][q * kWords % 4], lookup);
-        else
-          Product::operands(codes, words[b] + q * kWords % 4, zeros[b]);
+        P::operands(codes, words[b] + q * kWords % 4, zeros[b]);
 #pragma unroll
-        for (int j = 0; j < kTokenTiles; ++j) Product::multiply(group[b][j], codes, tokens[j]);
+        for (int j = 0; j < kTokenTiles; ++j) P::multiply(group[b][j], codes, tokens[j]);
       }
-      if (q + 1 == kHalf && a.w.groups_per_step == 2) fold(a, stage, lookup, 0, sums, group);
+      if (q + 1 == kHalf && a.w.groups_per_step == 2) fold<P, kSet>(a, stage, 0, true, sums, group);
     }
-    if (ends_group) fold(a, stage, lookup, a.w.groups_per_step - 1, sums, group);
+    if (ends_group) fold<P, kSet>(a, stage, a.w.groups_per_step - 1, has_end, sums, group);
   }
 
   // --- a worker ------------------------------------------------------------------------------
 
-  static TERSOR_DEVICE void run(const Args& a) {
+  static TERSOR_DEVICE void run(const LinearArgs& a) {
     uint8_t* shared = shared_memory();
-    Lookup lookup{};
-    if constexpr (kCodebook) lookup = Product::begin(a, shared + kTable, kThreads);
     const Partition& p = a.partition;
     const int begin = p.begin(worker()), end = p.begin(worker() + 1);
 #pragma unroll
@@ -239,7 +254,7 @@ struct MmaGemm {
       commit_copies();
     }
     Sums sums{};
-    Group group{};
+    Group<Product> group{};
     int tile_begin = begin;  // of this worker's part of the tile at hand
     for (int at = begin; at < end; ++at) {
       wait_copies<kStages - 2>();
@@ -249,8 +264,14 @@ struct MmaGemm {
       commit_copies();
       const int tile = at / p.steps, next = at % p.steps + 1;
       const bool ends_tile = next == p.steps || at + 1 == end;
-      step(a, shared + (at - begin) % kStages * kStage, lookup,
-           ends_tile || next % a.w.steps_per_group == 0, sums, group);
+      const uint8_t* stage = shared + (at - begin) % kStages * kStage;
+      const uint64_t columns = kOutliers ? a.outliers[at % p.steps] : 0;
+      const bool ends_group = next % a.w.steps_per_group == 0 || next == p.steps;
+      step<Product, 0>(a, stage, stage + kX, 0, ends_tile || ends_group, ends_group, sums, group);
+      if constexpr (kOutliers) {
+        Group<Exact> exact{};
+        if (columns) step<Exact, 1>(a, stage, stage + kExact, columns, true, true, sums, exact);
+      }
       if (!ends_tile) continue;
       const bool whole = at + 1 - tile_begin == p.steps;
       int* turn = reinterpret_cast<int*>(shared + kTurn);

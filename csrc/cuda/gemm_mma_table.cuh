@@ -7,16 +7,16 @@
 namespace tersor::cuda {
 namespace {
 
-template <class Product, int kTokens, int kBlocks,
-          class Kernel = MmaGemm<Product, kTokens, kBlocks>>
+template <class Product, int kTokens, int kBlocks, bool kOutliers = false,
+          class Kernel = MmaGemm<Product, kTokens, kBlocks, kOutliers>>
 TERSOR_KERNEL(Kernel::kThreads, Kernel::kPerBlock)
 mma_gemm(const __grid_constant__ LinearArgs args) {
   Kernel::run(args);
 }
 
-template <class Product, int kTokens, int kBlocks>
+template <class Product, int kTokens, int kBlocks, bool kOutliers = false>
 Gemm row(const char* name, int32_t arch, int32_t dtype) {
-  using Kernel = MmaGemm<Product, kTokens, kBlocks>;
+  using Kernel = MmaGemm<Product, kTokens, kBlocks, kOutliers>;
   return {name,
           arch,
           dtype,
@@ -28,7 +28,8 @@ Gemm row(const char* name, int32_t arch, int32_t dtype) {
           Kernel::kTile * sizeof(float),
           false,
           Product::kCorrects,
-          reinterpret_cast<const void*>(&mma_gemm<Product, kTokens, kBlocks>)};
+          reinterpret_cast<const void*>(&mma_gemm<Product, kTokens, kBlocks, kOutliers>),
+          kOutliers};
 }
 
 }  // namespace

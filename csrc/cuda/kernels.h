@@ -9,6 +9,16 @@
 
 namespace tersor::cuda {
 
+// What a kernel multiplies.
+enum class Sort {
+  plain,     // codes with 16-bit activations
+  int8,      // with int8 ones, as a quantize_kernel leaves them
+  outliers,  // the same, and columns in 16 bits beside them
+  codebook,  // indices into sixteen values: takes CodebookArgs
+};
+
+constexpr bool takes_int8(Sort sort) { return sort == Sort::int8 || sort == Sort::outliers; }
+
 // A product with a tile of tokens.
 struct Gemm {
   const char* name;
@@ -20,10 +30,9 @@ struct Gemm {
   int32_t threads;
   size_t shared;      // bytes
   size_t tile_bytes;  // of a partial sum
-  bool boxed;         // takes BoxedArgs, else LinearArgs
-  bool int8;          // takes x as a quantize_kernel leaves it
+  Sort sort;
+  bool boxed;  // takes BoxedArgs, else LinearArgs
   const void* function;
-  bool codebook = false;  // takes CodebookArgs
 };
 
 // Tables, one for each file of kernels; in a table those of the same bits by growing `tokens`.
@@ -32,12 +41,17 @@ std::vector<Gemm> mma_gemms_bf16();
 std::vector<Gemm> wgmma_gemms();
 std::vector<Gemm> int8_gemms();
 std::vector<Gemm> codebook_gemms();
+std::vector<Gemm> outlier_gemms();
 
 // Kernels that take PackArgs.
 const void* pack_kernel();
 const void* unpack_kernel();
 // Takes QuantizeArgs; a block of threads for each row. dtype: enum tersor_dtype of x.
 const void* quantize_kernel(int32_t dtype);
+// The same without outliers; of 16 bits alone.
+const void* quantize_others_kernel(int32_t dtype);
+// Takes OutlierArgs; a block of threads for each step of columns. dtype: of x, of 16 bits.
+const void* outlier_kernel(int32_t dtype);
 // Takes DequantizeArgs. dtype: enum tersor_dtype of what it writes.
 const void* dequantize_kernel(int32_t dtype);
 // Takes SolveArgs; a worker for each kSolveRows rows.

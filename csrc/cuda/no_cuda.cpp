@@ -22,11 +22,15 @@ void unpack(const tersor_spec&, const void*, const tersor_view&, Target) { refus
 void dequantize(const tersor_spec&, const void*, int64_t, int64_t, void*, int32_t, Target) {
   refuse();
 }
-std::string serves(const tersor_spec&, int64_t, int32_t, int) { refuse(); }
+std::string serves(const tersor_spec&, int64_t, int32_t, int, bool) { refuse(); }
 size_t workspace_bytes(int) { refuse(); }
 uint64_t capture_of(Target) { refuse(); }
-size_t scratch_bytes(const tersor_spec&, int64_t, int32_t, int) { refuse(); }
-bool linear(const tersor_args&, void*, Target) { refuse(); }
+size_t scratch_bytes(const tersor_spec&, int64_t, int32_t, int, bool) { refuse(); }
+size_t outlier_bytes(int64_t) { refuse(); }
+void find_outliers(const void*, int64_t, int64_t, int64_t, int32_t, float, void*, Target) {
+  refuse();
+}
+bool linear(const tersor_args&, const void*, void*, Target) { refuse(); }
 void search_grid(const GridArgs&, Target) { refuse(); }
 void solve_block(const SolveArgs&, Target) { refuse(); }
 

@@ -14,15 +14,20 @@ TERSOR_DEVICE int int8_place(int column) {
   return column - c + c % 8 / 2 * 4 + c % 2 * 2 + c / 8;
 }
 
-template <class Element>
+// kOutliers: columns with a bit in a.outliers have the code 0, and no part in scales and sums.
+template <class Element, bool kOutliers = false>
 TERSOR_DEVICE void quantize_body(const QuantizeArgs& a) {
   const int token = worker(), warp = thread() / kLanes, lane = thread() % kLanes;
   constexpr int kWarps = kQuantizeThreads / kLanes;
   const auto* x = static_cast<const Element*>(a.x) + token * a.ldx;
   float* shared = reinterpret_cast<float*>(shared_memory());  // [kWarps]
   const bool there = token < a.m;                             // else a row that is only padding
+  const auto left_out = [&](int column) {
+    return kOutliers && a.outliers[column / kBlock] >> column % kBlock & 1;
+  };
   float most = 0;
   for (int column = thread(); there && column < a.w.k; column += kQuantizeThreads) {
+    if (left_out(column)) continue;
     const float value = fabsf(value_at(x, column));
     most = value <= kMostFloat ? fmaxf(most, value) : kInfinity;  // a NaN is lost in a maximum
   }
@@ -42,7 +47,7 @@ TERSOR_DEVICE void quantize_body(const QuantizeArgs& a) {
       const int column = group * width + i;
       if (column >= columns) break;
       int code = 0;
-      if (there && column < a.w.k && scale > 0)
+      if (there && column < a.w.k && scale > 0 && !left_out(column))
         code = nearest(fminf(fmaxf(quotient(value_at(x, column), scale), -128.f), 127.f));
       codes[int8_place(column)] = static_cast<int8_t>(code);
       sum += code;

@@ -38,6 +38,7 @@ const std::vector<Gemm>& gemms() {
     for (const Gemm& gemm : mma_gemms_bf16()) table.push_back(gemm);
     for (const Gemm& gemm : int8_gemms()) table.push_back(gemm);
     for (const Gemm& gemm : codebook_gemms()) table.push_back(gemm);
+    for (const Gemm& gemm : outlier_gemms()) table.push_back(gemm);
 #ifdef TERSOR_HAVE_CUDA90A
     for (const Gemm& gemm : wgmma_gemms()) table.push_back(gemm);
 #endif
@@ -122,15 +123,13 @@ struct Plan {
   Partition partition{};
 };
 
-// fits: whether a kernel takes such a weight.
-template <class Fits>
-Plan plan(const Shape& w, int64_t m, int32_t dtype, int number, Fits fits) {
+Plan plan(const Shape& w, int64_t m, int32_t dtype, int number, int bits, Sort sort) {
   const Device& on = device(number);
   Plan best;
   int64_t least = INT64_MAX;
   for (size_t i = 0; i < gemms().size(); ++i) {
     const Gemm& gemm = gemms()[i];
-    if (!on.resident[i] || gemm.dtype != dtype || !fits(gemm)) continue;
+    if (!on.resident[i] || gemm.bits != bits || gemm.dtype != dtype || gemm.sort != sort) continue;
     const int64_t rows = (int64_t{w.row_blocks} + gemm.blocks - 1) / gemm.blocks;
     const int64_t tokens = (m + gemm.tokens - 1) / gemm.tokens, tiles = rows * tokens;
     if (tiles > kMostTiles || tiles * w.steps > INT32_MAX / 2) continue;
@@ -147,13 +146,12 @@ Plan plan(const Shape& w, int64_t m, int32_t dtype, int number, Fits fits) {
   return best;
 }
 
-Plan plan(const tersor_spec& spec, int64_t m, int32_t dtype, int number) {
+Plan plan(const tersor_spec& spec, int64_t m, int32_t dtype, int number, bool outliers) {
   if (const char* why = refuses(spec)) throw Error(std::string("a weight in CUDA order: ") + why);
   const bool int8 = spec.activation == TERSOR_A8;
   if (m < 1 || (m > kMostTokens && !int8)) return {};
-  return plan(shape(spec), m, dtype, number, [&](const Gemm& gemm) {
-    return gemm.bits == spec.bits && gemm.int8 == int8 && !gemm.codebook;
-  });
+  const Sort sort = !int8 ? Sort::plain : outliers ? Sort::outliers : Sort::int8;
+  return plan(shape(spec), m, dtype, number, spec.bits, sort);
 }
 
 CodebookShape shape(const CodebookSpec& s) { return codebook_shape_of(s.n, s.k, s.g, s.doubled); }
@@ -161,7 +159,7 @@ CodebookShape shape(const CodebookSpec& s) { return codebook_shape_of(s.n, s.k, 
 Plan plan(const CodebookSpec& spec, int64_t m, int32_t dtype, int number) {
   if (const char* why = refuses(spec)) throw Error(std::string("a weight in CUDA order: ") + why);
   if (m < 1 || m > kMostCodebookTokens) return {};
-  return plan(shape(spec).w, m, dtype, number, [](const Gemm& gemm) { return gemm.codebook; });
+  return plan(shape(spec).w, m, dtype, number, 4, Sort::codebook);
 }
 
 // Where int8 activations lie in the memory that a caller has for them.
@@ -280,8 +278,8 @@ void dequantize(const tersor_spec& spec, const void* packed, int64_t begin, int6
   launch_over(dequantize_kernel(dtype), (end - begin) * spec.k, &args, target);
 }
 
-std::string serves(const tersor_spec& spec, int64_t m, int32_t dtype, int number) {
-  const Plan chosen = plan(spec, m, dtype, number);
+std::string serves(const tersor_spec& spec, int64_t m, int32_t dtype, int number, bool outliers) {
+  const Plan chosen = plan(spec, m, dtype, number, outliers);
   return chosen.gemm ? chosen.gemm->name : "";
 }
 
@@ -306,9 +304,24 @@ uint64_t capture_of(Target target) {
   return status == cudaStreamCaptureStatusNone ? 0 : id;
 }
 
-size_t scratch_bytes(const tersor_spec& spec, int64_t m, int32_t dtype, int number) {
-  const Plan chosen = plan(spec, m, dtype, number);
-  return chosen.gemm && chosen.gemm->int8 ? Scratch(chosen, shape(spec)).bytes : 0;
+size_t scratch_bytes(const tersor_spec& spec, int64_t m, int32_t dtype, int number, bool outliers) {
+  const Plan chosen = plan(spec, m, dtype, number, outliers);
+  return chosen.gemm && takes_int8(chosen.gemm->sort) ? Scratch(chosen, shape(spec)).bytes : 0;
+}
+
+size_t outlier_bytes(int64_t k) { return static_cast<size_t>(round_up(k, kBlock) / 8); }
+
+void find_outliers(const void* x, int64_t m, int64_t k, int64_t ldx, int32_t dtype, float threshold,
+                   void* outliers, Target target) {
+  const OutlierArgs args{x,
+                         ldx,
+                         static_cast<int32_t>(m),
+                         static_cast<int32_t>(k),
+                         threshold,
+                         static_cast<uint64_t*>(outliers)};
+  const Current current(target.device);
+  launch(outlier_kernel(dtype), static_cast<int>(round_up(k, kBlock) / kBlock), kOutlierThreads,
+         kOutlierShared, &args, target);
 }
 
 namespace {
@@ -330,8 +343,8 @@ void describe(LinearArgs& args, const Call& call, const Plan& chosen) {
 
 }  // namespace
 
-bool linear(const tersor_args& call, void* scratch, Target target) {
-  const Plan chosen = plan(call.spec, call.m, call.dtype, target.device);
+bool linear(const tersor_args& call, const void* outliers, void* scratch, Target target) {
+  const Plan chosen = plan(call.spec, call.m, call.dtype, target.device, outliers != nullptr);
   if (!chosen.gemm) return false;
   LinearArgs args{};
   args.w = shape(call.spec);
@@ -344,7 +357,7 @@ bool linear(const tersor_args& call, void* scratch, Target target) {
     boxed = {args, tensor_map(call, chosen.gemm->tokens)};
     given = &boxed;
   }
-  if (chosen.gemm->int8) {
+  if (takes_int8(chosen.gemm->sort)) {
     const Scratch room(chosen, args.w);
     auto* begin = static_cast<uint8_t*>(scratch);
     QuantizeArgs tokens{};
@@ -354,8 +367,10 @@ bool linear(const tersor_args& call, void* scratch, Target target) {
     tokens.codes = reinterpret_cast<int8_t*>(begin);
     tokens.scales = reinterpret_cast<float*>(begin + room.scales_at);
     tokens.sums = reinterpret_cast<int32_t*>(begin + room.sums_at);
-    launch(quantize_kernel(call.dtype), room.rows, kQuantizeThreads, kQuantizeShared, &tokens,
-           target);
+    tokens.outliers = args.outliers = static_cast<const uint64_t*>(outliers);
+    args.exact = call.x, args.ld_exact = call.ldx;
+    launch(outliers ? quantize_others_kernel(call.dtype) : quantize_kernel(call.dtype), room.rows,
+           kQuantizeThreads, kQuantizeShared, &tokens, target);
     args.x = tokens.codes, args.ldx = int64_t{args.w.steps} * kBlock;
     args.x_scales = tokens.scales, args.x_sums = tokens.sums;
     args.w.k = static_cast<int32_t>(args.ldx);  // whole steps: what is beyond k is zero

@@ -26,6 +26,7 @@ from tersor.options import (
     add_teacher,
     add_text,
     group,
+    positive,
     shares,
     structured,
     temperature,
@@ -124,6 +125,13 @@ def build_parser() -> argparse.ArgumentParser:
         "default": "auto",
         "choices": BOS,
         "help": "begin windows with the BOS token; default: auto, as the tokenizer does",
+    }
+
+    outliers: dict[str, Any] = {
+        "type": positive,
+        "metavar": "T",
+        "help": "LLM.int8(): columns of int8 activations with values beyond T, such as 6.0, stay "
+        "in 16 bits; default: none",
     }
 
     def command(name: str, run: Any, summary: str, stopped: str = "stopped") -> Parser:
@@ -313,6 +321,7 @@ def build_parser() -> argparse.ArgumentParser:
         "eval", commands.evaluate, "measure the quality of a model on a text"
     ).add_argument
     add("folder", metavar="DIR", help="model, quantized or not")
+    add("--outliers", **outliers)
     add("--baseline", metavar="MODEL", help="the original, to compare with")
     add(
         "--text",
@@ -342,6 +351,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = command("generate", commands.generate, "continue a prompt").add_argument
     add("folder", metavar="DIR", help="model, quantized or not")
     add("prompt", metavar="PROMPT", help="text to go on from")
+    add("--outliers", **outliers)
     add(
         "--max-tokens",
         type=whole(1),

@@ -200,6 +200,7 @@ def _rows(x: Tensor, k: int) -> Tensor:
 def _linear(
     x: Tensor, packed: Tensor, bias: Tensor | None,
     n: int, k: int, g: int, bits: int, asymmetric: bool, scale_dtype: int, activation: int,
+    outliers: float | None = None,
 ) -> Tensor:  # fmt: skip
     matrix, m = _rows(x, k), x.numel() // k
     y = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
@@ -207,12 +208,14 @@ def _linear(
         return y
     grid, rows = Grid(n, k, g, bits, asymmetric, scale_dtype, activation), y.view(m, n)
     if x.dtype != torch.float32:
-        tokens = m if m <= _TOKENS or not activation else _TOKENS
+        beyond = None if outliers is None else _find_outliers(matrix, outliers)
+        # With outliers a tile has half as many rows, and there are only so many tiles.
+        tokens = min(m, _TOKENS if beyond is None else _TOKENS // 2) if activation else m
         parts = [slice(begin, min(begin + tokens, m)) for begin in range(0, m, tokens)]
-        if all(_call(matrix[part], packed, bias, grid, rows[part]) for part in parts):
+        if all(_call(matrix[part], packed, bias, grid, rows[part], beyond) for part in parts):
             return y
     if activation:
-        matrix = _rounded(matrix)
+        matrix = _rounded(matrix, ActSpec(outliers=outliers))
     for part in _slabs(n, k, matrix.element_size()):
         w = dequantize(packed, grid, part.start, part.stop, matrix.dtype)
         if bias is None:
@@ -222,30 +225,47 @@ def _linear(
     return y
 
 
-def _call(x: Tensor, packed: Tensor, bias: Tensor | None, grid: Grid, y: Tensor) -> bool:
-    """x [m, k] -> y [m, n], or False where no kernel serves."""
+def _find_outliers(x: Tensor, threshold: float) -> Tensor:
+    """A bit for each column of x [m, k], of all tokens, however many go into one product."""
+    m, k = x.shape
+    beyond = torch.empty(_core.cuda_outlier_bytes(k), dtype=torch.uint8, device=x.device)
+    _core.cuda_find_outliers(
+        x.data_ptr(), m, k, x.stride(0) if m > 1 else k, dtype_code(x.dtype), threshold,
+        beyond.data_ptr(), beyond.numel(), *_place(x.device),
+    )  # fmt: skip
+    return beyond
+
+
+def _call(
+    x: Tensor, packed: Tensor, bias: Tensor | None, grid: Grid, y: Tensor, beyond: Tensor | None
+) -> bool:
+    """x [m, k] -> y [m, n], or False where no kernel serves. beyond: of _find_outliers."""
     weight, m, code = _weight(*grid.fields()), x.shape[0], dtype_code(x.dtype)
     device, stream = _place(x.device)
     workspace = _workspace(device, stream)
     scratch = None
-    if grid.activation and (size := _core.cuda_scratch_bytes(weight, m, code, device)):
+    apart = beyond is not None
+    if grid.activation and (size := _core.cuda_scratch_bytes(weight, m, code, device, apart)):
         scratch = torch.empty(size, dtype=torch.uint8, device=x.device)
     served: bool = _core.cuda_linear(
         weight, packed.data_ptr(), packed.numel(), x.data_ptr(), m,
         x.stride(0) if m > 1 else grid.k, code, 0 if bias is None else bias.data_ptr(),
         y.data_ptr(), grid.n, workspace.data_ptr(), workspace.numel(),
         0 if scratch is None else scratch.data_ptr(), 0 if scratch is None else scratch.numel(),
+        0 if beyond is None else beyond.data_ptr(), 0 if beyond is None else beyond.numel(),
         device, stream,
     )  # fmt: skip
     return served
 
 
-def _rounded(x: Tensor) -> Tensor:
-    """The float32 values that int8 activations stand for, as kernel.h defines them; x [m, k]."""
-    x = x.float()
-    scale = x.abs().amax(1, keepdim=True) / 127.5
-    codes = (x / torch.where(scale > 0, scale, 1)).round().clamp(-128, 127)
-    return codes * scale
+def _rounded(x: Tensor, activation: ActSpec) -> Tensor:
+    """The float32 values that int8 activations stand for, as kernel.h defines them, and beside them
+    the columns that stay as they are; x [m, k]."""
+    kept, x = activation.kept(x), x.float()
+    rest = x if kept is None else x.masked_fill(kept, 0)
+    scale = rest.abs().amax(1, keepdim=True) / 127.5
+    codes = (rest / torch.where(scale > 0, scale, 1)).round().clamp(-128, 127)
+    return codes * scale if kept is None else torch.where(kept, x, codes * scale)
 
 
 def _slabs(n: int, k: int, element: int) -> list[slice]:
@@ -256,6 +276,7 @@ def _slabs(n: int, k: int, element: int) -> list[slice]:
 def _linear_fake(
     x: Tensor, packed: Tensor, bias: Tensor | None,
     n: int, k: int, g: int, bits: int, asymmetric: bool, scale_dtype: int, activation: int,
+    outliers: float | None = None,
 ) -> Tensor:  # fmt: skip
     return x.new_empty((*x.shape[:-1], n))
 
@@ -287,12 +308,12 @@ def _backward_fake(
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(inputs[1])
-    ctx.grid = inputs[3:]
+    ctx.grid = inputs[3:10]
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (packed,) = ctx.saved_tensors
-    return torch.ops.tersor.linear_cuda_backward(grad, packed, *ctx.grid), *(None,) * 9
+    return torch.ops.tersor.linear_cuda_backward(grad, packed, *ctx.grid), *(None,) * 10
 
 
 _GRID = "int n, int k, int g, int bits, bool asymmetric, int scale_dtype, int activation"
@@ -303,7 +324,7 @@ define_operator(
     _backward_fake,
 )
 define_operator(
-    f"linear_cuda(Tensor x, Tensor packed, Tensor? bias, {_GRID}) -> Tensor",
+    f"linear_cuda(Tensor x, Tensor packed, Tensor? bias, {_GRID}, float? outliers=None) -> Tensor",
     "CUDA",
     _linear,
     _linear_fake,
@@ -311,13 +332,15 @@ define_operator(
 define_backward("linear_cuda", _save_for_backward, _backward)
 
 
-def linear(x: Tensor, packed: Tensor, bias: Tensor | None, grid: Grid) -> Tensor:
+def linear(
+    x: Tensor, packed: Tensor, bias: Tensor | None, grid: Grid, outliers: float | None = None
+) -> Tensor:
     """x [..., k] @ dequantize(W).T + bias -> [..., n], all on one device. x: float16, bfloat16 or
-    float32; bias: float32 [n] or None."""
+    float32; bias: float32 [n] or None; outliers: of int8 activations (see ActSpec)."""
     if x.device != packed.device:
         raise TersorError(f"the input is on {x.device}, the layer on {packed.device}; move one")
     if x.dim() == 0 or x.shape[-1] != grid.k:
         raise TersorError(f"the layer takes inputs [..., {grid.k}], not {list(x.shape)}")
     dtype_code(x.dtype)
-    y: Tensor = torch.ops.tersor.linear_cuda(x, packed, bias, *grid.fields())
+    y: Tensor = torch.ops.tersor.linear_cuda(x, packed, bias, *grid.fields(), outliers)
     return y

@@ -253,7 +253,9 @@ def rows_of(x: Tensor, k: int) -> Tensor:
     return matrix.contiguous() if scattered or overlapping else matrix
 
 
-def _linear(x: Tensor, packed: Tensor, bias: Tensor | None, n: int) -> Tensor:
+def _linear(
+    x: Tensor, packed: Tensor, bias: Tensor | None, n: int, outliers: float | None = None
+) -> Tensor:
     k = packed_spec(packed)["k"]
     matrix = rows_of(x, k)
     m = matrix.shape[0]
@@ -261,15 +263,21 @@ def _linear(x: Tensor, packed: Tensor, bias: Tensor | None, n: int) -> Tensor:
         raise TersorError(f"bias must be float32 [{n}], not {bias.dtype} {list(bias.shape)}")
     bias = None if bias is None else bias.contiguous()
     y = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
-    _core.linear(
+    call = (
         matrix.data_ptr(), m, k, matrix.stride(0) if m > 1 else k, dtype_code(x.dtype),
         packed.data_ptr(), packed.numel(), 0 if bias is None else bias.data_ptr(),
         y.data_ptr(), n, n,
     )  # fmt: skip
+    if outliers is None:
+        _core.linear(*call)
+    else:
+        _core.linear_outliers(*call, outliers)
     return y
 
 
-def _linear_fake(x: Tensor, packed: Tensor, bias: Tensor | None, n: int) -> Tensor:
+def _linear_fake(
+    x: Tensor, packed: Tensor, bias: Tensor | None, n: int, outliers: float | None = None
+) -> Tensor:
     return x.new_empty((*x.shape[:-1], n))
 
 
@@ -291,16 +299,16 @@ def _linear_backward_fake(grad: Tensor, packed: Tensor, k: int) -> Tensor:
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, packed, _, _ = inputs
+    x, packed = inputs[:2]
     ctx.save_for_backward(packed)
     ctx.k = x.shape[-1]
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     # Weights and bias are frozen. Where activations are quantized in the call, their rounding
     # counts as the identity (the straight-through estimator of Bengio et al., 2013).
     (packed,) = ctx.saved_tensors
-    return torch.ops.tersor.linear_backward(grad, packed, ctx.k), None, None, None
+    return torch.ops.tersor.linear_backward(grad, packed, ctx.k), *(None,) * 4
 
 
 define_operator(
@@ -310,6 +318,9 @@ define_operator(
     _linear_backward_fake,
 )
 define_operator(
-    "linear(Tensor x, Tensor packed, Tensor? bias, int n) -> Tensor", "CPU", _linear, _linear_fake
+    "linear(Tensor x, Tensor packed, Tensor? bias, int n, float? outliers=None) -> Tensor",
+    "CPU",
+    _linear,
+    _linear_fake,
 )
 define_backward("linear", _save_for_backward, _backward)

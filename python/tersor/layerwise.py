@@ -156,11 +156,14 @@ def settings_of(
 
 def _settings_of(treatment: Treatment) -> dict[str, Any]:
     scheme, solver = treatment.scheme, treatment.solver
+    activation = scheme.activation if scheme else None
+    kept = {"outliers": activation.outliers} if activation and activation.outliers else {}
     return {
         "bits": scheme.weight.bits if scheme else None,
         "group": scheme.weight.group if scheme else None,
         "symmetric": scheme.weight.symmetric if scheme else None,
-        "activations": scheme.activation.bits if scheme and scheme.activation else None,
+        "activations": activation.bits if activation else None,
+        **kept,
         "method": solver.name,
         **asdict(solver),
     }

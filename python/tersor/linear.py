@@ -22,7 +22,9 @@ class QuantLinear(PackedLinear):
     qweight: the weight, [n, k]. On the meta device only its shapes are kept, to be loaded later;
         until then state_dict() holds meta tensors, as that of any layer on meta does.
     bias: floating point [n], or None.
-    activation: quantize the inputs in the call (ActSpec()), or use them as they are (None).
+    activation: quantize the inputs in the call (ActSpec()), or use them as they are (None). With
+        ActSpec(outliers=6.0) columns of the input with larger values stay in 16 bits (LLM.int8());
+        this is a setting of the layer, which its state dict does not hold.
     dtype: the floating-point dtype of the layer, in which the bias is rounded and saved; by
         default that of the bias, or of the scales. Inputs may have any of the three dtypes, and
         outputs have the dtype of the input.
@@ -68,6 +70,10 @@ class QuantLinear(PackedLinear):
         with torch.no_grad():
             qweight = RTN()(linear.weight, None, scheme.weight)
             return cls(qweight, linear.bias, scheme.activation, linear.weight.dtype)
+
+    @property
+    def outliers(self) -> float | None:
+        return self.activation.outliers if self.activation else None
 
     @property
     def scheme(self) -> Scheme:

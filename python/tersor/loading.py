@@ -12,7 +12,7 @@ import re
 import textwrap
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from tersor.models import (
     stored,
 )
 from tersor.models.arch import Arch
+from tersor.qweight import ActSpec
 from tersor.sparse_linear import swap_sparse_linears
 from tersor.surgery.lowrank import ENTRY, load_factorized
 
@@ -51,7 +52,9 @@ METHOD = "tersor"
 _NAMES = ("weight_scale", "weight_packed", "weight")
 
 
-def load(folder: str | Path, dtype: torch.dtype | None = None) -> Any:
+def load(
+    folder: str | Path, dtype: torch.dtype | None = None, outliers: float | None = None
+) -> Any:
     """The transformers model of a quantized folder, with a QuantLinear for every quantized linear;
     or of one that is pruned to 2:4, with a SparseLinear where that is faster (see use_sparse); or
     of one that is factorized (see tersor.surgery.lowrank).
@@ -60,17 +63,24 @@ def load(folder: str | Path, dtype: torch.dtype | None = None) -> Any:
         ordinary one whose linears have 2:4 zeros.
     dtype: of all that is not quantized: float32, bfloat16 or float16; by default what config.json
         says. Scales stay as they are in the file.
+    outliers: LLM.int8(): where activations are int8, the columns of a linear's input that hold
+        values beyond this stay in 16 bits in that call; 6.0 is usual (see ActSpec). None: all
+        become int8, as the folder says.
 
     As from from_pretrained, the model is in evaluation mode and what is not quantized can be
     trained; quantized weights cannot. Code that comes with a folder is never run.
     TersorError names the tensor that is missing, left over or damaged, or what is not supported.
     """
     checkpoint = Checkpoint.open(folder)
+    _check_outliers(checkpoint, outliers)
+    model: Any
     if ENTRY in checkpoint.config:
-        return load_factorized(folder, dtype)
+        model = load_factorized(folder, dtype)
+        _keep_outliers(model, outliers)
+        return model
     if dtype is not None:
         dtype_code(dtype)
-    model: Any = build_skeleton(checkpoint.config, dtype)
+    model = build_skeleton(checkpoint.config, dtype)
     quantization = checkpoint.config.get("quantization_config")
     deferred = _defer(model, checkpoint)
     where = stored(model, deferred.found, checkpoint.names)
@@ -78,6 +88,7 @@ def load(folder: str | Path, dtype: torch.dtype | None = None) -> Any:
     model.tie_weights()
     used = {place.name for place in where.values()} | _complete(model, deferred, checkpoint)
     check_all_used(model, set(checkpoint.names) - used)
+    _keep_outliers(model, outliers)
     sparse = swap_sparse_linears(model)
     if quantization:
         model.config.quantization_config = quantization
@@ -93,12 +104,14 @@ def load(folder: str | Path, dtype: torch.dtype | None = None) -> Any:
     return model.eval()
 
 
-def load_any(folder: str | Path) -> Any:
+def load_any(folder: str | Path, outliers: float | None = None) -> Any:
     """The model of any folder, for evaluation: a quantized one as from load(); any other as
     transformers has it, but whole, its 2:4 linears on a kernel where that is faster.
     TersorError for what transformers cannot load, or would fill with random numbers."""
-    if "quantization_config" in Checkpoint.open(folder).config:
-        return load(folder)
+    checkpoint = Checkpoint.open(folder)
+    if "quantization_config" in checkpoint.config:
+        return load(folder, outliers=outliers)
+    _check_outliers(checkpoint, outliers)
     disable_progress_bar()
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -140,9 +153,10 @@ class TersorConfig(CompressedTensorsConfig):
     transformers reads the folder's own quantization_config with the compressed-tensors package,
     which must be installed for this; `tersor.load` does without. The first instance registers a
     quantizer under the name "tersor", as transformers provides for; nothing else is changed.
+    outliers: as in `tersor.load`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, outliers: float | None = None) -> None:
         if importlib.util.find_spec("compressed_tensors") is None:
             raise TersorError(
                 "from_pretrained reads the folder's config with compressed-tensors, which is not "
@@ -151,10 +165,11 @@ class TersorConfig(CompressedTensorsConfig):
         if METHOD not in AUTO_QUANTIZER_MAPPING:
             register_quantizer(METHOD)(TersorQuantizer)
         self.quant_method = METHOD
+        self.outliers = ActSpec(outliers=outliers).outliers
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What transformers takes over into the config that it has read from the folder."""
-        return {"quant_method": self.quant_method}
+        return {"quant_method": self.quant_method, "outliers": self.outliers}
 
     def to_dict(self) -> dict[str, Any]:
         return {"quant_method": self.quant_method}
@@ -189,6 +204,8 @@ class TersorQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         files = kwargs.get("checkpoint_files")
         self._checkpoint = Checkpoint.open(Path(files[0]).parent if files else model.name_or_path)
+        self._outliers = getattr(self.quantization_config, "outliers", None)
+        _check_outliers(self._checkpoint, self._outliers)
         self._deferred = _defer(model, self._checkpoint)
         # The files hold tensors for deferred layers, which are not unexpected, though transformers
         # finds no place for them.
@@ -200,6 +217,7 @@ class TersorQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         _complete(model, self._deferred, self._checkpoint)
+        _keep_outliers(model, self._outliers)
         for path in self._deferred.linears:
             parts = [part for part in self._places if not part or f"{path}.".startswith(f"{part}.")]
             if parts:
@@ -232,6 +250,24 @@ def _device(place: Any) -> torch.device:
             "name devices that are here, or leave it out"
         )
     return device
+
+
+def _check_outliers(checkpoint: Checkpoint, outliers: float | None) -> None:
+    """TersorError where there are no int8 activations beside which columns could be kept."""
+    ActSpec(outliers=outliers)
+    quantized = "quantization_config" in checkpoint.config
+    groups = parse_config(checkpoint.config).groups if quantized else ()
+    if outliers is not None and not any(group.scheme.activation for group in groups):
+        raise TersorError(
+            f"{checkpoint.folder} has no int8 activations beside which outliers could stay in 16 "
+            "bits; quantize the model with them (--activations int8), or leave outliers out"
+        )
+
+
+def _keep_outliers(model: nn.Module, outliers: float | None) -> None:
+    for layer in model.modules() if outliers is not None else ():
+        if isinstance(layer, QuantLinear) and layer.activation is not None:
+            layer.activation = replace(layer.activation, outliers=outliers)
 
 
 # --- linears that wait ---------------------------------------------------------------------------

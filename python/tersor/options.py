@@ -314,6 +314,13 @@ def temperature(text: str) -> float:
     return value
 
 
+def positive(text: str) -> float:
+    value = temperature(text)
+    if not value:
+        raise argparse.ArgumentTypeError(f"give a positive number, not {text!r}")
+    return value
+
+
 def shares(text: str) -> dict[int, float]:
     try:
         pairs = (part.split("=") for part in text.split(","))

@@ -41,7 +41,10 @@ def oracle(
     slack: Tensor | float = 0.0
     values = x.double()
     if activation is not None:
-        values, uncertain = _quantize_tokens(values)
+        kept = activation.kept(x)
+        rest = values if kept is None else values.masked_fill(kept, 0)
+        rest, uncertain = _quantize_tokens(rest)
+        values = rest if kept is None else torch.where(kept, values, rest)
         slack = uncertain @ weight.abs().T
     product = values @ weight.T
     absolute = values.abs() @ offset.T

@@ -39,6 +39,11 @@ class PackedLinear(nn.Module, ABC):
         for name in ("packed", "bias", "columns"):
             self.register_buffer(name, None, persistent=False)
 
+    @property
+    def outliers(self) -> float | None:
+        """Beyond which columns of the input stay in 16 bits beside int8 ones (see ActSpec)."""
+        return None
+
     @abstractmethod
     def _names(self) -> tuple[str, ...]:
         """Of the tensors that the weight may have in a state dict."""
@@ -60,12 +65,13 @@ class PackedLinear(nn.Module, ABC):
         if self._buffers["columns"] is not None:
             x = self._permuted(x)
         if self.grid is not None:
-            return cuda.linear(x, self.packed, self.bias, self.grid)
+            return cuda.linear(x, self.packed, self.bias, self.grid, self.outliers)
         eager = not torch.compiler.is_compiling() and type(x) is Tensor
         if not eager or x.requires_grad or not x.is_cpu:
             if not self.packed.numel() and not x.is_meta:
                 self._refuse()
-            return torch.ops.tersor.linear(x, self.packed, self.bias, self.out_features)
+            n, outliers = self.out_features, self.outliers
+            return torch.ops.tersor.linear(x, self.packed, self.bias, n, outliers)
         # Eager inference calls the kernel itself: the operator would cost some microseconds more,
         # and so would nn.Module's lookup of its buffers, or an array object for each argument.
         packed, bias = self._buffers["packed"], self._buffers["bias"]
@@ -78,10 +84,14 @@ class PackedLinear(nn.Module, ABC):
             x = rows_of(x, k)
             stride = x.stride(0) if x.shape[0] > 1 else k
         y = x.new_empty((*shape[:-1], n))
-        _core.linear(
+        call = (
             x.data_ptr(), x.numel() // k, k, stride, code, packed.data_ptr(), size,
             0 if bias is None else bias.data_ptr(), y.data_ptr(), n, n,
         )  # fmt: skip
+        if (outliers := self.outliers) is None:
+            _core.linear(*call)
+        else:
+            _core.linear_outliers(*call, outliers)
         return y
 
     def _permuted(self, x: Tensor) -> Tensor:

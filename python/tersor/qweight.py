@@ -11,6 +11,7 @@ from torch import Tensor
 from tersor.errors import TersorError
 
 BITS = (2, 3, 4, 8)
+_FLOAT32 = torch.finfo(torch.float32)
 
 
 @dataclass(frozen=True)
@@ -63,13 +64,43 @@ class QSpec:
 class ActSpec:
     """How activations enter the product: bits=8 is int8, one scale per token, absmax / 127.5
     and codes -128 to 127 as in compressed-tensors,
-    computed in the call."""
+    computed in the call.
+
+    outliers: LLM.int8() (Dettmers et al., arXiv:2208.07339): the columns of the input that hold a
+        finite |value| beyond this in any token of the call stay in 16 bits (6.0 is usual), and
+        only the others are int8, with scales that do not see them. The result of a token depends
+        on the others of its call, through which columns are kept. None: all are int8.
+
+    `outliers` says how a layer runs, not what a checkpoint holds, and compressed-tensors has no
+    field for it: give it to tersor.load(folder, outliers=6.0). Writing a folder leaves it out, with
+    a warning. LLM.int8() as bitsandbytes has it is Scheme(QSpec(8, None), ActSpec(outliers=6.0)),
+    for tersor.swap_linears say.
+    """
 
     bits: int = 8
+    outliers: float | None = None
 
     def __post_init__(self) -> None:
         if self.bits != 8:
             raise TersorError(f"activations can be quantized to 8 bits, not {self.bits}")
+        if self.outliers is not None and not (
+            isinstance(self.outliers, (int, float))
+            and _FLOAT32.tiny <= self.outliers <= _FLOAT32.max
+        ):
+            raise TersorError(
+                f"outliers is the positive number beyond which columns stay in 16 bits, such as "
+                f"6.0, or None, not {self.outliers!r}"
+            )
+
+    def kept(self, x: Tensor) -> Tensor | None:
+        """Which columns of x [..., k] stay in 16 bits: bool [k], or None where outliers are not
+        kept apart."""
+        if self.outliers is None:
+            return None
+        size = x.detach().abs().reshape(-1, x.shape[-1])
+        # As a tensor, so that the threshold is not rounded to the dtype of x.
+        beyond = size.float() > torch.tensor(self.outliers, device=x.device)
+        return (beyond & size.isfinite()).any(0)
 
 
 @dataclass(frozen=True)
@@ -80,7 +111,11 @@ class Scheme:
     activation: ActSpec | None = None
 
     def __str__(self) -> str:
-        return f"W{self.weight.bits}A{self.activation.bits if self.activation else 16}"
+        if self.activation is None:
+            return f"W{self.weight.bits}A16"
+        outliers = self.activation.outliers
+        kept = "" if outliers is None else f", outliers beyond {outliers:g}"
+        return f"W{self.weight.bits}A{self.activation.bits}{kept}"
 
 
 @dataclass

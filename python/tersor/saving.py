@@ -23,7 +23,7 @@ def save(model: Any, folder: str | Path) -> None:
         (a peft.PeftModel), of which the quantized base is written and save_pretrained of the
         PeftModel writes the adapters.
     folder: one that does not exist yet; it appears whole or not at all. The tokenizer is saved by
-        its own save_pretrained.
+        its own save_pretrained. No folder holds outliers (see ActSpec): a warning says so.
     Raises TersorError for a model without QuantLinear layers, or with NF4Linear ones, for which
     there is no folder.
     """

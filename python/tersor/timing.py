@@ -39,7 +39,8 @@ def quantized_call(
     x: Tensor, q: QWeight, activation: ActSpec | None, pattern: tuple[int, int]
 ) -> tuple[Call, Tensor]:
     """x [m, k] by a quantized weight."""
-    return _native(x, q.n), pack_weight(q, activation, pattern)
+    outliers = activation.outliers if activation else None
+    return _native(x, q.n, outliers), pack_weight(q, activation, pattern)
 
 
 def sparse_call(x: Tensor, w: Tensor) -> tuple[Call, Tensor]:
@@ -52,9 +53,9 @@ def torch_call(x: Tensor, w: Tensor) -> tuple[Call, Tensor]:
     return lambda weight: torch.nn.functional.linear(x, weight), w
 
 
-def _native(x: Tensor, n: int) -> Call:
+def _native(x: Tensor, n: int, outliers: float | None = None) -> Call:
     def call(weight: Tensor) -> Tensor:
-        y: Tensor = torch.ops.tersor.linear(x, weight, None, n)
+        y: Tensor = torch.ops.tersor.linear(x, weight, None, n, outliers)
         return y
 
     return call

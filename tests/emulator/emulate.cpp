@@ -3,6 +3,7 @@
 
 #include "cuda/gemm_mma.cuh"
 #include "cuda/gemm_wgmma.cuh"
+#include "cuda/outliers.cuh"
 #include "cuda/pack.cuh"
 #include "cuda/pack_codebook.cuh"
 #include "cuda/quantize.cuh"
@@ -56,9 +57,9 @@ void mma(LinearArgs a, const Run& run) {
   gemm<Kernel>(a, run, [&] { Kernel::run(a); });
 }
 
-template <class T, int kBits, int kTokens, int kBlocks>
+template <class T, int kBits, int kTokens, int kBlocks, bool kOutliers = false>
 void int8(LinearArgs a, const Run& run) {
-  using Kernel = MmaGemm<Int8Product<T, kBits>, kTokens, kBlocks>;
+  using Kernel = MmaGemm<Int8Product<T, kBits>, kTokens, kBlocks, kOutliers>;
   const int rows = (a.m + kTokens - 1) / kTokens * kTokens, columns = a.w.steps * kBlock;
   std::vector<int8_t> room(size_t(rows) * columns + 16, 0x55);
   int8_t* codes = room.data() + (16 - reinterpret_cast<uintptr_t>(room.data()) % 16) % 16;
@@ -66,14 +67,17 @@ void int8(LinearArgs a, const Run& run) {
   std::vector<int32_t> sum_room(size_t(rows) * a.w.groups + 4, 0x55555555);
   int32_t* sums =
       sum_room.data() + (16 - reinterpret_cast<uintptr_t>(sum_room.data()) % 16) % 16 / 4;
-  const QuantizeArgs q{a.w, a.x, a.ldx, a.m, rows, codes, scales.data(), sums};
+  const QuantizeArgs q{a.w, a.x, a.ldx, a.m, rows, codes, scales.data(), sums, a.outliers};
   emulator::launch(rows, kQuantizeThreads, kQuantizeShared, {}, run.seed, run.eager,
-                   [&] { quantize_body<Bits<T>>(q); });
+                   [&] { quantize_body<Bits<T>, kOutliers>(q); });
+  const Region exact = region(a.x, ((a.m - 1) * a.ldx + a.w.k) * 2);
+  a.exact = a.x, a.ld_exact = a.ldx;
   a.x = codes, a.ldx = columns, a.x_scales = scales.data(), a.x_sums = sums;
   a.w.k = columns;
   gemm<Kernel>(
       a, run, [&] { Kernel::run(a); },
-      {region(codes, int64_t{rows} * columns), region(sums, int64_t{4} * rows * a.w.groups)});
+      {region(codes, int64_t{rows} * columns), region(sums, int64_t{4} * rows * a.w.groups),
+       kOutliers ? exact : Region{nullptr, nullptr}});
 }
 
 template <class T, int kBits, int kTokens>
@@ -112,6 +116,10 @@ void gemm(const LinearArgs& a, const std::string& kind, int tokens, const Run& r
   if (kind == "int8" && tokens == 16) return int8<T, kBits, 16, 1>(a, run);
   if (kind == "int8" && tokens == 32) return int8<T, kBits, 32, 2>(a, run);
   if (kind == "int8" && tokens == 64) return int8<T, kBits, 64, 2>(a, run);
+  if (kind == "outliers" && tokens == 8) return int8<T, kBits, 8, 1, true>(a, run);
+  if (kind == "outliers" && tokens == 16) return int8<T, kBits, 16, 1, true>(a, run);
+  if (kind == "outliers" && tokens == 32) return int8<T, kBits, 32, 2, true>(a, run);
+  if (kind == "outliers" && tokens == 64) return int8<T, kBits, 64, 1, true>(a, run);
   if (kind == "wgmma" && tokens == 64) return wgmma<T, kBits, 64>(a, run);
   if (kind == "wgmma" && tokens == 128) return wgmma<T, kBits, 128>(a, run);
   emulator::fail("there is no kernel " + kind);
@@ -146,15 +154,18 @@ void dequantize(const int64_t* s, int scale_dtype, const uint8_t* packed, int64_
   });
 }
 
-void linear(const int64_t* s, int scale_dtype, const uint8_t* packed, const uint16_t* x,
-            uint16_t* y, const float* bias, int m, int64_t ldx, int64_t ldy, int dtype,
-            const char* kind, int tokens, int resident, unsigned seed, int eager) {
+// outliers: of find_outliers, for the kind "outliers".
+void linear_outliers(const int64_t* s, int scale_dtype, const uint8_t* packed, const uint16_t* x,
+                     uint16_t* y, const float* bias, int m, int64_t ldx, int64_t ldy, int dtype,
+                     const char* kind, int tokens, int resident, unsigned seed, int eager,
+                     const uint64_t* outliers) {
   LinearArgs a{};
   a.w = shape(s);
   a.scale_dtype = scale_dtype;
   a.packed = packed;
   a.x = x, a.y = y, a.bias = bias;
   a.ldx = ldx, a.ldy = ldy, a.m = m;
+  a.outliers = outliers;
   const Run run{resident, seed, eager != 0};
   const bool half = dtype == TERSOR_F16;
   if (a.w.bits == 4)
@@ -207,6 +218,22 @@ void codebook_linear(const int64_t* s, const uint8_t* packed, const float* value
   a.mean = reinterpret_cast<const float*>(packed + shape.mean_at);
   const Run run{resident, seed, eager != 0};
   dtype == TERSOR_F16 ? codebook<Half>(a, tokens, run) : codebook<Bfloat>(a, tokens, run);
+}
+
+void linear(const int64_t* s, int scale_dtype, const uint8_t* packed, const uint16_t* x,
+            uint16_t* y, const float* bias, int m, int64_t ldx, int64_t ldy, int dtype,
+            const char* kind, int tokens, int resident, unsigned seed, int eager) {
+  linear_outliers(s, scale_dtype, packed, x, y, bias, m, ldx, ldy, dtype, kind, tokens, resident,
+                  seed, eager, nullptr);
+}
+
+void find_outliers(const uint16_t* x, int m, int k, int64_t ldx, int dtype, float threshold,
+                   uint64_t* outliers, unsigned seed) {
+  const OutlierArgs a{x, ldx, m, k, threshold, outliers};
+  emulator::launch(
+      (k + kBlock - 1) / kBlock, kOutlierThreads, kOutlierShared,
+      {region(x, ((m - 1) * ldx + k) * 2)}, seed, false,
+      [&] { dtype == TERSOR_F16 ? find_outliers_body<Half>(a) : find_outliers_body<Bfloat>(a); });
 }
 
 // Of each worker the first step; of each step its worker, and the slot of that worker for its tile.

@@ -33,7 +33,9 @@ def evaluate(args: argparse.Namespace) -> int:
     for name in names:
         check_config(name)
     tokenizer = load_tokenizer(Path(args.folder))
-    models = {name: load_model(name) for name in names}
+    kept = "" if args.outliers is None else f" (outliers beyond {args.outliers:g})"
+    models = {args.folder + kept: load_model(args.folder, args.outliers)}
+    models |= {name: load_model(name) for name in names[1:]}
     length = _window_length(models.values(), args.seq_len)
     windows = measure.text_windows(text, tokenizer, length, args.bos)[: args.samples]
     qualities = measure.evaluate(models, windows, args.baseline)

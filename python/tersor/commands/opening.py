@@ -45,10 +45,10 @@ def check_config(folder: str) -> None:
             )
 
 
-def load_model(folder: str) -> Any:
+def load_model(folder: str, outliers: float | None = None) -> Any:
     """tersor.loading.load_any, where the threads that were asked for can be had."""
     from tersor.kernels import thread_count
     from tersor.loading import load_any
 
     thread_count()  # or TersorError
-    return load_any(folder)
+    return load_any(folder, outliers)

@@ -27,7 +27,7 @@ def generate(args: argparse.Namespace) -> None:
     prompt = tokenizer(args.prompt, return_tensors="pt", return_token_type_ids=False)
     if not prompt["input_ids"].numel():
         raise TersorError("the prompt has no tokens; give some text to go on from")
-    model = load_model(args.folder)
+    model = load_model(args.folder, args.outliers)
     check_vocabulary(args.folder, model, prompt["input_ids"])
     _check_room(model, prompt["input_ids"].shape[1], args.max_tokens)
     torch.manual_seed(args.seed)

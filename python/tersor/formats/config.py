@@ -7,8 +7,9 @@ llm-compressor and their older releases write, and refuses what tersor cannot co
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 from tersor.errors import TersorError
@@ -50,6 +51,8 @@ def quantization_config(
     actorder: "weight" where columns were solved in activation order (a remark, nothing changes for
         the reader); "group" where weights have an `order`. Releases of compressed-tensors from
         0.19 on refuse "group", so that they do not misread such a folder.
+
+    Outliers of activations (see ActSpec) are left out, with a warning.
     """
     if format is not None and format not in (PACKED, UNPACKED):
         raise TersorError(f"format must be {PACKED} or {UNPACKED}, not {format}")
@@ -57,10 +60,18 @@ def quantization_config(
         raise TersorError(f"actorder must be None, 'weight' or 'group', not {actorder!r}")
     targets: dict[Scheme, list[str]] = {}
     if isinstance(schemes, Scheme):
-        targets[schemes] = ["Linear"]
+        targets[_stored(schemes)] = ["Linear"]
     else:
         for name, scheme in schemes.items():
-            targets.setdefault(scheme, []).append(name)
+            targets.setdefault(_stored(scheme), []).append(name)
+    given = [schemes] if isinstance(schemes, Scheme) else schemes.values()
+    activations = [each.activation for each in given if each.activation]
+    if outliers := [each.outliers for each in activations if each.outliers is not None]:
+        warnings.warn(
+            "config.json has no field for the outliers of activations, which are how a layer runs; "
+            f"load the folder with tersor.load(folder, outliers={max(outliers):g})",
+            stacklevel=2,
+        )
     if not targets:
         raise TersorError("no module is quantized; give at least one a scheme")
     groups = {
@@ -80,6 +91,13 @@ def quantization_config(
         "sparsity_config": {},
         "transform_config": {},
     }
+
+
+def _stored(scheme: Scheme) -> Scheme:
+    """What of a scheme a folder holds."""
+    if scheme.activation is None:
+        return scheme
+    return replace(scheme, activation=replace(scheme.activation, outliers=None))
 
 
 def _write_group(

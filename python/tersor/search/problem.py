@@ -162,10 +162,13 @@ def round_tokens(x: Tensor, activation: ActSpec) -> Tensor:
     """What the inputs of a linear stand for once they are quantized in the call (see ActSpec);
     computed in float32, in the dtype of x."""
     half = 2 ** (activation.bits - 1)
-    values = x.float()
+    kept, values = activation.kept(x), x.float()
+    if kept is not None:
+        values = values.masked_fill(kept, 0)
     step = values.abs().amax(-1, keepdim=True) / (half - 0.5)
     step = torch.where(step > 0, step, 1.0)
-    return ((values / step).round().clamp(-half, half - 1) * step).to(x.dtype)
+    rounded = ((values / step).round().clamp(-half, half - 1) * step).to(x.dtype)
+    return rounded if kept is None else torch.where(kept, x, rounded)
 
 
 def _rounding(activation: ActSpec) -> Any:

@@ -139,6 +139,11 @@ class Space:
                 raise TersorError(
                     f"method must be one of {', '.join([*SOLVERS, *PRUNERS])}, not {method!r}"
                 )
+        if any(each is not None and each.outliers is not None for each in self.activations):
+            raise TersorError(
+                "outliers is how a layer runs, which no folder of a search can hold; leave it out, "
+                "and give it to tersor.load"
+            )
         for wanted, known, what in (
             (self.bits, SOLVERS, "quantize"),
             (self.sparsities, PRUNERS, "prune"),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tersor.errors import TersorError
-from tersor.qweight import QSpec, QWeight
+from tersor.qweight import ActSpec, QSpec, QWeight
 from tersor.solvers.rtn import round_to_grid
 
 # The least scale of each dtype that it may be stored in: that of the solvers' grids, which are no
@@ -109,11 +109,15 @@ class _Rounding(torch.autograd.Function):
         return of_w, of_scales, None, None, None
 
 
-def fake_quantize_activation(x: Tensor) -> Tensor:
+def fake_quantize_activation(x: Tensor, activation: ActSpec | None = None) -> Tensor:
     """x [..., k] rounded as the kernels of 8-bit activations round it (see ActSpec): each token to
-    codes -128 to 127 of the scale absmax / 127.5, in float32. The gradient passes as it is."""
-    quantized: Tensor = _TokenRounding.apply(x)
-    return quantized
+    codes -128 to 127 of the scale absmax / 127.5, in float32. The gradient passes as it is.
+    activation: says which columns stay as they are; by default none."""
+    kept = None if activation is None else activation.kept(x)
+    if kept is None:
+        quantized: Tensor = _TokenRounding.apply(x)
+        return quantized
+    return torch.where(kept, x, _TokenRounding.apply(x.masked_fill(kept, 0)))
 
 
 class _TokenRounding(torch.autograd.Function):

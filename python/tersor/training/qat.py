@@ -7,6 +7,7 @@ import copy
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from tersor.inmemory import check_kernel, install, quantize_model
 from tersor.layerwise import Solver, find_solver
 from tersor.packed_linear import keep_hooks
 from tersor.pruning.masks import Mask, as_matrix, detach, masked, original
-from tersor.qweight import QWeight, Scheme
+from tersor.qweight import ActSpec, QWeight, Scheme
 from tersor.solvers import RTN
 from tersor.training.fake import (
     LEAST,
@@ -151,7 +152,8 @@ class QuantizationTraining(TrainerCallback):
             parametrize.register_parametrization(linear, "weight", fake.to(weight.device))
             self._hooks.append(linear._register_load_state_dict_pre_hook(_refuse_plain))
             if self.scheme.activation is not None:
-                hook = linear.register_forward_pre_hook(_round_inputs, with_kwargs=True)
+                rounding = partial(_round_inputs, self.scheme.activation)
+                hook = linear.register_forward_pre_hook(rounding, with_kwargs=True)
                 self._hooks.append(hook)
         self.model, self.linears = model, linears
         return self
@@ -333,11 +335,11 @@ def _plain(linear: nn.Module) -> nn.Linear:
 
 
 def _round_inputs(
-    module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
+    how: ActSpec, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
 ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
     """The one input of a linear, however it is given."""
-    named = {name: fake_quantize_activation(x) for name, x in kwargs.items()}
-    return tuple(fake_quantize_activation(x) for x in args), named
+    named = {name: fake_quantize_activation(x, how) for name, x in kwargs.items()}
+    return tuple(fake_quantize_activation(x, how) for x in args), named
 
 
 def _refuse_plain(state: Mapping[str, Tensor], prefix: str, *rest: Any) -> None:
