@@ -81,7 +81,7 @@ def test_the_operator_has_shapes_without_data():
     ],
 )
 def test_which_weights_can_be_on_a_gpu(n, k, spec, activation, reason):
-    found = cuda.refusal(random_qweight(n, k, spec, torch.bfloat16), activation)
+    found = cuda.refusal(cuda.Grid.of_spec(n, k, spec, activation))
     assert found is None if reason is None else reason in found
 
 

@@ -3,14 +3,18 @@ and the CPU as the device."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import emulated
-from tersor import ActSpec, QSpec, TersorError, cuda
-from tersor.oracle import random_qweight
+from tersor import ActSpec, QSpec, QuantLinear, TersorError, cuda, kernels, sparse
+from tersor.kernels import PATTERN
+from tersor.oracle import random_qweight, random_values
+from tersor.qweight import QWeight
+from tersor.sparse import VALUES, Measured
 
 pytestmark = pytest.mark.skipif(emulated.compiler() is None, reason="there is no C++ compiler")
 
@@ -34,8 +38,8 @@ def calls(library, monkeypatch):
 
     class Weight:
         def __init__(self, *grid: int) -> None:
-            scale_bytes = 4 if grid[5] == 0 else 2
-            self.spec = (long * 6)(*grid[:5], scale_bytes)
+            scale_bytes = 0 if grid[3] == 16 else 4 if grid[5] == 0 else 2
+            self.spec = (long * 7)(*grid[:5], scale_bytes, grid[8] != 0)
             self.scale_dtype, self.bytes = grid[5], library.packed_bytes(self.spec)
             self.kind = b"int8" if grid[6] else b"mma"
 
@@ -161,3 +165,98 @@ def test_codes_that_do_not_fit_are_refused(calls):
     q.codes[3, 4] = 16
     with pytest.raises(TersorError, match="codes must be below 16"):
         cuda.pack_weight(q, CPU)
+
+
+# --- without 2:4 zeros ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", [QSpec(4, 64), QSpec(4, 32, False), QSpec(3, None)], ids=str)
+def test_codes_without_their_zeros(calls, spec):
+    q = random_qweight(80, 192, spec, torch.bfloat16, pattern=PATTERN)
+    packed, grid = cuda.pack_weight(q, CPU, sparse=True), cuda.Grid.of(q, None, sparse=True)
+    assert packed.numel() < cuda.pack_weight(q, CPU).numel() * 1.25  # of 80 rows 128 are stored
+    back = cuda.unpack_weight(packed, grid, spec)
+    assert torch.equal(back.codes, q.codes) and torch.equal(back.scales, q.scales)
+    rows = cuda.dequantize(packed, grid, 3, 50, torch.float32)
+    assert torch.equal(rows, q.dequantize()[3:50])
+    check_products(q.dequantize(torch.float64), packed, grid)
+    assert calls == [6, 20]
+
+
+@pytest.mark.parametrize("dtype", VALUES)
+def test_values_without_their_zeros(calls, dtype):
+    w = random_values(80, 192, dtype)
+    packed, grid = cuda.pack_values(w, CPU), cuda.Grid.of_values(w)
+    assert torch.equal(cuda.unpack_values(packed, grid), w)
+    check_products(w.double(), packed, grid, dtype)
+    assert calls == [6, 20]
+
+
+def check_products(dense, packed, grid, dtype=torch.float16):
+    draw = torch.Generator().manual_seed(0)
+    for shape in ((2, 3, 192), (20, 192)):
+        x = torch.randn(shape, generator=draw).to(dtype)
+        y = cuda._linear(x, packed, None, *grid.fields())
+        scale = x.double().abs() @ dense.abs().T
+        error = (y.double() - x.double() @ dense.T).abs()
+        assert bool((error <= 3 * torch.finfo(dtype).eps * (scale + 4)).all())
+
+
+def test_what_has_more_than_two_of_four_is_refused(calls):
+    q = random_qweight(64, 64, QSpec(4, 64), torch.float32)
+    with pytest.raises(TersorError, match="the codes are not 2:4"):
+        cuda.pack_weight(q, CPU, sparse=True)
+    with pytest.raises(TersorError, match="the values are not 2:4"):
+        cuda.pack_values(torch.ones(64, 64, dtype=torch.float16), CPU)
+
+
+def test_an_older_gpu_is_named(calls, monkeypatch):
+    monkeypatch.setattr(cuda._core, "cuda_refuses", lambda *grid: None, raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    grid, gpu = cuda.Grid.of_values(torch.zeros(64, 64, dtype=torch.float16)), torch.device("cuda")
+    assert "need compute capability 8.0, this GPU has 7.5" in str(cuda.refusal(grid, gpu))
+    assert cuda.refusal(replace(grid, sparse=False), gpu) is None
+    assert cuda.refusal(grid) is None
+
+
+@pytest.mark.parametrize(("gain", "left_out"), [(1.5, True), (0.9, False)])
+def test_a_layer_on_a_gpu_is_packed_by_what_measures_faster(calls, monkeypatch, gain, left_out):
+    """The device is one in name only."""
+    gpu, asked = SimpleNamespace(type="cuda"), []
+    monkeypatch.setattr(cuda._core, "cuda_refuses", lambda *grid: None, raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(QWeight, "to", lambda q, device: q)
+
+    def measure(*what, device):
+        asked.append((what, device))
+        return Measured(gain, 1.0)
+
+    monkeypatch.setattr(sparse, "measure", measure)
+    monkeypatch.setattr(cuda, "_pack", lambda weight, *arrays: torch.zeros(weight.bytes))
+    spec = QSpec(4, 64, False)
+    q = random_qweight(80, 192, spec, torch.bfloat16, pattern=PATTERN)
+    layer = QuantLinear(q)
+    layer._pack(q, gpu)
+    assert layer.grid == cuda.Grid.of(q, None, sparse=left_out)
+    assert asked == [((1, 80, 192, spec, None), gpu)]
+    for choice, expected in (("always", True), ("never", False)):
+        sparse.use_sparse(choice)
+        layer._pack(q, gpu)
+        assert layer.grid.sparse == expected
+    sparse.use_sparse("auto")
+    assert len(asked) == 1
+    layer._pack(random_qweight(80, 192, spec, torch.bfloat16), gpu)
+    assert not layer.grid.sparse and len(asked) == 1
+
+
+def test_zeros_are_counted_alike_on_every_device():
+    for symmetric in (True, False):
+        q = random_qweight(40, 64, QSpec(4, 32, symmetric), torch.bfloat16, pattern=PATTERN)
+        for codes in (q.codes, q.codes.roll(1, 1), torch.full_like(q.codes, 1)):
+            given = QWeight(q.spec, codes, q.scales, q.zeros)
+            found = kernels._keeps_pattern(codes, q.zeros, 4, *PATTERN)
+            assert found == kernels.keeps_pattern(given, *PATTERN)
+    w = random_values(40, 64, torch.bfloat16)
+    for values in (w, w.roll(1, 1), -w):
+        found = kernels._keeps_pattern(values, None, 16, *PATTERN)
+        assert found == kernels.keeps_pattern(values, *PATTERN)

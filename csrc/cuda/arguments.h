@@ -57,7 +57,8 @@ struct BoxedArgs {
 
 constexpr int kPackThreads = 256;  // of the kernels that take the two below
 
-// A weight in both orders; portable: codes [n, k], scales [n, k / g], zeros [n, k / g] or nullptr.
+// A weight in both orders; portable: codes [n, k], scales [n, k / g], zeros [n, k / g] or nullptr;
+// or 16-bit values [n, k], and nothing else.
 struct PackArgs {
   Shape w;
   uint8_t* packed;
@@ -69,7 +70,7 @@ struct PackArgs {
 // (code - zero) * scale of rows [begin, end), rounded once to the dtype of `to` [end - begin, k].
 struct DequantizeArgs {
   Shape w;
-  int32_t scale_dtype;
+  int32_t scale_dtype;  // enum tersor_dtype; of 16-bit values, theirs
   const uint8_t* packed;
   int64_t begin, end;
   void* to;

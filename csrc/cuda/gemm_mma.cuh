@@ -8,11 +8,11 @@
 //
 // Of shared memory a stage is
 //
-//   codes   [kBlocks] blocks as they are in memory
+//   codes   of kBlocks blocks, as they are in memory
 //   x       [kTokens][64] elements; their 16 bytes stand in another order for every token, so that
 //           the eight rows of a matrix that ldmatrix reads lie in different banks
 //   scales  [kBlocks][groups][64] as in memory, room for two groups of float32
-//   zeros   [kBlocks][groups][64]
+//   zeros   [kBlocks][groups][64]; neither for products that have none
 //   x sums  [groups][kTokens] int32, for products that need them
 #pragma once
 
@@ -28,22 +28,29 @@ struct MmaGemm {
   static constexpr int kBits = Product::kBits, kTokens = kTokens_, kBlocks = kBlocks_;
   static constexpr int kWarps = 4, kThreads = kWarps * kLanes;
   static constexpr int kTokenTiles = kTokens / 8;  // of one tensor core operation
-  using End = Epilogue<typename Product::Result, kBlocks, kTokenTiles, kThreads>;
+  using Result = typename Product::Result;
+  using End = Epilogue<Result, kBlocks, kTokenTiles, kThreads>;
   using Sums = typename End::Sums;
   using Group = typename Product::Sum[kBlocks][kTokenTiles][4];
+  using Unit = typename Product::Unit;  // blocks that lie together
+  static constexpr int kUnits = kBlocks / Unit::kBlocks;
+  static_assert(kBlocks % Unit::kBlocks == 0, "whole units");
   static constexpr int kTile = End::kTile;
-  static constexpr int kStages = kTokens <= 16 ? 6 : kBits == 4 ? 4 : 3;
+  static constexpr int kStages = kTokens <= 16                                 ? kBits == 16 ? 4 : 6
+                                 : kBits == 4 && kTokens * Unit::kBlocks <= 64 ? 4
+                                                                               : 3;
   static constexpr int kPerBlock = kTokens <= 16 ? 4 : 2;  // workers that a multiprocessor holds
 
   static constexpr int kRow = kBlock * Product::kElement;  // bytes of a token in a stage
   static constexpr int kCodes = 0;
-  static constexpr int kX = kCodes + kBlocks * block_bytes(kBits);
+  static constexpr int kX = kCodes + kUnits * Unit::kBytes;
   static constexpr int kScales = kX + kTokens * kRow;
-  static constexpr int kZeros = kScales + kBlocks * 2 * kBlock * 4;
-  static constexpr int kXSums = kZeros + kBlocks * 2 * kBlock;
+  static constexpr int kZeros = kScales + (Product::kScaled ? kBlocks * 2 * kBlock * 4 : 0);
+  static constexpr int kXSums = kZeros + (Product::kScaled ? kBlocks * 2 * kBlock : 0);
   static constexpr int kStage = kXSums + (Product::kCorrects ? 2 * kTokens * 4 : 0);
   static constexpr int kTurn = kStages * kStage;  // of this worker, where it shares a tile
-  static constexpr int kSharedBytes = kTurn + 16;
+  static constexpr int kMarks = kTurn + 16;       // see look_at
+  static constexpr int kSharedBytes = kMarks + (Unit::kSparse ? 2 * kTokens * 4 : 0);
 
   // Where the 16 bytes c of a token stand: eight rows of 128 bytes, or of 64, in different banks.
   static TERSOR_DEVICE int x_at(int token, int c) {
@@ -57,28 +64,19 @@ struct MmaGemm {
     const int tile = at / a.w.steps, step = at % a.w.steps;
     const int row_tile = tile / a.token_tiles, first_token = tile % a.token_tiles * kTokens;
     const int group = step / a.w.steps_per_group * a.w.groups_per_step;
-    const int scale_chunks = a.w.groups_per_step * kBlock * a.w.scale_bytes / 16;
-    const int zero_chunks = a.w.asymmetric ? a.w.groups_per_step * kBlock / 16 : 0;
 #pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
-      const int row_block = row_tile * kBlocks + b;
-      const bool inside = row_block < a.w.row_blocks;
-      const int from = inside ? row_block : 0;  // an address that may be read, if only for zeros
-      const uint8_t* codes = a.packed + block_at(a.w, from, step);
+    for (int u = 0; u < kUnits; ++u) {
+      const int unit = row_tile * kUnits + u;
+      const bool inside = unit * Unit::kBlocks < a.w.row_blocks;
+      const uint8_t* codes = a.packed + Unit::at(a.w, inside ? unit : 0, step);
 #pragma unroll
-      for (int i = 0; i < block_bytes(kBits) / 16 / kThreads; ++i) {
+      for (int i = 0; i < (Unit::kBytes / 16 + kThreads - 1) / kThreads; ++i) {
         const int at16 = (i * kThreads + thread()) * 16;
-        copy_async(stage + kCodes + b * block_bytes(kBits) + at16, codes + at16, inside);
+        if (at16 < Unit::kBytes)
+          copy_async(stage + kCodes + u * Unit::kBytes + at16, codes + at16, inside);
       }
-      const int64_t grid = grid_at(a.w, from, group, 0);
-      if (thread() < scale_chunks)
-        copy_async(stage + kScales + b * 2 * kBlock * 4 + thread() * 16,
-                   a.packed + a.w.scales_at + grid * a.w.scale_bytes + thread() * 16, inside);
-      const int chunk = thread() - kThreads / 2;
-      if (chunk >= 0 && chunk < zero_chunks)
-        copy_async(stage + kZeros + b * 2 * kBlock + chunk * 16,
-                   a.packed + a.w.zeros_at + grid + chunk * 16, inside);
     }
+    if constexpr (Product::kScaled) fetch_grid(a, stage, row_tile, group);
     constexpr int kChunks = kRow / 16, kPerChunk = 16 / Product::kElement;
     const auto* x = reinterpret_cast<const uint8_t*>(a.x);
 #pragma unroll
@@ -100,24 +98,77 @@ struct MmaGemm {
     }
   }
 
-  // The second operands of the tensor cores for the columns of operation `q`, which are 32 bytes of
-  // every token. ldmatrix gives four 8 x 8 matrices: those of 16 tokens and one operation; or of
-  // the only 8 tokens and two.
-  static TERSOR_DEVICE void activations(uint32_t (&b)[kTokenTiles][2], const uint8_t* x, int q) {
+  static TERSOR_DEVICE void fetch_grid(const LinearArgs& a, uint8_t* stage, int row_tile,
+                                       int group) {
+    const int scale_chunks = a.w.groups_per_step * kBlock * a.w.scale_bytes / 16;
+    const int zero_chunks = a.w.asymmetric ? a.w.groups_per_step * kBlock / 16 : 0;
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+      const int row_block = row_tile * kBlocks + b;
+      const bool inside = row_block < a.w.row_blocks;
+      // An address that may be read, if only for zeros.
+      const int64_t grid = grid_at(a.w, inside ? row_block : 0, group, 0);
+      if (thread() < scale_chunks)
+        copy_async(stage + kScales + b * 2 * kBlock * 4 + thread() * 16,
+                   a.packed + a.w.scales_at + grid * a.w.scale_bytes + thread() * 16, inside);
+      const int chunk = thread() - kThreads / 2;
+      if (chunk >= 0 && chunk < zero_chunks)
+        copy_async(stage + kZeros + b * 2 * kBlock + chunk * 16,
+                   a.packed + a.w.zeros_at + grid + chunk * 16, inside);
+    }
+  }
+
+  // The second operands of the tensor cores for the columns of operation `q`, which are kPieces
+  // times 32 bytes of every token. ldmatrix gives four 8 x 8 matrices: those of 16 tokens and 32
+  // bytes; or of the only 8 tokens and 64.
+  static constexpr int kPieces = Product::kColumns * Product::kElement / 32;
+  using Tokens = uint32_t[kTokenTiles][2 * kPieces];
+  static TERSOR_DEVICE void activations(Tokens& b, const uint8_t* x, int q) {
     const int lane = thread() % kLanes, matrix = lane / 8, row = lane % 8;
     uint32_t four[4];
     if constexpr (kTokenTiles == 1) {
-      load_matrices(four, x + x_at(row, q / 2 * 4 + matrix));
-      b[0][0] = q % 2 ? four[2] : four[0];
-      b[0][1] = q % 2 ? four[3] : four[1];
+      load_matrices(four, x + x_at(row, q * kPieces / 2 * 4 + matrix));
+#pragma unroll
+      for (int i = 0; i < 2 * kPieces; ++i) b[0][i] = four[q * kPieces % 2 * 2 + i];
     } else {
 #pragma unroll
-      for (int j = 0; j < kTokenTiles / 2; ++j) {
-        load_matrices(four, x + x_at(j * 16 + matrix / 2 * 8 + row, q * 2 + matrix % 2));
-        b[2 * j][0] = four[0], b[2 * j][1] = four[1];
-        b[2 * j + 1][0] = four[2], b[2 * j + 1][1] = four[3];
+      for (int i = 0; i < kTokenTiles / 2 * kPieces; ++i) {
+        const int j = i / kPieces, piece = i % kPieces;
+        load_matrices(
+            four, x + x_at(j * 16 + matrix / 2 * 8 + row, (q * kPieces + piece) * 2 + matrix % 2));
+        b[2 * j][2 * piece] = four[0], b[2 * j][2 * piece + 1] = four[1];
+        b[2 * j + 1][2 * piece] = four[2], b[2 * j + 1][2 * piece + 1] = four[3];
       }
     }
+  }
+
+  // Where columns are left out, the sums may miss an activation there that is not finite: so all
+  // that a step has are looked at, and their tokens marked; at the end of a tile (spread) every sum
+  // of such a token becomes NaN. Two tiles have marks of their own, so that those of the one can
+  // be cleared while the other's are read.
+  static TERSOR_DEVICE void look_at(const uint8_t* x, int* marks) {
+#pragma unroll
+    for (int i = 0; i < (kTokens * kRow / 16 + kThreads - 1) / kThreads; ++i) {
+      const int at16 = (i * kThreads + thread()) * 16;
+      if (at16 >= kTokens * kRow) break;
+      uint32_t words[4], sum = 0;
+      load16(words, x + at16);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sum = fma_pair<Result>(words[j], 0, sum);
+      if (sum & 0x7fff7fff) marks[at16 / kRow] = 1;
+    }
+  }
+  static TERSOR_DEVICE void spread(const int* marks, int* others, Sums& sums) {
+    sync_block();
+    const int token = thread() % 4 * 2;
+#pragma unroll
+    for (int j = 0; j < kTokenTiles; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (marks[j * 8 + token + i % 2])
+#pragma unroll
+          for (int b = 0; b < kBlocks; ++b) sums[b][j][i] = float_of_bits(0x7fc00000);
+    if (thread() < kTokens) others[thread()] = 0;
   }
 
   // sums += scale * group, group = 0. index: of the group within the step.
@@ -150,14 +201,20 @@ struct MmaGemm {
     return a.w.asymmetric ? stage[kZeros + b * 2 * kBlock + row] : 1 << (kBits - 1);
   }
 
-  // ends_group: a group, or what this worker has of it, ends with this step.
+  // ends_group: a group, or what this worker has of it, ends with this step. group: sums, where
+  // there are no scales.
   static TERSOR_DEVICE void step(const LinearArgs& a, const uint8_t* stage, bool ends_group,
                                  Sums& sums, Group& group) {
     const int warp = thread() / kLanes, lane = thread() % kLanes;
     constexpr int kOperations = kBlock / Product::kColumns, kHalf = kOperations / 2;
-    constexpr int kWords = kBits / kOperations;  // of a lane in an operation
-    uint32_t words[kBlocks][4];                  // 16 bytes at a time
+    constexpr int kWords = kBits / 4 * Unit::kWords / kOperations;  // of a lane in an operand
+    constexpr int kChunks = kOperations * Unit::kBlocks * kWords / 4;
+    uint32_t words[kUnits][4];  // 16 bytes at a time
+    uint32_t patterns[kUnits][Unit::kBlocks] = {};
     typename Product::Zero zeros[kBlocks][2];
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u)
+      Unit::patterns(patterns[u], stage + kCodes + u * Unit::kBytes, thread());
 #pragma unroll
     for (int q = 0; q < kOperations; ++q) {
       const int index = a.w.groups_per_step == 2 ? q / kHalf : 0;
@@ -169,22 +226,26 @@ struct MmaGemm {
             const int row = index * kBlock + warp * kStrip + lane / 4 + lower * 8;
             zeros[b][lower].set(zero_of(a, stage, b, row));
           }
-      uint32_t tokens[kTokenTiles][2];
+      Tokens tokens;
       activations(tokens, stage + kX, q);
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) {
-        if (q * kWords % 4 == 0) {
-          const int chunk = (warp * (kBits / 4) + q * kWords / 4) * kLanes + lane;
-          load16(words[b], stage + kCodes + b * block_bytes(kBits) + chunk * 16);
+        const int u = b / Unit::kBlocks, at = (q * Unit::kBlocks + b % Unit::kBlocks) * kWords;
+        if (at % 4 == 0) {
+          const int chunk = (warp * kChunks + at / 4) * kLanes + lane;
+          load16(words[u], stage + kCodes + u * Unit::kBytes + chunk * 16);
         }
         uint32_t codes[4];
-        Product::operands(codes, words[b] + q * kWords % 4, zeros[b]);
+        Product::operands(codes, words[u] + at % 4, zeros[b]);
 #pragma unroll
-        for (int j = 0; j < kTokenTiles; ++j) Product::multiply(group[b][j], codes, tokens[j]);
+        for (int j = 0; j < kTokenTiles; ++j)
+          Product::multiply(group[b][j], codes, tokens[j], patterns[u][b % Unit::kBlocks], q);
       }
-      if (q + 1 == kHalf && a.w.groups_per_step == 2) fold(a, stage, 0, sums, group);
+      if constexpr (Product::kScaled)
+        if (q + 1 == kHalf && a.w.groups_per_step == 2) fold(a, stage, 0, sums, group);
     }
-    if (ends_group) fold(a, stage, a.w.groups_per_step - 1, sums, group);
+    if constexpr (Product::kScaled)
+      if (ends_group) fold(a, stage, a.w.groups_per_step - 1, sums, group);
   }
 
   // --- a worker ------------------------------------------------------------------------------
@@ -200,6 +261,9 @@ struct MmaGemm {
     }
     Sums sums{};
     Group group{};
+    int* marks = reinterpret_cast<int*>(shared + kMarks);
+    if constexpr (Unit::kSparse)
+      if (thread() < 2 * kTokens) marks[thread()] = 0;
     int tile_begin = begin;  // of this worker's part of the tile at hand
     for (int at = begin; at < end; ++at) {
       wait_copies<kStages - 2>();
@@ -209,8 +273,17 @@ struct MmaGemm {
       commit_copies();
       const int tile = at / p.steps, next = at % p.steps + 1;
       const bool ends_tile = next == p.steps || at + 1 == end;
-      step(a, shared + (at - begin) % kStages * kStage,
-           ends_tile || next % a.w.steps_per_group == 0, sums, group);
+      const uint8_t* stage = shared + (at - begin) % kStages * kStage;
+      const bool ends_group = ends_tile || next % a.w.steps_per_group == 0;
+      if constexpr (Product::kScaled)
+        step(a, stage, ends_group, sums, group);
+      else
+        step(a, stage, ends_group, sums, sums);
+      if constexpr (Unit::kSparse) {
+        int* mine = marks + tile % 2 * kTokens;
+        look_at(stage + kX, mine);
+        if (ends_tile) spread(mine, marks + (tile + 1) % 2 * kTokens, sums);
+      }
       if (!ends_tile) continue;
       const bool whole = at + 1 - tile_begin == p.steps;
       int* turn = reinterpret_cast<int*>(shared + kTurn);

@@ -28,6 +28,7 @@ Gemm row(const char* name, int32_t arch, int32_t dtype) {
           Kernel::kTile * sizeof(float),
           false,
           Product::kCorrects,
+          Product::Unit::kSparse,
           reinterpret_cast<const void*>(&mma_gemm<Product, kTokens, kBlocks>)};
 }
 

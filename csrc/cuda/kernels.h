@@ -14,7 +14,7 @@ struct Gemm {
   const char* name;
   int32_t arch;    // the first that runs it: 75, 80, ...
   int32_t dtype;   // of x and y, enum tersor_dtype
-  int32_t bits;    // of the codes
+  int32_t bits;    // of the codes; 16: of values, which have the dtype of x
   int32_t tokens;  // of a tile
   int32_t blocks;  // of 64 rows in a tile
   int32_t threads;
@@ -22,6 +22,7 @@ struct Gemm {
   size_t tile_bytes;  // of a partial sum
   bool boxed;         // takes BoxedArgs, else LinearArgs
   bool int8;          // takes x as a quantize_kernel leaves it
+  bool sparse;        // of weights without 2:4 zeros
   const void* function;
 };
 
@@ -30,14 +31,19 @@ std::vector<Gemm> mma_gemms_f16();
 std::vector<Gemm> mma_gemms_bf16();
 std::vector<Gemm> wgmma_gemms();
 std::vector<Gemm> int8_gemms();
+std::vector<Gemm> sparse_gemms_f16();
+std::vector<Gemm> sparse_gemms_bf16();
 
 // Kernels that take PackArgs.
 const void* pack_kernel();
 const void* unpack_kernel();
+const void* pack_sparse_kernel();
+const void* unpack_sparse_kernel();
 // Takes QuantizeArgs; a block of threads for each row. dtype: enum tersor_dtype of x.
 const void* quantize_kernel(int32_t dtype);
 // Takes DequantizeArgs. dtype: enum tersor_dtype of what it writes.
 const void* dequantize_kernel(int32_t dtype);
+const void* dequantize_sparse_kernel(int32_t dtype);
 // Takes SolveArgs; a worker for each kSolveRows rows.
 const void* solve_kernel(bool grid, bool pattern);
 // Takes GridArgs.
