@@ -30,8 +30,13 @@ def compiler() -> str | None:
     return None
 
 
+_built: dict[str, ctypes.CDLL] = {}  # by source, once in a process
+
+
 def build(folder: Path, source: str = "emulate") -> ctypes.CDLL:
     """One of the files of tests/emulator, compiled."""
+    if source in _built:
+        return _built[source]
     library = folder / f"{source}.so"
     command = [
         compiler(), "-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra",
@@ -43,6 +48,7 @@ def build(folder: Path, source: str = "emulate") -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(library))
     if source == "emulate":
         loaded.packed_bytes.restype = ctypes.c_int64
+    _built[source] = loaded
     return loaded
 
 

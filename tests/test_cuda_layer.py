@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 import emulated
 from tersor import ActSpec, QSpec, QuantLinear, TersorError, cuda, kernels, sparse
@@ -15,6 +16,7 @@ from tersor.kernels import PATTERN
 from tersor.oracle import random_qweight, random_values
 from tersor.qweight import QWeight
 from tersor.sparse import VALUES, Measured
+from tersor.sparse_linear import SparseLinear
 
 pytestmark = pytest.mark.skipif(emulated.compiler() is None, reason="there is no C++ compiler")
 
@@ -260,3 +262,42 @@ def test_zeros_are_counted_alike_on_every_device():
     for values in (w, w.roll(1, 1), -w):
         found = kernels._keeps_pattern(values, None, 16, *PATTERN)
         assert found == kernels.keeps_pattern(values, *PATTERN)
+
+
+def test_a_sparse_layer_and_its_devices(calls, monkeypatch):
+    """To a device that is a GPU in name only, and back."""
+    linear = nn.Linear(256, 40, dtype=torch.bfloat16)
+    linear.weight.data = random_values(40, 256, torch.bfloat16)
+    layer = SparseLinear.from_linear(linear)
+    gpu, on_cpu = SimpleNamespace(type="cuda"), layer.packed
+    packed = cuda.pack_values(linear.weight, CPU)
+    monkeypatch.setattr(cuda, "pack_values", lambda w, device: packed)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    reason = "n and k must be multiples of 16 on a GPU"
+    monkeypatch.setattr(cuda._core, "cuda_refuses", lambda *grid: reason, raising=False)
+    with pytest.raises(TersorError, match=r"a 40 x 256 layer with 2:4 zeros .* multiples of 16"):
+        layer._move(gpu)
+    assert layer.packed is on_cpu and layer.grid is None
+    monkeypatch.setattr(cuda._core, "cuda_refuses", lambda *grid: None)
+    layer._move(gpu)
+    assert layer.packed is packed and layer.grid == cuda.Grid.of_values(linear.weight)
+    assert torch.equal(layer.weight, linear.weight)
+    assert torch.equal(layer.state_dict()["weight"], linear.weight)
+    assert "2:4, CUDA" in repr(layer)
+    layer._move(CPU)
+    assert layer.grid is None and torch.equal(layer.packed, on_cpu)
+    with pytest.raises(TersorError, match="there are no kernels for mps"):
+        layer._move(SimpleNamespace(type="mps"))
+
+
+def test_why_a_weight_on_a_gpu_is_left_to_torch(calls, monkeypatch):
+    gpu = SimpleNamespace(type="cuda")
+    weight = SimpleNamespace(shape=(64, 64), dtype=torch.float16, device=gpu)
+    refused: list[str | None] = ["for a reason"]
+    monkeypatch.setattr(cuda._core, "cuda_refuses", lambda *grid: refused[0], raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    assert sparse.refusal(weight) == "for a reason"
+    refused[0] = None
+    for gain, expected in ((0.5, "torch is faster here (0.50 times)"), (2.0, None)):
+        monkeypatch.setattr(sparse, "measure_values", lambda *_, gain=gain: Measured(gain, 1.0))
+        assert sparse.refusal(weight) == expected

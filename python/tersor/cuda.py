@@ -79,7 +79,7 @@ class Grid:
 
     @property
     def layout(self) -> str:
-        return "CUDA, 2:4" if self.sparse else "CUDA"
+        return "CUDA without zeros" if self.sparse else "CUDA"
 
     def fields(self) -> tuple[int, int, int, int, bool, int, int, bool]:
         shape, codes = (self.n, self.k, self.g), (self.bits, self.asymmetric, self.scale_dtype)

@@ -102,7 +102,7 @@ def _gpu_clock(call: Call, weights: list[Tensor]) -> Callable[[], float]:
         with torch.cuda.stream(aside):
             call(weights[0])
         torch.cuda.current_stream().wait_stream(aside)
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
             for weight in weights:
                 call(weight)
 
