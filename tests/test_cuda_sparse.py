@@ -164,8 +164,8 @@ def test_the_same_bits_in_any_order_of_threads(library, tokens, bits):
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("bits", [4, 16])
 def test_a_token_that_is_not_finite_spoils_no_other(library, tokens, bits):
-    """And is seen by rows too that leave its column out, in whole tiles and in shared ones; tiles of
-    other tokens follow."""
+    """And is seen by rows too that leave its column out, in whole tiles and in shared ones, before
+    tiles of other tokens."""
     weight = Weight.pruned(64, 256, 64, bits, False, torch.float16)
     x = torch.randn(20, 256, generator=torch.Generator().manual_seed(0)).half()
     broken = {3: (5, float("nan")), 7: (100, float("inf")), 10: (255, float("-inf"))}
