@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import emulated
-from tersor import ActSpec, QSpec, QuantLinear, TersorError, cuda, kernels, sparse
+from tersor import ActSpec, QSpec, QuantLinear, TersorError, cli, cuda, kernels, sparse
 from tersor.kernels import PATTERN
 from tersor.oracle import random_qweight, random_values
 from tersor.qweight import QWeight
@@ -301,3 +301,15 @@ def test_why_a_weight_on_a_gpu_is_left_to_torch(calls, monkeypatch):
     for gain, expected in ((0.5, "torch is faster here (0.50 times)"), (2.0, None)):
         monkeypatch.setattr(sparse, "measure_values", lambda *_, gain=gain: Measured(gain, 1.0))
         assert sparse.refusal(weight) == expected
+
+
+def test_the_cli_says_what_a_gpu_gains(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(sparse, "serves", lambda n, k, spec, activation, device=CPU: device != CPU)
+    monkeypatch.setattr(sparse, "measure", lambda *what: asked.append(what) or Measured(3e-5, 2e-5))
+    shape = ["--shape", "1", "64", "128", "--group", "64", "--pattern", "2:4"]
+    assert cli.main(["kernels", *shape]) == 0
+    spec, dtype = QSpec(4, 64), torch.bfloat16
+    assert asked == [(1, 64, 128, spec, None, dtype, torch.device("cuda"))]
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Measured: 0.020 ms without the zeros, 0.030 ms with them, 1.50 times as fast." in said

@@ -23,6 +23,12 @@
 
 namespace tersor::cuda {
 
+// Stages of the ring: more where they are small.
+constexpr int stages_of(int tokens, int bits, int unit_blocks) {
+  if (tokens <= 16) return bits == 16 ? 4 : 6;
+  return bits == 4 && tokens * unit_blocks <= 64 ? 4 : 3;
+}
+
 template <class Product, int kTokens_, int kBlocks_>
 struct MmaGemm {
   static constexpr int kBits = Product::kBits, kTokens = kTokens_, kBlocks = kBlocks_;
@@ -36,9 +42,7 @@ struct MmaGemm {
   static constexpr int kUnits = kBlocks / Unit::kBlocks;
   static_assert(kBlocks % Unit::kBlocks == 0, "whole units");
   static constexpr int kTile = End::kTile;
-  static constexpr int kStages = kTokens <= 16                                 ? kBits == 16 ? 4 : 6
-                                 : kBits == 4 && kTokens * Unit::kBlocks <= 64 ? 4
-                                                                               : 3;
+  static constexpr int kStages = stages_of(kTokens, kBits, Unit::kBlocks);
   static constexpr int kPerBlock = kTokens <= 16 ? 4 : 2;  // workers that a multiprocessor holds
 
   static constexpr int kRow = kBlock * Product::kElement;  // bytes of a token in a stage
