@@ -55,8 +55,8 @@ struct Weight {
   size_t bytes;
 
   Weight(int64_t n, int64_t k, int64_t g, int bits, bool asymmetric, int scale_dtype,
-         int activation)
-      : spec{n, k, g, bits, asymmetric ? 1 : 0, scale_dtype, activation, 0, 0} {
+         int activation, int kept, int of)
+      : spec{n, k, g, bits, asymmetric ? 1 : 0, scale_dtype, activation, kept, of} {
     tersor::check(spec);
     if (const char* why = cuda::refuses(spec)) throw Error(why);
     bytes = cuda::packed_bytes(spec);
@@ -65,8 +65,11 @@ struct Weight {
   void check_packed(uintptr_t packed, size_t size) const { ::check_packed(packed, size, bytes); }
 
   tersor_view view(uintptr_t codes, uintptr_t scales, uintptr_t zeros) const {
-    check_address(codes, 1, "codes");
-    check_address(scales, static_cast<size_t>(element_bytes(spec.scale_dtype)), "scales");
+    check_address(codes, spec.bits == 16 ? 2 : 1, "codes");
+    if (spec.bits != 16)
+      check_address(scales, static_cast<size_t>(element_bytes(spec.scale_dtype)), "scales");
+    else if (scales)
+      throw Error("16-bit weights have no scales");
     if ((zeros != 0) != (spec.asymmetric != 0))
       throw Error("zeros come with an asymmetric weight, and only there");
     return {reinterpret_cast<uint8_t*>(codes), reinterpret_cast<void*>(scales),
@@ -248,8 +251,8 @@ bool codebook_linear(const CodebookWeight& w, uintptr_t packed, size_t size, uin
 
 void tersor::bind_cuda(nb::module_ m) {
   nb::class_<Weight>(m, "CudaWeight")
-      .def(nb::init<int64_t, int64_t, int64_t, int, bool, int, int>(), "n"_a, "k"_a, "g"_a,
-           "bits"_a, "asymmetric"_a, "scale_dtype"_a, "activation"_a)
+      .def(nb::init<int64_t, int64_t, int64_t, int, bool, int, int, int, int>(), "n"_a, "k"_a,
+           "g"_a, "bits"_a, "asymmetric"_a, "scale_dtype"_a, "activation"_a, "kept"_a, "of"_a)
       .def_ro("bytes", &Weight::bytes);
   m.def("cuda_unavailable", [] { return text(cuda::unavailable()); });
   m.def("cuda_architectures", cuda::architectures);
@@ -261,12 +264,14 @@ void tersor::bind_cuda(nb::module_ m) {
   m.def(
       "cuda_refuses",
       [](int64_t n, int64_t k, int64_t g, int bits, bool asymmetric, int scale_dtype,
-         int activation) {
-        const tersor_spec spec{n, k, g, bits, asymmetric ? 1 : 0, scale_dtype, activation, 0, 0};
+         int activation, int kept, int of) {
+        const tersor_spec spec{n,           k,          g,    bits, asymmetric ? 1 : 0,
+                               scale_dtype, activation, kept, of};
         tersor::check(spec);
         return text(cuda::refuses(spec));
       },
-      "n"_a, "k"_a, "g"_a, "bits"_a, "asymmetric"_a, "scale_dtype"_a, "activation"_a);
+      "n"_a, "k"_a, "g"_a, "bits"_a, "asymmetric"_a, "scale_dtype"_a, "activation"_a, "kept"_a,
+      "of"_a);
   m.def(
       "cuda_serves",
       [](const Weight& w, int64_t m, int dtype, int device, bool outliers) {

@@ -30,8 +30,13 @@ def compiler() -> str | None:
     return None
 
 
+_built: dict[str, ctypes.CDLL] = {}  # by source, once in a process
+
+
 def build(folder: Path, source: str = "emulate") -> ctypes.CDLL:
     """One of the files of tests/emulator, compiled."""
+    if source in _built:
+        return _built[source]
     library = folder / f"{source}.so"
     command = [
         compiler(), "-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC",
@@ -44,6 +49,7 @@ def build(folder: Path, source: str = "emulate") -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(library))
     if source == "emulate":
         loaded.packed_bytes.restype = ctypes.c_int64
+    _built[source] = loaded
     return loaded
 
 
@@ -53,12 +59,17 @@ def pointer(array: Tensor | None) -> ctypes.c_void_p:
 
 @dataclass
 class Weight:
-    """A random weight in portable order."""
+    """A random weight in portable order.
+
+    sparse: that 2:4 zeros are left out. bits: 16 for values, which are the codes; then the scales
+    [n, 1] are none, but for their dtype.
+    """
 
     codes: Tensor  # uint8 [n, k]
     scales: Tensor  # [n, k / g]
     zeros: Tensor | None
     bits: int
+    sparse: bool = False
 
     @classmethod
     def random(
@@ -70,18 +81,42 @@ class Weight:
         zeros = torch.randint(1 << bits, (n, k // g), generator=draw, dtype=torch.uint8)
         return cls(codes, scales, zeros if asymmetric else None, bits)
 
+    @classmethod
+    def pruned(
+        cls, n: int, k: int, g: int, bits: int, asymmetric: bool, dtype: torch.dtype, seed: int = 0
+    ) -> Weight:
+        """2:4: two codes of every four are the zero point, and of some fours three or all. bits: 4,
+        or 16 for values of the dtype, with the signs of zeros."""
+        draw = torch.Generator().manual_seed(seed)
+        order = torch.rand(n, k // 4, 4, generator=draw).argsort(dim=-1)
+        kept = torch.tensor([0, 1, 2, 2, 2, 2])[torch.randint(6, (n, k // 4, 1), generator=draw)]
+        pruned = (order >= kept).view(n, k)
+        if bits == 16:
+            values = torch.randn(n, k, generator=draw)
+            values = torch.where(pruned, values.sign() * 0.0, values).to(dtype)
+            return cls(values, torch.zeros(n, 1, dtype=dtype), None, 16, True)
+        made = cls.random(n, k, g, bits, asymmetric, dtype, seed)
+        zeros = torch.full_like(made.codes, 1 << (bits - 1))
+        if made.zeros is not None:
+            zeros = made.zeros.repeat_interleave(g, dim=1)
+        made.codes, made.sparse = torch.where(pruned, zeros, made.codes), True
+        return made
+
     @property
     def g(self) -> int:
         return self.codes.shape[1] // self.scales.shape[1]
 
     def spec(self) -> ctypes.Array[ctypes.c_int64]:
         n, k = self.codes.shape
-        given = (n, k, self.g, self.bits, self.zeros is not None, self.scales.element_size())
-        return (ctypes.c_int64 * 6)(*given)
+        scale_bytes = 0 if self.bits == 16 else self.scales.element_size()
+        given = (n, k, self.g, self.bits, self.zeros is not None, scale_bytes, self.sparse)
+        return (ctypes.c_int64 * 7)(*given)
 
     def dense(self) -> np.ndarray:
         """float64 [n, k]."""
         codes = self.codes.double().numpy()
+        if self.bits == 16:
+            return codes
         scales = np.repeat(self.scales.double().numpy(), self.g, axis=1)
         if self.zeros is None:
             return (codes - (1 << (self.bits - 1))) * scales
@@ -90,10 +125,11 @@ class Weight:
     def empty(self) -> Weight:
         zeros = None if self.zeros is None else torch.full_like(self.zeros, 0xEE)
         scales = torch.full_like(self.scales, float("nan"))
-        return Weight(torch.full_like(self.codes, 0xEE), scales, zeros, self.bits)
+        return Weight(torch.full_like(self.codes, 0xEE), scales, zeros, self.bits, self.sparse)
 
     def _arrays(self) -> tuple[ctypes.c_void_p, ...]:
-        return pointer(self.codes), pointer(self.scales), pointer(self.zeros)
+        scales = None if self.bits == 16 else self.scales
+        return pointer(self.codes), pointer(scales), pointer(self.zeros)
 
     def pack(self, library: ctypes.CDLL, workers: int = 3) -> Tensor:
         size = library.packed_bytes(self.spec())
@@ -132,7 +168,7 @@ def linear(
     eager: bool,
     outliers: float = 0.0,
 ) -> Tensor:
-    """kernel: "mma", "wgmma" or "int8", and the tokens of a tile.
+    """kernel: "mma", "wgmma" or "int8", and the tokens of a tile; any where zeros are left out.
     x [m, k] with any row stride that is a multiple of 8 -> [m, n]. What lies around y is
     watched. outliers: columns beyond this stay in 16 bits; kernel is "outliers" then."""
     m, n = x.shape[0], weight.codes.shape[0]

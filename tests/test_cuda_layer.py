@@ -3,14 +3,20 @@ and the CPU as the device."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 import emulated
-from tersor import ActSpec, QSpec, TersorError, cuda
-from tersor.oracle import random_qweight
+from tersor import ActSpec, QSpec, QuantLinear, TersorError, cli, cuda, kernels, sparse
+from tersor.kernels import PATTERN
+from tersor.oracle import random_qweight, random_values
+from tersor.qweight import QWeight
+from tersor.sparse import VALUES, Measured
+from tersor.sparse_linear import SparseLinear
 
 pytestmark = pytest.mark.skipif(emulated.compiler() is None, reason="there is no C++ compiler")
 
@@ -34,8 +40,8 @@ def calls(library, monkeypatch):
 
     class Weight:
         def __init__(self, *grid: int) -> None:
-            scale_bytes = 4 if grid[5] == 0 else 2
-            self.spec = (long * 6)(*grid[:5], scale_bytes)
+            scale_bytes = 0 if grid[3] == 16 else 4 if grid[5] == 0 else 2
+            self.spec = (long * 7)(*grid[:5], scale_bytes, grid[8] != 0)
             self.scale_dtype, self.bytes = grid[5], library.packed_bytes(self.spec)
             self.kind = b"int8" if grid[6] else b"mma"
 
@@ -193,3 +199,149 @@ def test_codes_that_do_not_fit_are_refused(calls):
     q.codes[3, 4] = 16
     with pytest.raises(TersorError, match="codes must be below 16"):
         cuda.pack_weight(q, CPU)
+
+
+# --- without 2:4 zeros ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", [QSpec(4, 64), QSpec(4, 32, False), QSpec(3, None)], ids=str)
+def test_codes_without_their_zeros(calls, spec):
+    q = random_qweight(80, 192, spec, torch.bfloat16, pattern=PATTERN)
+    packed, grid = cuda.pack_weight(q, CPU, sparse=True), cuda.Grid.of(q, None, sparse=True)
+    assert packed.numel() < cuda.pack_weight(q, CPU).numel() * 1.25  # of 80 rows 128 are stored
+    back = cuda.unpack_weight(packed, grid, spec)
+    assert torch.equal(back.codes, q.codes) and torch.equal(back.scales, q.scales)
+    rows = cuda.dequantize(packed, grid, 3, 50, torch.float32)
+    assert torch.equal(rows, q.dequantize()[3:50])
+    check_products(q.dequantize(torch.float64), packed, grid)
+    assert calls == [6, 20]
+
+
+@pytest.mark.parametrize("dtype", VALUES)
+def test_values_without_their_zeros(calls, dtype):
+    w = random_values(80, 192, dtype)
+    packed, grid = cuda.pack_values(w, CPU), cuda.Grid.of_values(w)
+    assert torch.equal(cuda.unpack_values(packed, grid), w)
+    check_products(w.double(), packed, grid, dtype)
+    assert calls == [6, 20]
+
+
+def check_products(dense, packed, grid, dtype=torch.float16):
+    draw = torch.Generator().manual_seed(0)
+    for shape in ((2, 3, 192), (20, 192)):
+        x = torch.randn(shape, generator=draw).to(dtype)
+        y = cuda._linear(x, packed, None, *grid.fields())
+        scale = x.double().abs() @ dense.abs().T
+        error = (y.double() - x.double() @ dense.T).abs()
+        assert bool((error <= 3 * torch.finfo(dtype).eps * (scale + 4)).all())
+
+
+def test_what_has_more_than_two_of_four_is_refused(calls):
+    q = random_qweight(64, 64, QSpec(4, 64), torch.float32)
+    with pytest.raises(TersorError, match="the codes are not 2:4"):
+        cuda.pack_weight(q, CPU, sparse=True)
+    with pytest.raises(TersorError, match="the values are not 2:4"):
+        cuda.pack_values(torch.ones(64, 64, dtype=torch.float16), CPU)
+
+
+def test_an_older_gpu_is_named(calls, monkeypatch):
+    monkeypatch.setattr(cuda._core, "cuda_refuses", lambda *grid: None, raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    grid, gpu = cuda.Grid.of_values(torch.zeros(64, 64, dtype=torch.float16)), torch.device("cuda")
+    assert "need compute capability 8.0, this GPU has 7.5" in str(cuda.refusal(grid, gpu))
+    assert cuda.refusal(replace(grid, sparse=False), gpu) is None
+    assert cuda.refusal(grid) is None
+
+
+@pytest.mark.parametrize(("gain", "left_out"), [(1.5, True), (0.9, False)])
+def test_a_layer_on_a_gpu_is_packed_by_what_measures_faster(calls, monkeypatch, gain, left_out):
+    """The device is one in name only."""
+    gpu, asked = SimpleNamespace(type="cuda"), []
+    monkeypatch.setattr(cuda._core, "cuda_refuses", lambda *grid: None, raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(QWeight, "to", lambda q, device: q)
+
+    def measure(*what, device):
+        asked.append((what, device))
+        return Measured(gain, 1.0)
+
+    monkeypatch.setattr(sparse, "measure", measure)
+    monkeypatch.setattr(cuda, "_pack", lambda weight, *arrays: torch.zeros(weight.bytes))
+    spec = QSpec(4, 64, False)
+    q = random_qweight(80, 192, spec, torch.bfloat16, pattern=PATTERN)
+    layer = QuantLinear(q)
+    layer._pack(q, gpu)
+    assert layer.grid == cuda.Grid.of(q, None, sparse=left_out)
+    assert asked == [((1, 80, 192, spec, None), gpu)]
+    for choice, expected in (("always", True), ("never", False)):
+        sparse.use_sparse(choice)
+        layer._pack(q, gpu)
+        assert layer.grid.sparse == expected
+    sparse.use_sparse("auto")
+    assert len(asked) == 1
+    layer._pack(random_qweight(80, 192, spec, torch.bfloat16), gpu)
+    assert not layer.grid.sparse and len(asked) == 1
+
+
+def test_zeros_are_counted_alike_on_every_device():
+    for symmetric in (True, False):
+        q = random_qweight(40, 64, QSpec(4, 32, symmetric), torch.bfloat16, pattern=PATTERN)
+        for codes in (q.codes, q.codes.roll(1, 1), torch.full_like(q.codes, 1)):
+            given = QWeight(q.spec, codes, q.scales, q.zeros)
+            found = kernels._keeps_pattern(codes, q.zeros, 4, *PATTERN)
+            assert found == kernels.keeps_pattern(given, *PATTERN)
+    w = random_values(40, 64, torch.bfloat16)
+    for values in (w, w.roll(1, 1), -w):
+        found = kernels._keeps_pattern(values, None, 16, *PATTERN)
+        assert found == kernels.keeps_pattern(values, *PATTERN)
+
+
+def test_a_sparse_layer_and_its_devices(calls, monkeypatch):
+    """To a device that is a GPU in name only, and back."""
+    linear = nn.Linear(256, 40, dtype=torch.bfloat16)
+    linear.weight.data = random_values(40, 256, torch.bfloat16)
+    layer = SparseLinear.from_linear(linear)
+    gpu, on_cpu = SimpleNamespace(type="cuda"), layer.packed
+    packed = cuda.pack_values(linear.weight, CPU)
+    monkeypatch.setattr(cuda, "pack_values", lambda w, device: packed)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    reason = "n and k must be multiples of 16 on a GPU"
+    monkeypatch.setattr(cuda._core, "cuda_refuses", lambda *grid: reason, raising=False)
+    with pytest.raises(TersorError, match=r"a 40 x 256 layer with 2:4 zeros .* multiples of 16"):
+        layer._move(gpu)
+    assert layer.packed is on_cpu and layer.grid is None
+    monkeypatch.setattr(cuda._core, "cuda_refuses", lambda *grid: None)
+    layer._move(gpu)
+    assert layer.packed is packed and layer.grid == cuda.Grid.of_values(linear.weight)
+    assert torch.equal(layer.weight, linear.weight)
+    assert torch.equal(layer.state_dict()["weight"], linear.weight)
+    assert "2:4, CUDA" in repr(layer)
+    layer._move(CPU)
+    assert layer.grid is None and torch.equal(layer.packed, on_cpu)
+    with pytest.raises(TersorError, match="there are no kernels for mps"):
+        layer._move(SimpleNamespace(type="mps"))
+
+
+def test_why_a_weight_on_a_gpu_is_left_to_torch(calls, monkeypatch):
+    gpu = SimpleNamespace(type="cuda")
+    weight = SimpleNamespace(shape=(64, 64), dtype=torch.float16, device=gpu)
+    refused: list[str | None] = ["for a reason"]
+    monkeypatch.setattr(cuda._core, "cuda_refuses", lambda *grid: refused[0], raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    assert sparse.refusal(weight) == "for a reason"
+    refused[0] = None
+    for gain, expected in ((0.5, "torch is faster here (0.50 times)"), (2.0, None)):
+        monkeypatch.setattr(sparse, "measure_values", lambda *_, gain=gain: Measured(gain, 1.0))
+        assert sparse.refusal(weight) == expected
+
+
+def test_the_cli_says_what_a_gpu_gains(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(sparse, "serves", lambda n, k, spec, activation, device=CPU: device != CPU)
+    monkeypatch.setattr(sparse, "measure", lambda *what: asked.append(what) or Measured(3e-5, 2e-5))
+    shape = ["--shape", "1", "64", "128", "--group", "64", "--pattern", "2:4"]
+    assert cli.main(["kernels", *shape]) == 0
+    spec, dtype = QSpec(4, 64), torch.bfloat16
+    assert asked == [(1, 64, 128, spec, None, dtype, torch.device("cuda"))]
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Measured: 0.020 ms without the zeros, 0.030 ms with them, 1.50 times as fast." in said

@@ -81,15 +81,21 @@ def test_four_bits_take_less_than_three() -> None:
 def test_auto_takes_what_measures_faster(
     monkeypatch: pytest.MonkeyPatch, gain: float, expected: str
 ) -> None:
-    asked = []
-    monkeypatch.setattr(sparse, "measure", lambda *what: asked.append(what) or Measured(gain, 1.0))
+    asked, devices = [], []
+
+    def measure(*what: object, device: torch.device) -> Measured:
+        asked.append(what)
+        devices.append(device)
+        return Measured(gain, 1.0)
+
+    monkeypatch.setattr(sparse, "measure", measure)
     layer = QuantLinear(weight(), None, ActSpec())
     assert layout(layer) == expected
-    assert asked == [(1, 40, 256, QSpec(4, 128), ActSpec())]
+    assert asked == [(1, 40, 256, QSpec(4, 128), ActSpec())] and devices == [sparse.CPU]
 
 
 def test_what_has_no_such_kernel_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sparse, "measure", lambda *what: pytest.fail("measured"))
+    monkeypatch.setattr(sparse, "measure", lambda *what, **where: pytest.fail("measured"))
     dense = random_qweight(40, 256, QSpec(4, 128), torch.bfloat16)
     small_groups = random_qweight(40, 256, QSpec(4, 32), torch.bfloat16, pattern=(2, 4))
     for q in (dense, small_groups, weight(symmetric=False)):

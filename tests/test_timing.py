@@ -7,8 +7,10 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 import tiny
+from tersor import timing
 from test_cli import run
 
 
@@ -64,3 +66,49 @@ def test_speed_before_and_after(
     assert code == 2
     assert "does not predict the next token" in err
     assert not (tmp_path / "no").exists()
+
+
+class _Fake:
+    """Whatever torch.cuda has, counted; two events are 3 ms apart."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        self.done: list[str] = []
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def wait_stream(self, other: object) -> None: ...
+
+    def record(self) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def elapsed_time(self, end: object) -> float:
+        return 3.0
+
+    def replay(self) -> None:
+        self.done.append("replay")
+
+
+def test_a_gpu_is_timed_by_its_own_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of calls in a graph: each copy in turn, sixteen calls at least; once before that outside."""
+    graph, seen = _Fake(), []
+    for name in ("device", "Stream", "stream", "current_stream", "graph", "Event"):
+        assert hasattr(torch.cuda, name)
+        monkeypatch.setattr(torch.cuda, name, _Fake)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    weights = [torch.tensor([float(i)]) for i in range(3)]
+
+    def call(weight: torch.Tensor) -> torch.Tensor:
+        seen.append(int(weight))
+        return weight
+
+    seconds = timing._gpu_clock(call, weights)
+    assert seen == [0, *(i % 3 for i in range(16))]
+    assert seconds() == 3e-3 / 16
+    assert seconds() == 3e-3 / 16
+    assert graph.done == ["replay"] * 2
+    seen.clear()
+    timing._gpu_clock(call, weights * 7)
+    assert len(seen) == 1 + 21

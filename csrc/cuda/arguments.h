@@ -8,6 +8,17 @@
 
 namespace tersor::cuda {
 
+// What a kernel multiplies.
+enum class Sort {
+  plain,     // codes with 16-bit activations
+  int8,      // with int8 ones, as a quantize_kernel leaves them
+  outliers,  // the same, and columns in 16 bits beside them
+  codebook,  // indices into sixteen values: takes CodebookArgs
+  sparse,    // weights without 2:4 zeros, with 16-bit activations
+};
+
+constexpr bool takes_int8(Sort sort) { return sort == Sort::int8 || sort == Sort::outliers; }
+
 // y = x * dequantize(W)^T + bias.
 struct LinearArgs {
   Shape w;
@@ -83,7 +94,8 @@ struct BoxedArgs {
 
 constexpr int kPackThreads = 256;  // of the kernels that take the two below
 
-// A weight in both orders; portable: codes [n, k], scales [n, k / g], zeros [n, k / g] or nullptr.
+// A weight in both orders; portable: codes [n, k], scales [n, k / g], zeros [n, k / g] or nullptr;
+// or 16-bit values [n, k], and nothing else.
 struct PackArgs {
   Shape w;
   uint8_t* packed;
@@ -95,7 +107,7 @@ struct PackArgs {
 // (code - zero) * scale of rows [begin, end), rounded once to the dtype of `to` [end - begin, k].
 struct DequantizeArgs {
   Shape w;
-  int32_t scale_dtype;
+  int32_t scale_dtype;  // enum tersor_dtype; of 16-bit values, theirs
   const uint8_t* packed;
   int64_t begin, end;
   void* to;

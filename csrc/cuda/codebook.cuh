@@ -9,6 +9,7 @@
 
 #include "arguments.h"
 #include "device.cuh"
+#include "products.cuh"
 
 namespace tersor::cuda {
 
@@ -20,7 +21,10 @@ TERSOR_DEVICE float doubled_scale(int8_t code, float step, float mean) {
 template <class T, int kCopies_>
 struct CodebookProduct {
   static constexpr int kBits = 4, kColumns = 16, kElement = 2;
-  static constexpr bool kCorrects = false;
+  static constexpr bool kCorrects = false, kScaled = true;
+  static constexpr Sort kSort = Sort::codebook;
+  using Args = CodebookArgs;
+  using Unit = BlockUnit<kBits>;
   using Sum = float;
   using Result = T;
   struct Zero {
@@ -57,7 +61,9 @@ struct CodebookProduct {
   }
 
   // The pairs of one tile of 16 x 16 for a lane, as in dequantize.cuh.
-  static TERSOR_DEVICE void operands(uint32_t (&a)[4], uint32_t word, const Lookup& lookup) {
+  static TERSOR_DEVICE void operands(uint32_t (&a)[4], const uint32_t* words, const Zero (&)[2],
+                                     const Lookup& lookup) {
+    const uint32_t word = words[0];
     constexpr uint32_t kMask = 255 * kEntry;
     constexpr int kShift = kEntry == 128 ? 7 : 6;
     static_assert(kEntry == 1 << kShift, "16 or 32 copies");
@@ -71,8 +77,8 @@ struct CodebookProduct {
     a[3] = pick_bytes(right, right_next, 0x7632);
   }
 
-  static TERSOR_DEVICE void multiply(float (&c)[4], const uint32_t (&a)[4],
-                                     const uint32_t (&b)[2]) {
+  static TERSOR_DEVICE void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                                     uint32_t, int) {
     multiply_add<T>(c, a, b);
   }
 
@@ -85,18 +91,6 @@ struct CodebookProduct {
         a.doubled ? doubled_scale(static_cast<int8_t>(codes[row]), given, lookup.mean) : given;
     return whole * a.codebook.unit;
   }
-};
-
-// What a product looks up in: nothing without a codebook.
-template <class Product, bool kCodebook>
-struct LookupOf {
-  struct Type {
-    static constexpr int kBytes = 0;
-  };
-};
-template <class Product>
-struct LookupOf<Product, true> {
-  using Type = typename Product::Lookup;
 };
 
 }  // namespace tersor::cuda

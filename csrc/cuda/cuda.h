@@ -41,7 +41,8 @@ const char* refuses(const tersor_spec& spec);
 // Bytes of such a weight, which has no header: what it is, only its owner knows.
 size_t packed_bytes(const tersor_spec& spec);
 
-// Portable order to CUDA order and back; all pointers of the device of `target`. packed: 128-byte
+// Portable order to CUDA order and back, where zeros are left out only of weights that keep to the
+// pattern of the spec; all pointers of the device of `target`. packed: 128-byte
 // aligned. These and those below throw Error where the driver refuses a launch.
 void pack(const tersor_spec& spec, const tersor_view& view, void* packed, Target target);
 void unpack(const tersor_spec& spec, const void* packed, const tersor_view& view, Target target);

@@ -129,6 +129,11 @@ TERSOR_DEVICE void load16(T* to, const void* from) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) memcpy(to + i, each + i, 4);
 }
+// 8 bytes, aligned.
+TERSOR_DEVICE void load8(uint32_t (&to)[2], const void* from) {
+  const uint2 words = *static_cast<const uint2*>(from);
+  to[0] = words.x, to[1] = words.y;
+}
 template <class T>
 TERSOR_DEVICE void store16(void* to, const T* from) {
   static_assert(sizeof(T) == 4, "four words");

@@ -8,52 +8,70 @@
 //
 // Of shared memory a stage is
 //
-//   codes   [kBlocks] blocks as they are in memory
+//   codes   of kBlocks blocks, as they are in memory
 //   x       [kTokens][64] elements; their 16 bytes stand in another order for every token, so that
 //           the eight rows of a matrix that ldmatrix reads lie in different banks
 //   scales  [kBlocks][groups][64] as in memory, room for two groups of float32
-//   zeros   [kBlocks][groups][64]
+//   zeros   [kBlocks][groups][64]; neither for products that have none
 //   x sums  [groups][kTokens] int32, for products that need them
 //   exact   [kTokens][64] of 16 bits, in the order of x, where some columns stay in 16 bits
 //
-// With kOutliers (outliers.cuh) the same codes meet, in the steps that hold such columns, these
-// columns in 16 bits too, in a second set of sums.
+// A weight of indices into sixteen values (codebook.h) has no zeros: where its scales are int8,
+// they are in their place, and the float32 step of each in that of the scales. With kOutliers
+// (outliers.cuh) the same codes meet, in the steps that hold such columns, these columns in 16 bits
+// too, in a second set of sums.
 #pragma once
 
 #include "arguments.h"
+#include "codebook.cuh"
 #include "device.cuh"
 #include "epilogue.cuh"
 #include "products.cuh"
 
 namespace tersor::cuda {
 
+// Stages of the ring: more where they are small.
+constexpr int stages_of(int tokens, int bits, int unit_blocks, bool outliers) {
+  if (outliers) return tokens <= 16 ? 4 : 3;
+  if (tokens <= 16) return bits == 16 ? 4 : 6;
+  return bits == 4 && tokens * unit_blocks <= 64 ? 4 : 3;
+}
+
 template <class Product, int kTokens_, int kBlocks_, bool kOutliers = false>
 struct MmaGemm {
   static constexpr int kBits = Product::kBits, kTokens = kTokens_, kBlocks = kBlocks_;
   static constexpr int kWarps = 4, kThreads = kWarps * kLanes;
   static constexpr int kTokenTiles = kTokens / 8;  // of one tensor core operation
-  using End = Epilogue<typename Product::Result, kBlocks, kTokenTiles, kThreads, kOutliers ? 2 : 1>;
+  using Args = typename Product::Args;
+  using Result = typename Product::Result;
+  using Lookup = typename Product::Lookup;
+  using Unit = typename Product::Unit;  // blocks that lie together
+  static constexpr int kUnits = kBlocks / Unit::kBlocks;
+  static_assert(kBlocks % Unit::kBlocks == 0, "whole units");
+  using End = Epilogue<Result, kBlocks, kTokenTiles, kThreads, kOutliers ? 2 : 1>;
   using Sums = typename End::Sums;
   template <class P>
   using Group = typename P::Sum[kBlocks][kTokenTiles][4];
-  using Exact = FloatProduct<typename Product::Result, kBits>;
+  using Exact = FloatProduct<Result, kOutliers ? kBits : 4>;
   static constexpr int kTile = End::kTile;
-  static constexpr int kStages = kOutliers ? (kTokens <= 16 ? 4 : 3)
-                                           : (kTokens <= 16 ? 6
-                                              : kBits == 4  ? 4
-                                                            : 3);
+  static constexpr int kStages = stages_of(kTokens, kBits, Unit::kBlocks, kOutliers);
   static constexpr int kPerBlock = kTokens <= 16 ? 4 : 2;  // workers that a multiprocessor holds
 
   static constexpr int kRow = kBlock * Product::kElement;  // bytes of a token in a stage
   static constexpr int kCodes = 0;
-  static constexpr int kX = kCodes + kBlocks * block_bytes(kBits);
+  static constexpr int kX = kCodes + kUnits * Unit::kBytes;
   static constexpr int kScales = kX + kTokens * kRow;
-  static constexpr int kZeros = kScales + kBlocks * 2 * kBlock * 4;
-  static constexpr int kXSums = kZeros + kBlocks * 2 * kBlock;
+  static constexpr int kZeros = kScales + (Product::kScaled ? kBlocks * 2 * kBlock * 4 : 0);
+  static constexpr int kXSums = kZeros + (Product::kScaled ? kBlocks * 2 * kBlock : 0);
   static constexpr int kExact = kXSums + (Product::kCorrects ? 2 * kTokens * 4 : 0);
   static constexpr int kStage = kExact + (kOutliers ? kTokens * kBlock * 2 : 0);
   static constexpr int kTurn = kStages * kStage;  // of this worker, where it shares a tile
-  static constexpr int kSharedBytes = kTurn + 16;
+  static constexpr int kMarks = kTurn + 16;       // see look_at
+  static constexpr int kTable = kTurn + 128;      // of values, where there is a codebook
+  static_assert(!Lookup::kBytes || kTable % 128 == 0, "entries begin at the first bank");
+  static constexpr int kSharedBytes = Lookup::kBytes  ? kTable + Lookup::kBytes
+                                      : Unit::kSparse ? kMarks + 2 * kTokens * 4
+                                                      : kMarks;
 
   // Where the 16 bytes c of a token stand: eight rows of 128 bytes, or of 64, in different banks.
   template <class P = Product>
@@ -65,32 +83,23 @@ struct MmaGemm {
 
   // --- one step: what is copied, and what is done with it ------------------------------------
 
-  static TERSOR_DEVICE void fetch(const LinearArgs& a, uint8_t* stage, int at) {
+  static TERSOR_DEVICE void fetch(const Args& a, uint8_t* stage, int at) {
     const int tile = at / a.w.steps, step = at % a.w.steps;
     const int row_tile = tile / a.token_tiles, first_token = tile % a.token_tiles * kTokens;
     const int group = step / a.w.steps_per_group * a.w.groups_per_step;
-    const int scale_chunks = a.w.groups_per_step * kBlock * a.w.scale_bytes / 16;
-    const int zero_chunks = a.w.asymmetric ? a.w.groups_per_step * kBlock / 16 : 0;
 #pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
-      const int row_block = row_tile * kBlocks + b;
-      const bool inside = row_block < a.w.row_blocks;
-      const int from = inside ? row_block : 0;  // an address that may be read, if only for zeros
-      const uint8_t* codes = a.packed + block_at(a.w, from, step);
+    for (int u = 0; u < kUnits; ++u) {
+      const int unit = row_tile * kUnits + u;
+      const bool inside = unit * Unit::kBlocks < a.w.row_blocks;
+      const uint8_t* codes = a.packed + Unit::at(a.w, inside ? unit : 0, step);
 #pragma unroll
-      for (int i = 0; i < block_bytes(kBits) / 16 / kThreads; ++i) {
+      for (int i = 0; i < (Unit::kBytes / 16 + kThreads - 1) / kThreads; ++i) {
         const int at16 = (i * kThreads + thread()) * 16;
-        copy_async(stage + kCodes + b * block_bytes(kBits) + at16, codes + at16, inside);
+        if (at16 < Unit::kBytes)
+          copy_async(stage + kCodes + u * Unit::kBytes + at16, codes + at16, inside);
       }
-      const int64_t grid = grid_at(a.w, from, group, 0);
-      if (thread() < scale_chunks)
-        copy_async(stage + kScales + b * 2 * kBlock * 4 + thread() * 16,
-                   a.packed + a.w.scales_at + grid * a.w.scale_bytes + thread() * 16, inside);
-      const int chunk = thread() - kThreads / 2;
-      if (chunk >= 0 && chunk < zero_chunks)
-        copy_async(stage + kZeros + b * 2 * kBlock + chunk * 16,
-                   a.packed + a.w.zeros_at + grid + chunk * 16, inside);
     }
+    if constexpr (Product::kScaled) fetch_grid(a, stage, row_tile, group);
     constexpr int kChunks = kRow / 16, kPerChunk = 16 / Product::kElement;
     const auto* x = reinterpret_cast<const uint8_t*>(a.x);
 #pragma unroll
@@ -116,10 +125,46 @@ struct MmaGemm {
     }
   }
 
+  static TERSOR_DEVICE void fetch_grid(const Args& a, uint8_t* stage, int row_tile, int group) {
+    const int scale_chunks = a.w.groups_per_step * kBlock * a.w.scale_bytes / 16;
+    const int zero_chunks = a.w.asymmetric ? a.w.groups_per_step * kBlock / 16 : 0;
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+      const int row_block = row_tile * kBlocks + b;
+      const bool inside = row_block < a.w.row_blocks;
+      // An address that may be read, if only for zeros.
+      const int64_t grid = grid_at(a.w, inside ? row_block : 0, group, 0);
+      uint8_t* scales = stage + kScales + b * 2 * kBlock * 4;
+      if constexpr (Lookup::kBytes)
+        if (a.doubled) {
+          fetch_steps(a, scales, row_block, group);
+          scales = stage + kZeros + b * 2 * kBlock;
+        }
+      if (thread() < scale_chunks)
+        copy_async(scales + thread() * 16,
+                   a.packed + a.w.scales_at + grid * a.w.scale_bytes + thread() * 16, inside);
+      const int chunk = thread() - kThreads / 2;
+      if (chunk >= 0 && chunk < zero_chunks)
+        copy_async(stage + kZeros + b * 2 * kBlock + chunk * 16,
+                   a.packed + a.w.zeros_at + grid + chunk * 16, inside);
+    }
+  }
+
+  // Of a codebook the step of each scale of a block of rows. A row that is only padding has none,
+  // and a group that is has some.
+  static TERSOR_DEVICE void fetch_steps(const Args& a, uint8_t* to, int row_block, int group) {
+    if (thread() >= a.w.groups_per_step * kBlock) return;
+    const int row = row_block * kBlock + thread() % kBlock, each = group + thread() / kBlock;
+    const bool inside = row < a.w.n;
+    const int last = a.row_groups - 1;
+    const int step = inside ? scale_step_of(row, a.row_groups, each < last ? each : last) : 0;
+    copy_async4(to + thread() * 4, a.scale_steps + step, inside);
+  }
+
   // Of the step's columns in 16 bits those 16 bytes that hold an outlier: what stands in the place
   // of the others is never used.
-  static TERSOR_DEVICE void fetch_exact(const LinearArgs& a, uint8_t* stage, int first_token,
-                                        int step, uint64_t columns) {
+  static TERSOR_DEVICE void fetch_exact(const Args& a, uint8_t* stage, int first_token, int step,
+                                        uint64_t columns) {
     constexpr int kChunks = kBlock * 2 / 16;
     const auto* x = static_cast<const uint8_t*>(a.exact);
 #pragma unroll
@@ -134,29 +179,37 @@ struct MmaGemm {
     }
   }
 
-  // The second operands of the tensor cores for the columns of operation `q`, which are 32 bytes of
-  // every token. ldmatrix gives four 8 x 8 matrices: those of 16 tokens and one operation; or of
-  // the only 8 tokens and two.
+  // The second operands of the tensor cores for the columns of operation `q`, which are kPieces
+  // times 32 bytes of every token. ldmatrix gives four 8 x 8 matrices: those of 16 tokens and 32
+  // bytes; or of the only 8 tokens and 64.
   template <class P>
-  static TERSOR_DEVICE void activations(uint32_t (&b)[kTokenTiles][2], const uint8_t* x, int q) {
+  static constexpr int kPieces = P::kColumns * P::kElement / 32;
+  template <class P>
+  using Tokens = uint32_t[kTokenTiles][2 * kPieces<P>];
+
+  template <class P>
+  static TERSOR_DEVICE void activations(Tokens<P>& b, const uint8_t* x, int q) {
+    constexpr int kEach = kPieces<P>;
     const int lane = thread() % kLanes, matrix = lane / 8, row = lane % 8;
     uint32_t four[4];
     if constexpr (kTokenTiles == 1) {
-      load_matrices(four, x + x_at<P>(row, q / 2 * 4 + matrix));
-      b[0][0] = q % 2 ? four[2] : four[0];
-      b[0][1] = q % 2 ? four[3] : four[1];
+      load_matrices(four, x + x_at<P>(row, q * kEach / 2 * 4 + matrix));
+#pragma unroll
+      for (int i = 0; i < 2 * kEach; ++i) b[0][i] = four[q * kEach % 2 * 2 + i];
     } else {
 #pragma unroll
-      for (int j = 0; j < kTokenTiles / 2; ++j) {
-        load_matrices(four, x + x_at<P>(j * 16 + matrix / 2 * 8 + row, q * 2 + matrix % 2));
-        b[2 * j][0] = four[0], b[2 * j][1] = four[1];
-        b[2 * j + 1][0] = four[2], b[2 * j + 1][1] = four[3];
+      for (int i = 0; i < kTokenTiles / 2 * kEach; ++i) {
+        const int j = i / kEach, piece = i % kEach;
+        load_matrices(
+            four, x + x_at<P>(j * 16 + matrix / 2 * 8 + row, (q * kEach + piece) * 2 + matrix % 2));
+        b[2 * j][2 * piece] = four[0], b[2 * j][2 * piece + 1] = four[1];
+        b[2 * j + 1][2 * piece] = four[2], b[2 * j + 1][2 * piece + 1] = four[3];
       }
     }
   }
 
   // Leaves of an operation with 16-bit columns those alone that have a bit in `columns`.
-  static TERSOR_DEVICE void keep(uint32_t (&b)[kTokenTiles][2], uint64_t columns, int q) {
+  static TERSOR_DEVICE void keep(Tokens<Exact>& b, uint64_t columns, int q) {
     const int first = q * Exact::kColumns + thread() % 4 * 2;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -167,18 +220,54 @@ struct MmaGemm {
     }
   }
 
+  // Where columns are left out, the sums may miss an activation there that is not finite: so all
+  // that a step has are looked at, and their tokens marked; at the end of a tile (spread) every sum
+  // of such a token becomes NaN. Two tiles have marks of their own, so that those of the one can
+  // be cleared while the other's are read.
+  static TERSOR_DEVICE void look_at(const uint8_t* x, int* marks) {
+#pragma unroll
+    for (int i = 0; i < (kTokens * kRow / 16 + kThreads - 1) / kThreads; ++i) {
+      const int at16 = (i * kThreads + thread()) * 16;
+      if (at16 >= kTokens * kRow) break;
+      uint32_t words[4], sum = 0;
+      load16(words, x + at16);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sum = fma_pair<Result>(words[j], 0, sum);
+      if (sum & 0x7fff7fff) marks[at16 / kRow] = 1;
+    }
+  }
+  static TERSOR_DEVICE void spread(const int* marks, int* others, Sums& sums) {
+    sync_block();
+    const int token = thread() % 4 * 2;
+#pragma unroll
+    for (int j = 0; j < kTokenTiles; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (marks[j * 8 + token + i % 2])
+#pragma unroll
+          for (int b = 0; b < kBlocks; ++b) sums[b][j][i] = float_of_bits(0x7fc00000);
+    if (thread() < kTokens) others[thread()] = 0;
+  }
+
   // sums += scale * group, group = 0. index: of the group within the step; kSet: of the sums. Of a
   // group that workers share, the one that has its end corrects for the zero points of the whole.
   template <class P, int kSet>
-  static TERSOR_DEVICE void fold(const LinearArgs& a, const uint8_t* stage, int index, bool has_end,
-                                 Sums& sums, Group<P>& group) {
+  static TERSOR_DEVICE void fold(const Args& a, const uint8_t* stage, const Lookup& lookup,
+                                 int index, bool has_end, Sums& sums, Group<P>& group) {
     const int warp = thread() / kLanes, lane = thread() % kLanes;
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
       const uint8_t* scales = stage + kScales + b * 2 * kBlock * 4;
       const int row = index * kBlock + warp * kStrip + lane / 4;
-      const float upper = scale_of(scales, a.scale_dtype, row);
-      const float lower = scale_of(scales, a.scale_dtype, row + 8);
+      float upper, lower;
+      if constexpr (Lookup::kBytes) {
+        const uint8_t* codes = stage + kZeros + b * 2 * kBlock;
+        upper = Product::scale(a, lookup, scales, codes, row);
+        lower = Product::scale(a, lookup, scales, codes, row + 8);
+      } else {
+        upper = scale_of(scales, a.scale_dtype, row);
+        lower = scale_of(scales, a.scale_dtype, row + 8);
+      }
 #pragma unroll
       for (int j = 0; j < kTokenTiles; ++j)
 #pragma unroll
@@ -197,21 +286,32 @@ struct MmaGemm {
   }
 
   // row: of the scales and zeros in a stage.
-  static TERSOR_DEVICE int zero_of(const LinearArgs& a, const uint8_t* stage, int b, int row) {
+  static TERSOR_DEVICE int zero_of(const Args& a, const uint8_t* stage, int b, int row) {
     return a.w.asymmetric ? stage[kZeros + b * 2 * kBlock + row] : 1 << (kBits - 1);
   }
 
-  // x: of P in the stage. ends_group: a group, or what this worker has of it, ends with this step.
-  // has_end: and it ends there for all workers. columns: with kSet 1, those that count.
-  template <class P, int kSet>
-  static TERSOR_DEVICE void step(const LinearArgs& a, const uint8_t* stage, const uint8_t* x,
-                                 uint64_t columns, bool ends_group, bool has_end, Sums& sums,
-                                 Group<P>& group) {
+  // What a step is of a group, and of x.
+  struct Part {
+    const uint8_t* x;  // of P in the stage
+    bool ends_group;   // a group, or what this worker has of it, ends with this step
+    bool has_end;      // and it ends there for all workers
+    uint64_t columns;  // with kSet 1, those that count
+  };
+
+  // group: the sums themselves, where there are no scales.
+  template <class P, int kSet, class Group>
+  static TERSOR_DEVICE void step(const Args& a, const uint8_t* stage, const Lookup& lookup,
+                                 const Part& part, Sums& sums, Group& group) {
     const int warp = thread() / kLanes, lane = thread() % kLanes;
     constexpr int kOperations = kBlock / P::kColumns, kHalf = kOperations / 2;
-    constexpr int kWords = kBits / kOperations;  // of a lane in an operation
-    uint32_t words[kBlocks][4];                  // 16 bytes at a time
+    constexpr int kWords = kBits / 4 * Unit::kWords / kOperations;  // of a lane in an operand
+    constexpr int kChunks = kOperations * Unit::kBlocks * kWords / 4;
+    uint32_t words[kUnits][4];  // 16 bytes at a time
+    uint32_t patterns[kUnits][Unit::kBlocks] = {};
     typename P::Zero zeros[kBlocks][2];
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u)
+      Unit::patterns(patterns[u], stage + kCodes + u * Unit::kBytes, thread());
 #pragma unroll
     for (int q = 0; q < kOperations; ++q) {
       const int index = a.w.groups_per_step == 2 ? q / kHalf : 0;
@@ -223,29 +323,37 @@ struct MmaGemm {
             const int row = index * kBlock + warp * kStrip + lane / 4 + lower * 8;
             zeros[b][lower].set(zero_of(a, stage, b, row));
           }
-      uint32_t tokens[kTokenTiles][2];
-      activations<P>(tokens, x, q);
-      if constexpr (kSet == 1) keep(tokens, columns, q);
+      Tokens<P> tokens;
+      activations<P>(tokens, part.x, q);
+      if constexpr (kSet == 1) keep(tokens, part.columns, q);
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) {
-        if (q * kWords % 4 == 0) {
-          const int chunk = (warp * (kBits / 4) + q * kWords / 4) * kLanes + lane;
-          load16(words[b], stage + kCodes + b * block_bytes(kBits) + chunk * 16);
+        const int u = b / Unit::kBlocks, at = (q * Unit::kBlocks + b % Unit::kBlocks) * kWords;
+        if (at % 4 == 0) {
+          const int chunk = (warp * kChunks + at / 4) * kLanes + lane;
+          load16(words[u], stage + kCodes + u * Unit::kBytes + chunk * 16);
         }
         uint32_t codes[4];
-        P::operands(codes, words[b] + q * kWords % 4, zeros[b]);
+        P::operands(codes, words[u] + at % 4, zeros[b], lookup);
 #pragma unroll
-        for (int j = 0; j < kTokenTiles; ++j) P::multiply(group[b][j], codes, tokens[j]);
+        for (int j = 0; j < kTokenTiles; ++j)
+          P::multiply(group[b][j], codes, tokens[j], patterns[u][b % Unit::kBlocks], q);
       }
-      if (q + 1 == kHalf && a.w.groups_per_step == 2) fold<P, kSet>(a, stage, 0, true, sums, group);
+      if constexpr (P::kScaled)
+        if (q + 1 == kHalf && a.w.groups_per_step == 2)
+          fold<P, kSet>(a, stage, lookup, 0, true, sums, group);
     }
-    if (ends_group) fold<P, kSet>(a, stage, a.w.groups_per_step - 1, has_end, sums, group);
+    if constexpr (P::kScaled)
+      if (part.ends_group)
+        fold<P, kSet>(a, stage, lookup, a.w.groups_per_step - 1, part.has_end, sums, group);
   }
 
   // --- a worker ------------------------------------------------------------------------------
 
-  static TERSOR_DEVICE void run(const LinearArgs& a) {
+  static TERSOR_DEVICE void run(const Args& a) {
     uint8_t* shared = shared_memory();
+    Lookup lookup{};
+    if constexpr (Lookup::kBytes) lookup = Product::begin(a, shared + kTable, kThreads);
     const Partition& p = a.partition;
     const int begin = p.begin(worker()), end = p.begin(worker() + 1);
 #pragma unroll
@@ -255,6 +363,9 @@ struct MmaGemm {
     }
     Sums sums{};
     Group<Product> group{};
+    int* marks = reinterpret_cast<int*>(shared + kMarks);
+    if constexpr (Unit::kSparse)
+      if (thread() < 2 * kTokens) marks[thread()] = 0;
     int tile_begin = begin;  // of this worker's part of the tile at hand
     for (int at = begin; at < end; ++at) {
       wait_copies<kStages - 2>();
@@ -265,12 +376,22 @@ struct MmaGemm {
       const int tile = at / p.steps, next = at % p.steps + 1;
       const bool ends_tile = next == p.steps || at + 1 == end;
       const uint8_t* stage = shared + (at - begin) % kStages * kStage;
-      const uint64_t columns = kOutliers ? a.outliers[at % p.steps] : 0;
-      const bool ends_group = next % a.w.steps_per_group == 0 || next == p.steps;
-      step<Product, 0>(a, stage, stage + kX, 0, ends_tile || ends_group, ends_group, sums, group);
+      const bool has_end = next % a.w.steps_per_group == 0 || next == p.steps;
+      const Part part{stage + kX, ends_tile || has_end, has_end, 0};
+      if constexpr (Product::kScaled)
+        step<Product, 0>(a, stage, lookup, part, sums, group);
+      else
+        step<Product, 0>(a, stage, lookup, part, sums, sums);
       if constexpr (kOutliers) {
         Group<Exact> exact{};
-        if (columns) step<Exact, 1>(a, stage, stage + kExact, columns, true, true, sums, exact);
+        const uint64_t columns = a.outliers[at % p.steps];
+        const Part beside{stage + kExact, true, true, columns};
+        if (columns) step<Exact, 1>(a, stage, lookup, beside, sums, exact);
+      }
+      if constexpr (Unit::kSparse) {
+        int* mine = marks + tile % 2 * kTokens;
+        look_at(stage + kX, mine);
+        if (ends_tile) spread(mine, marks + (tile + 1) % 2 * kTokens, sums);
       }
       if (!ends_tile) continue;
       const bool whole = at + 1 - tile_begin == p.steps;

@@ -10,7 +10,7 @@ namespace {
 template <class Product, int kTokens, int kBlocks, bool kOutliers = false,
           class Kernel = MmaGemm<Product, kTokens, kBlocks, kOutliers>>
 TERSOR_KERNEL(Kernel::kThreads, Kernel::kPerBlock)
-mma_gemm(const __grid_constant__ LinearArgs args) {
+mma_gemm(const __grid_constant__ typename Kernel::Args args) {
   Kernel::run(args);
 }
 
@@ -26,10 +26,9 @@ Gemm row(const char* name, int32_t arch, int32_t dtype) {
           Kernel::kThreads,
           Kernel::kSharedBytes,
           Kernel::kTile * sizeof(float),
+          kOutliers ? Sort::outliers : Product::kSort,
           false,
-          Product::kCorrects,
-          reinterpret_cast<const void*>(&mma_gemm<Product, kTokens, kBlocks, kOutliers>),
-          kOutliers};
+          reinterpret_cast<const void*>(&mma_gemm<Product, kTokens, kBlocks, kOutliers>)};
 }
 
 }  // namespace

@@ -25,8 +25,8 @@ Gemm row(const char* name, int32_t dtype) {
           Kernel::kThreads,
           Kernel::kSharedBytes,
           Kernel::kTile * sizeof(float),
+          Sort::plain,
           true,
-          false,
           reinterpret_cast<const void*>(&wgmma_gemm<T, kBits, kTokens>)};
 }
 

@@ -5,26 +5,17 @@
 #include <cstdint>
 #include <vector>
 
+#include "arguments.h"
 #include "kernel.h"
 
 namespace tersor::cuda {
-
-// What a kernel multiplies.
-enum class Sort {
-  plain,     // codes with 16-bit activations
-  int8,      // with int8 ones, as a quantize_kernel leaves them
-  outliers,  // the same, and columns in 16 bits beside them
-  codebook,  // indices into sixteen values: takes CodebookArgs
-};
-
-constexpr bool takes_int8(Sort sort) { return sort == Sort::int8 || sort == Sort::outliers; }
 
 // A product with a tile of tokens.
 struct Gemm {
   const char* name;
   int32_t arch;    // the first that runs it: 75, 80, ...
   int32_t dtype;   // of x and y, enum tersor_dtype
-  int32_t bits;    // of the codes
+  int32_t bits;    // of the codes; 16: of values, which have the dtype of x
   int32_t tokens;  // of a tile
   int32_t blocks;  // of 64 rows in a tile
   int32_t threads;
@@ -42,10 +33,14 @@ std::vector<Gemm> wgmma_gemms();
 std::vector<Gemm> int8_gemms();
 std::vector<Gemm> codebook_gemms();
 std::vector<Gemm> outlier_gemms();
+std::vector<Gemm> sparse_gemms_f16();
+std::vector<Gemm> sparse_gemms_bf16();
 
 // Kernels that take PackArgs.
 const void* pack_kernel();
 const void* unpack_kernel();
+const void* pack_sparse_kernel();
+const void* unpack_sparse_kernel();
 // Takes QuantizeArgs; a block of threads for each row. dtype: enum tersor_dtype of x.
 const void* quantize_kernel(int32_t dtype);
 // The same without outliers; of 16 bits alone.
@@ -54,6 +49,7 @@ const void* quantize_others_kernel(int32_t dtype);
 const void* outlier_kernel(int32_t dtype);
 // Takes DequantizeArgs. dtype: enum tersor_dtype of what it writes.
 const void* dequantize_kernel(int32_t dtype);
+const void* dequantize_sparse_kernel(int32_t dtype);
 // Takes SolveArgs; a worker for each kSolveRows rows.
 const void* solve_kernel(bool grid, bool pattern);
 // Takes GridArgs.

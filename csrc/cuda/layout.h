@@ -6,6 +6,7 @@
 // token tile can be as narrow as 8. A packed weight is three arrays, each beginning at 128 bytes:
 //
 //   codes   [n / 64][k / 64] blocks of 64 x 64 codes, 2 KiB (4 bits) or 4 KiB (8 bits), drawn below
+//           (where 2:4 zeros are left out: in layout_sparse.h)
 //   scales  [n / 64][groups][64] of the scale's dtype
 //   zeros   [n / 64][groups][64] of uint8, only where asymmetric
 //
@@ -46,7 +47,8 @@ constexpr int kSection = 128;  // bytes that each array begins at
 // The figures of a weight that a kernel needs, made once on the host by shape_of.
 struct Shape {
   int32_t n, k, g;
-  int32_t bits;        // 4 or 8
+  int32_t bits;        // 4 or 8; 16 for values
+  int32_t sparse;      // 1 where 2:4 zeros are left out
   int32_t asymmetric;  // 0 or 1
   int32_t scale_bytes;
   int32_t row_blocks, steps;  // blocks of rows, and of columns
@@ -61,26 +63,31 @@ constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit -
 // Groups that the kernels can follow: 32, a multiple of 64, or a whole row.
 constexpr bool is_group(int64_t k, int64_t g) { return g == k || g == 32 || g % kBlock == 0; }
 
+// Bytes of a block; without 2:4 zeros a weight takes half of a code, and half of two bits that say
+// where it is.
+TERSOR_BOTH constexpr int block_bytes(int bits, bool sparse = false) {
+  return kBlock * kBlock / 16 * (sparse ? bits + 2 : 2 * bits);
+}
+
+// scale_bytes: 0 where there are no scales. sparse: without 2:4 zeros; blocks then come in pairs.
 constexpr Shape shape_of(int64_t n, int64_t k, int64_t g, int bits, bool asymmetric,
-                         int scale_bytes) {
+                         int scale_bytes, bool sparse = false) {
   Shape s{};
   s.n = static_cast<int32_t>(n), s.k = static_cast<int32_t>(k), s.g = static_cast<int32_t>(g);
-  s.bits = bits, s.asymmetric = asymmetric, s.scale_bytes = scale_bytes;
-  s.row_blocks = static_cast<int32_t>(round_up(n, kBlock) / kBlock);
+  s.bits = bits, s.asymmetric = asymmetric, s.scale_bytes = scale_bytes, s.sparse = sparse;
+  s.row_blocks = static_cast<int32_t>(round_up(n, sparse ? 2 * kBlock : kBlock) / kBlock);
   s.steps = static_cast<int32_t>(round_up(k, kBlock) / kBlock);
   const bool fine = g == 32 && k > 32;
   s.groups_per_step = fine ? 2 : 1;
   s.steps_per_group = fine ? 1 : static_cast<int32_t>(round_up(g, kBlock) / kBlock);
   s.groups = fine ? 2 * s.steps : (s.steps + s.steps_per_group - 1) / s.steps_per_group;
-  const int64_t codes = int64_t{s.row_blocks} * s.steps * kBlock * kBlock * bits / 8;
+  const int64_t codes = int64_t{s.row_blocks} * s.steps * block_bytes(bits, sparse);
   const int64_t grid = int64_t{s.row_blocks} * s.groups * kBlock;
-  s.scales_at = codes;  // a multiple of 2 KiB
+  s.scales_at = codes;  // a multiple of 512
   s.zeros_at = s.scales_at + round_up(grid * scale_bytes, kSection);
   s.bytes = s.zeros_at + (asymmetric ? round_up(grid, kSection) : 0);
   return s;
 }
-
-TERSOR_BOTH constexpr int block_bytes(int bits) { return kBlock * kBlock * bits / 8; }
 
 // The first byte of a block of codes.
 TERSOR_BOTH constexpr int64_t block_at(const Shape& s, int row_block, int step) {

@@ -26,11 +26,13 @@ TERSOR_DEVICE int64_t portable_grid(const Shape& w, int64_t index) {
   return row < w.n && group < portable_groups(w) ? row * portable_groups(w) + group : -1;
 }
 
+// What stands for a zero in a symmetric grid, and where there is only padding.
+TERSOR_DEVICE uint32_t midpoint(const Shape& w) { return 1u << (w.bits - 1); }
+
 // code_of: a row and a column.
 template <class Code>
 TERSOR_DEVICE void pack_codes(const Shape& w, uint8_t* packed, Code code_of) {
   const int per_word = 32 / w.bits, per_block = kBlock * kBlock / per_word;
-  const uint32_t empty = 1u << (w.bits - 1);
   each_of(int64_t{w.row_blocks} * w.steps * per_block, [&](int64_t i) {
     const int64_t block = i / per_block;
     const int64_t row0 = block / w.steps * kBlock, column0 = block % w.steps * kBlock;
@@ -38,7 +40,7 @@ TERSOR_DEVICE void pack_codes(const Shape& w, uint8_t* packed, Code code_of) {
     for (int j = 0; j < per_word; ++j) {
       const Place at = place_of(w.bits, static_cast<int>(i % per_block) * per_word + j);
       const int64_t row = row0 + at.row, column = column0 + at.column;
-      const uint32_t code = row < w.n && column < w.k ? code_of(row, column) : empty;
+      const uint32_t code = row < w.n && column < w.k ? code_of(row, column) : midpoint(w);
       word |= code << (j * w.bits);
     }
     reinterpret_cast<uint32_t*>(packed)[i] = word;
@@ -47,13 +49,13 @@ TERSOR_DEVICE void pack_codes(const Shape& w, uint8_t* packed, Code code_of) {
 
 TERSOR_DEVICE void pack_grid(const PackArgs& a) {
   const Shape& w = a.w;
-  const auto empty = static_cast<uint8_t>(1u << (w.bits - 1));
   each_of(int64_t{w.row_blocks} * w.groups * kBlock, [&](int64_t i) {
     const int64_t from = portable_grid(w, i);
     for (int byte = 0; byte < w.scale_bytes; ++byte)
       a.packed[w.scales_at + i * w.scale_bytes + byte] =
           from < 0 ? 0 : a.scales[from * w.scale_bytes + byte];
-    if (w.asymmetric) a.packed[w.zeros_at + i] = from < 0 ? empty : a.zeros[from];
+    if (w.asymmetric)
+      a.packed[w.zeros_at + i] = from < 0 ? static_cast<uint8_t>(midpoint(w)) : a.zeros[from];
   });
 }
 
@@ -92,14 +94,19 @@ TERSOR_DEVICE void unpack_body(const PackArgs& a) {
   unpack_grid(a);
 }
 
+// The zero point at an index of the grid in CUDA order.
+TERSOR_DEVICE int zero_at(const Shape& w, const uint8_t* packed, int64_t at) {
+  return w.asymmetric ? packed[w.zeros_at + at] : static_cast<int>(midpoint(w));
+}
+
 template <class To>
 TERSOR_DEVICE void dequantize_body(const DequantizeArgs& a) {
   const Shape& w = a.w;
   each_of((a.end - a.begin) * w.k, [&](int64_t i) {
     const int64_t row = a.begin + i / w.k, column = i % w.k;
     const int64_t at = grid_of(w, row, column / w.g);
-    const int zero = w.asymmetric ? a.packed[w.zeros_at + at] : 1 << (w.bits - 1);
-    const float code = static_cast<float>(code_at(w, a.packed, row, column) - zero);
+    const float code =
+        static_cast<float>(code_at(w, a.packed, row, column) - zero_at(w, a.packed, at));
     put(static_cast<To*>(a.to) + i, code * scale_of(a.packed + w.scales_at, a.scale_dtype, at));
   });
 }

@@ -39,6 +39,8 @@ const std::vector<Gemm>& gemms() {
     for (const Gemm& gemm : int8_gemms()) table.push_back(gemm);
     for (const Gemm& gemm : codebook_gemms()) table.push_back(gemm);
     for (const Gemm& gemm : outlier_gemms()) table.push_back(gemm);
+    for (const Gemm& gemm : sparse_gemms_f16()) table.push_back(gemm);
+    for (const Gemm& gemm : sparse_gemms_bf16()) table.push_back(gemm);
 #ifdef TERSOR_HAVE_CUDA90A
     for (const Gemm& gemm : wgmma_gemms()) table.push_back(gemm);
 #endif
@@ -113,7 +115,8 @@ const Device& device(int number) {
 }
 
 Shape shape(const tersor_spec& s) {
-  return shape_of(s.n, s.k, s.g, s.bits, s.asymmetric != 0, s.scale_dtype == TERSOR_F32 ? 4 : 2);
+  const int scale_bytes = s.bits == 16 ? 0 : s.scale_dtype == TERSOR_F32 ? 4 : 2;
+  return shape_of(s.n, s.k, s.g, s.bits, s.asymmetric != 0, scale_bytes, s.of != 0);
 }
 
 // A kernel, and how it will divide the work.
@@ -150,7 +153,11 @@ Plan plan(const tersor_spec& spec, int64_t m, int32_t dtype, int number, bool ou
   if (const char* why = refuses(spec)) throw Error(std::string("a weight in CUDA order: ") + why);
   const bool int8 = spec.activation == TERSOR_A8;
   if (m < 1 || (m > kMostTokens && !int8)) return {};
-  const Sort sort = !int8 ? Sort::plain : outliers ? Sort::outliers : Sort::int8;
+  if (spec.bits == 16 && spec.scale_dtype != dtype) return {};  // values have the dtype of x
+  const Sort sort = spec.of    ? Sort::sparse
+                    : !int8    ? Sort::plain
+                    : outliers ? Sort::outliers
+                               : Sort::int8;
   return plan(shape(spec), m, dtype, number, spec.bits, sort);
 }
 
@@ -250,8 +257,12 @@ std::vector<Row> kernels() {
 }
 
 const char* refuses(const tersor_spec& spec) {
-  if (spec.bits != 4 && spec.bits != 8) return "codes have 4 or 8 bits on a GPU";
-  if (spec.of) return "zeros of a pattern have no CUDA kernel yet";
+  if (spec.of) {
+    if (spec.kept != 2 || spec.of != 4) return "of patterns of zeros a GPU knows 2:4 alone";
+    if (spec.bits == 8 || spec.activation == TERSOR_A8)
+      return "zeros are left out on a GPU of 4-bit codes and of 16-bit values, with 16-bit "
+             "activations";
+  }
   if (spec.n % 16 || spec.k % 16) return "n and k must be multiples of 16 on a GPU";
   if (!is_group(spec.k, spec.g)) return "the group must be 32, a multiple of 64, or the whole row";
   return nullptr;
@@ -262,20 +273,22 @@ size_t packed_bytes(const tersor_spec& spec) { return static_cast<size_t>(shape(
 void pack(const tersor_spec& spec, const tersor_view& view, void* packed, Target target) {
   const PackArgs args{shape(spec), static_cast<uint8_t*>(packed), view.codes,
                       static_cast<uint8_t*>(view.scales), view.zeros};
-  launch_over(pack_kernel(), spec.n * spec.k * spec.bits / 32, &args, target);
+  launch_over(spec.of ? pack_sparse_kernel() : pack_kernel(), spec.n * spec.k * spec.bits / 32,
+              &args, target);
 }
 
 void unpack(const tersor_spec& spec, const void* packed, const tersor_view& view, Target target) {
   const PackArgs args{shape(spec), static_cast<uint8_t*>(const_cast<void*>(packed)), view.codes,
                       static_cast<uint8_t*>(view.scales), view.zeros};
-  launch_over(unpack_kernel(), spec.n * spec.k, &args, target);
+  launch_over(spec.of ? unpack_sparse_kernel() : unpack_kernel(), spec.n * spec.k, &args, target);
 }
 
 void dequantize(const tersor_spec& spec, const void* packed, int64_t begin, int64_t end, void* to,
                 int32_t dtype, Target target) {
   const DequantizeArgs args{
       shape(spec), spec.scale_dtype, static_cast<const uint8_t*>(packed), begin, end, to};
-  launch_over(dequantize_kernel(dtype), (end - begin) * spec.k, &args, target);
+  launch_over(spec.of ? dequantize_sparse_kernel(dtype) : dequantize_kernel(dtype),
+              (end - begin) * spec.k, &args, target);
 }
 
 std::string serves(const tersor_spec& spec, int64_t m, int32_t dtype, int number, bool outliers) {

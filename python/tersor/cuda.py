@@ -5,7 +5,8 @@ read from the device what it is: its Grid goes along with it. All kernels share 
 
 The kernels serve few tokens, in float16 and bfloat16; with int8 activations any number. Many
 tokens, float32 and the backward pass go through a weight that is dequantized for the call, and
-torch's product.
+torch's product. Kernels that leave 2:4 zeros out have an order of their own; 16-bit values are in
+no other.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from tersor import _core
 from tersor.errors import TersorError
 from tersor.kernels import (
     DTYPES,
+    PATTERN,
     define_backward,
     define_operator,
     dtype_code,
+    keeps_pattern,
     recentre,
     rows_of,
     stored_bits,
@@ -32,12 +35,13 @@ from tersor.qweight import ActSpec, QSpec, QWeight
 
 _SLAB = 256 << 20  # bytes of a dequantized weight that are there at a time
 _TOKENS = 4096  # with int8 activations, in one call
+_SPARSE = (8, 0)  # the first compute capability with products that leave zeros out
 
 
 @dataclass(frozen=True)
 class Grid:
     """What the bytes of a weight in CUDA order stand for, and how activations meet it; bits,
-    asymmetric, scale_dtype and activation as in kernel.h."""
+    asymmetric, scale_dtype and activation as in kernel.h. sparse: without 2:4 zeros."""
 
     n: int
     k: int
@@ -46,17 +50,40 @@ class Grid:
     asymmetric: bool
     scale_dtype: int
     activation: int
+    sparse: bool = False
 
     @classmethod
-    def of(cls, q: QWeight, activation: ActSpec | None) -> Grid:
+    def of(cls, q: QWeight, activation: ActSpec | None, sparse: bool = False) -> Grid:
+        return cls.of_spec(q.n, q.k, q.spec, activation, q.scales.dtype, sparse)
+
+    @classmethod
+    def of_spec(
+        cls,
+        n: int,
+        k: int,
+        spec: QSpec,
+        activation: ActSpec | None,
+        scale_dtype: torch.dtype = torch.bfloat16,
+        sparse: bool = False,
+    ) -> Grid:
         return cls(
-            q.n, q.k, q.k // q.scales.shape[1], stored_bits(q.spec), not q.spec.symmetric,
-            dtype_code(q.scales.dtype), int(activation is not None),
+            n, k, k // spec.groups(k), stored_bits(spec), not spec.symmetric,
+            dtype_code(scale_dtype), int(activation is not None), sparse,
         )  # fmt: skip
 
-    def fields(self) -> tuple[int, int, int, int, bool, int, int]:
-        shape = self.n, self.k, self.g
-        return *shape, self.bits, self.asymmetric, self.scale_dtype, self.activation
+    @classmethod
+    def of_values(cls, w: Tensor) -> Grid:
+        """w: bfloat16 or float16 [n, k] with 2:4 zeros."""
+        n, k = w.shape
+        return cls(n, k, k, 16, False, dtype_code(w.dtype), 0, True)
+
+    @property
+    def layout(self) -> str:
+        return "CUDA without zeros" if self.sparse else "CUDA"
+
+    def fields(self) -> tuple[int, int, int, int, bool, int, int, bool]:
+        shape, codes = (self.n, self.k, self.g), (self.bits, self.asymmetric, self.scale_dtype)
+        return *shape, *codes, self.activation, self.sparse
 
 
 def unavailable() -> str | None:
@@ -77,34 +104,46 @@ def status() -> str:
     return f"{torch.cuda.get_device_name()} can run them, built for {_core.cuda_architectures()}"
 
 
-def serving(
-    m: int, n: int, k: int, spec: QSpec, activation: ActSpec | None, dtype: torch.dtype
-) -> str:
+def serving(m: int, grid: Grid, dtype: torch.dtype) -> str:
     """What serves such a product on the current device, or why nothing does; a phrase."""
-    grid = Grid(
-        n, k, spec.group or k, stored_bits(spec), not spec.symmetric, dtype_code(torch.bfloat16),
-        int(activation is not None),
-    )  # fmt: skip
-    reason = unavailable() or _core.cuda_refuses(*grid.fields())
-    if reason is not None:
-        return str(reason)
-    place = torch.cuda.current_device()
-    name = _core.cuda_serves(_weight(*grid.fields()), m, dtype_code(dtype), place)
+    if (reason := unavailable()) is not None:
+        return reason
+    device = torch.device("cuda", torch.cuda.current_device())
+    if (reason := refusal(grid, device)) is not None:
+        return reason
+    name = kernel(m, grid, dtype, device)
     return f"{name} serves" if name else "torch serves, with a weight dequantized for the call"
 
 
-def refusal(q: QWeight, activation: ActSpec | None) -> str | None:
-    """Why such a layer cannot be on a GPU, or None where it can."""
-    reason: str | None = _core.cuda_refuses(*Grid.of(q, activation).fields())
+def kernel(m: int, grid: Grid, dtype: torch.dtype, device: torch.device) -> str:
+    """The name of the kernel that serves m tokens of the dtype on a device, or ""."""
+    found: str = _core.cuda_serves(_weight(*grid.fields()), m, dtype_code(dtype), _place(device)[0])
+    return found
+
+
+def refusal(grid: Grid, device: torch.device | None = None) -> str | None:
+    """Why such a weight cannot be on GPUs, or on this one; None where it can."""
+    reason: str | None = _core.cuda_refuses(*_native(*grid.fields()))
+    if reason is None and grid.sparse and device is not None:
+        found = torch.cuda.get_device_capability(device)
+        if found < _SPARSE:
+            return (
+                f"kernels that leave zeros out need compute capability {_SPARSE[0]}.{_SPARSE[1]}, "
+                f"this GPU has {found[0]}.{found[1]}"
+            )
     return reason
 
 
+def _native(*fields: Any) -> tuple[Any, ...]:
+    """The fields of a Grid as the native functions take them."""
+    *grid, sparse = fields
+    return *grid, *(PATTERN if sparse else (0, 0))
+
+
 @functools.lru_cache(maxsize=4096)
-def _weight(
-    n: int, k: int, g: int, bits: int, asymmetric: bool, scale_dtype: int, activation: int
-) -> _core.CudaWeight:
+def _weight(*fields: Any) -> _core.CudaWeight:
     """Checked once for each shape of a model."""
-    return _core.CudaWeight(n, k, g, bits, asymmetric, scale_dtype, activation)
+    return _core.CudaWeight(*_native(*fields))
 
 
 # --- CUDA order and back --------------------------------------------------------------------------
@@ -116,23 +155,49 @@ def _place(device: torch.device) -> tuple[int, int]:
     return stream.device_index, stream.cuda_stream
 
 
-def pack_weight(q: QWeight, device: torch.device, activation: ActSpec | None = None) -> Tensor:
+def pack_weight(
+    q: QWeight,
+    device: torch.device,
+    activation: ActSpec | None = None,
+    sparse: bool = False,
+) -> Tensor:
     """The weight in CUDA order on a device, which is the same for every activation. q: on any
-    device, without an order."""
+    device, without an order. sparse: without its 2:4 zeros; TersorError where it has fewer."""
     if (reason := unavailable()) is not None:
         raise TersorError(f"the layer cannot run on {device}: {reason}")
     if q.order is not None:
         raise TersorError("pack_weight needs contiguous groups; sort the columns by q.order first")
-    weight, q = _weight(*Grid.of(q, activation).fields()), q.to(device)
+    weight, q = _weight(*Grid.of(q, activation, sparse).fields()), q.to(device)
     codes = (q.codes + recentre(q.spec)).contiguous()
     scales = q.scales.contiguous()
     zeros = None if q.zeros is None else q.zeros.contiguous()
     if int(codes.max()) >> stored_bits(q.spec):
         raise TersorError(f"codes must be below {1 << stored_bits(q.spec)}")
-    packed = torch.empty(weight.bytes, dtype=torch.uint8, device=device)
+    if sparse and not keeps_pattern(q, *PATTERN):
+        raise TersorError("the codes are not 2:4; pack them with their zeros")
+    return _pack(weight, codes, scales, zeros)
+
+
+def pack_values(w: Tensor, device: torch.device) -> Tensor:
+    """A weight of bfloat16 or float16 values [n, k] in CUDA order, without its 2:4 zeros;
+    TersorError where it has fewer. The sign of a zero is not kept."""
+    if (reason := unavailable()) is not None:
+        raise TersorError(f"the layer cannot run on {device}: {reason}")
+    w = w.detach().to(device).contiguous()
+    weight = _weight(*Grid.of_values(w).fields())
+    if not keeps_pattern(w, *PATTERN):
+        raise TersorError("the values are not 2:4; keep the nn.Linear")
+    return _pack(weight, w, None, None)
+
+
+def _pack(
+    weight: _core.CudaWeight, codes: Tensor, scales: Tensor | None, zeros: Tensor | None
+) -> Tensor:
+    packed = torch.empty(weight.bytes, dtype=torch.uint8, device=codes.device)
     _core.cuda_pack(
-        weight, codes.data_ptr(), scales.data_ptr(), 0 if zeros is None else zeros.data_ptr(),
-        packed.data_ptr(), packed.numel(), *_place(device),
+        weight, codes.data_ptr(), 0 if scales is None else scales.data_ptr(),
+        0 if zeros is None else zeros.data_ptr(), packed.data_ptr(), packed.numel(),
+        *_place(codes.device),
     )  # fmt: skip
     return packed
 
@@ -150,6 +215,16 @@ def unpack_weight(packed: Tensor, grid: Grid, spec: QSpec) -> QWeight:
         scales.data_ptr(), 0 if zeros is None else zeros.data_ptr(), *_place(packed.device),
     )  # fmt: skip
     return QWeight(spec, codes.sub_(recentre(spec)), scales, zeros)
+
+
+def unpack_values(packed: Tensor, grid: Grid) -> Tensor:
+    """The inverse of pack_values: [n, k], on the device of `packed`."""
+    w = torch.empty(grid.n, grid.k, dtype=DTYPES[grid.scale_dtype], device=packed.device)
+    _core.cuda_unpack(
+        _weight(*grid.fields()), packed.data_ptr(), packed.numel(), w.data_ptr(), 0, 0,
+        *_place(packed.device),
+    )  # fmt: skip
+    return w
 
 
 def dequantize(packed: Tensor, grid: Grid, begin: int, end: int, dtype: torch.dtype) -> Tensor:
@@ -200,13 +275,14 @@ def _rows(x: Tensor, k: int) -> Tensor:
 def _linear(
     x: Tensor, packed: Tensor, bias: Tensor | None,
     n: int, k: int, g: int, bits: int, asymmetric: bool, scale_dtype: int, activation: int,
-    outliers: float | None = None,
+    sparse: bool, outliers: float | None = None,
 ) -> Tensor:  # fmt: skip
     matrix, m = _rows(x, k), x.numel() // k
     y = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
     if m == 0:
         return y
-    grid, rows = Grid(n, k, g, bits, asymmetric, scale_dtype, activation), y.view(m, n)
+    grid = Grid(n, k, g, bits, asymmetric, scale_dtype, activation, sparse)
+    rows = y.view(m, n)
     if x.dtype != torch.float32:
         beyond = None if outliers is None else _find_outliers(matrix, outliers)
         # With outliers a tile has half as many rows, and there are only so many tiles.
@@ -276,7 +352,7 @@ def _slabs(n: int, k: int, element: int) -> list[slice]:
 def _linear_fake(
     x: Tensor, packed: Tensor, bias: Tensor | None,
     n: int, k: int, g: int, bits: int, asymmetric: bool, scale_dtype: int, activation: int,
-    outliers: float | None = None,
+    sparse: bool, outliers: float | None = None,
 ) -> Tensor:  # fmt: skip
     return x.new_empty((*x.shape[:-1], n))
 
@@ -284,9 +360,11 @@ def _linear_fake(
 def _backward_product(
     grad: Tensor, packed: Tensor,
     n: int, k: int, g: int, bits: int, asymmetric: bool, scale_dtype: int, activation: int,
+    sparse: bool,
 ) -> Tensor:  # fmt: skip
     """grad [..., n] @ dequantize(W) [n, k], summed in float32."""
-    matrix, grid = rows_of(grad, n), Grid(n, k, g, bits, asymmetric, scale_dtype, activation)
+    grid = Grid(n, k, g, bits, asymmetric, scale_dtype, activation, sparse)
+    matrix = rows_of(grad, n)
     slabs = _slabs(n, k, grad.element_size())
     parts = (
         matrix[:, part] @ dequantize(packed, grid, part.start, part.stop, grad.dtype)
@@ -302,6 +380,7 @@ def _backward_product(
 def _backward_fake(
     grad: Tensor, packed: Tensor,
     n: int, k: int, g: int, bits: int, asymmetric: bool, scale_dtype: int, activation: int,
+    sparse: bool,
 ) -> Tensor:  # fmt: skip
     return grad.new_empty((*grad.shape[:-1], k))
 
@@ -316,7 +395,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return torch.ops.tersor.linear_cuda_backward(grad, packed, *ctx.grid), *(None,) * 10
 
 
-_GRID = "int n, int k, int g, int bits, bool asymmetric, int scale_dtype, int activation"
+_GRID = (
+    "int n, int k, int g, int bits, bool asymmetric, int scale_dtype, int activation, bool sparse"
+)
 define_operator(
     f"linear_cuda_backward(Tensor grad, Tensor packed, {_GRID}) -> Tensor",
     "CUDA",

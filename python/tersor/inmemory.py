@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tersor import cuda
@@ -149,11 +148,8 @@ def check_kernel(name: str, weight: Tensor, scheme: Scheme) -> None:
             "model.cpu()"
         )
     n, k = weight.shape
-    grid = torch.empty(n, scheme.weight.groups(k), dtype=weight.dtype, device="meta")
-    zeros = None if scheme.weight.symmetric else grid.to(torch.uint8)
-    codes = torch.empty(n, k, dtype=torch.uint8, device="meta")
-    planned = QWeight(scheme.weight, codes, grid, zeros)
-    reason = cuda.unavailable() or cuda.refusal(planned, scheme.activation)
+    grid = cuda.Grid.of_spec(n, k, scheme.weight, scheme.activation, weight.dtype)
+    reason = cuda.unavailable() or cuda.refusal(grid)
     if reason is not None:
         raise TersorError(
             f"{name}, {n} x {k}, cannot be {scheme} on {weight.device}: {reason}; bring the "

@@ -188,8 +188,19 @@ def keeps_pattern(q: QWeight | Tensor, kept: int, of: int) -> bool:
     codes, scales, zeros, bits = _values(q) if isinstance(q, Tensor) else _stored(q)
     if codes.shape[1] % of:
         return False
+    if codes.device.type != "cpu":
+        return _keeps_pattern(codes, zeros, bits, kept, of)
     found: bool = _core.keeps_pattern(codes, scales, zeros, bits, kept, of)
     return found
+
+
+def _keeps_pattern(codes: Tensor, zeros: Tensor | None, bits: int, kept: int, of: int) -> bool:
+    """The same on a GPU, by torch."""
+    zero: Tensor | int = 0 if bits == 16 else 1 << (bits - 1)
+    if zeros is not None:
+        zero = zeros.repeat_interleave(codes.shape[1] // zeros.shape[1], dim=1)
+    counts = (codes != zero).view(codes.shape[0], -1, of).sum(-1, dtype=torch.uint8)
+    return not bool((counts > kept).any())
 
 
 def unpack_weight(packed: Tensor, spec: QSpec | None = None) -> QWeight:

@@ -9,7 +9,7 @@ from tersor import cuda, sparse
 from tersor.errors import TersorError
 from tersor.formats import FORMATS
 from tersor.formats.config import default_format
-from tersor.kernels import pack_weight, packed_spec, unpack_weight
+from tersor.kernels import PATTERN, pack_weight, packed_spec, unpack_weight
 from tersor.packed_linear import PackedLinear
 from tersor.qweight import ActSpec, QWeight, Scheme
 
@@ -93,7 +93,7 @@ class QuantLinear(PackedLinear):
         order = ", activation order" if self.order is not None else ""
         layout = "no weight yet"
         if self.packed.numel():
-            layout = packed_spec(self.packed)["layout"] if self.grid is None else "CUDA"
+            layout = packed_spec(self.packed)["layout"] if self.grid is None else self.grid.layout
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, {self.scheme} {group} {grid}{order}, {layout}"
@@ -123,14 +123,15 @@ class QuantLinear(PackedLinear):
             return
         reason: str | None = f"there are no kernels for {device.type}"
         if device.type == "cuda":
-            reason = cuda.unavailable() or cuda.refusal(ordered, self.activation)
+            reason = cuda.unavailable() or cuda.refusal(cuda.Grid.of(ordered, self.activation))
         if reason is not None:
             raise TersorError(
                 f"a {self.out_features} x {self.in_features} layer with {self.scheme} cannot be on "
                 f"{device}: {reason}; keep it on the CPU"
             )
-        self.packed = cuda.pack_weight(ordered, device, self.activation)
-        self.grid = cuda.Grid.of(ordered, self.activation)
+        left_out = sparse.pattern_of(ordered, self.activation, device) == PATTERN
+        self.packed = cuda.pack_weight(ordered, device, self.activation, left_out)
+        self.grid = cuda.Grid.of(ordered, self.activation, left_out)
 
     def _ordered(self) -> QWeight:
         """The weight with its columns in the order of their groups, on the device of the layer."""

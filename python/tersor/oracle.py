@@ -101,7 +101,7 @@ def random_qweight(
     """A random weight with every code, scales around 2**-6 and, in every seventh row, a zero
     scale; [n, k].
 
-    pattern: (kept, of) of a symmetric weight: at most `kept` of every `of` codes are not zeros.
+    pattern: (kept, of): at most `kept` of every `of` codes do not stand for zero.
     """
     r = torch.Generator().manual_seed(seed)
     grid = (n, spec.groups(k))
@@ -109,16 +109,13 @@ def random_qweight(
     scales[6::7, 0] = 0
     codes = torch.randint(0, spec.levels, (n, k), generator=r, dtype=torch.uint8)
     kept, of = pattern
-    if of:
-        codes.masked_fill_(_zeros(n, k, kept, of, r), spec.midpoint)
-    return QWeight(
-        spec,
-        codes,
-        scales.to(scale_dtype),
-        None
-        if spec.symmetric
-        else torch.randint(0, spec.levels, grid, generator=r, dtype=torch.uint8),
-    )
+    pruned = _zeros(n, k, kept, of, r) if of else None
+    zeros = torch.full(grid, spec.midpoint, dtype=torch.uint8)
+    if not spec.symmetric:
+        zeros = torch.randint(0, spec.levels, grid, generator=r, dtype=torch.uint8)
+    if pruned is not None:
+        codes = torch.where(pruned, zeros.repeat_interleave(k // grid[1], dim=1), codes)
+    return QWeight(spec, codes, scales.to(scale_dtype), None if spec.symmetric else zeros)
 
 
 def random_values(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tersor import timing
+from tersor import cuda, timing
 from tersor.errors import TersorError
 from tersor.kernels import PATTERN, explain, explain_values, keeps_pattern
 from tersor.oracle import random_qweight, random_values
@@ -17,12 +17,15 @@ from tersor.qweight import ActSpec, QSpec, QWeight
 
 VALUES = (torch.bfloat16, torch.float16)  # in which a weight may be without being quantized
 CHOICES = ("auto", "always", "never")
+CPU = torch.device("cpu")
+_ROWS = 256  # that are random, of a weight that is measured
 _choice = "auto"
 
 
 def use_sparse(choice: str) -> None:
-    """Which kernel serves weights of the pattern that are loaded from now on: "auto" measures both
-    once for each shape, on one token, and takes the faster; "always" and "never" do not measure.
+    """Which kernel serves weights of the pattern that are loaded from now on, or moved to another
+    device: "auto" measures both there, once for each shape, on one token, and takes the faster;
+    "always" and "never" do not measure.
 
     The two add in another order, so that results with 16-bit activations may differ in the last
     bits between a process that chose one and a process that chose the other; and with bfloat16
@@ -34,32 +37,47 @@ def use_sparse(choice: str) -> None:
     _choice = choice
 
 
-def pattern_of(q: QWeight, activation: ActSpec | None) -> tuple[int, int]:
-    """The pattern to pack a weight by: (2, 4) where its zeros allow that and a kernel gains by it,
-    else (0, 0)."""
-    if _choice == "never" or not (q.spec.symmetric and keeps_pattern(q, *PATTERN)):
+def pattern_of(
+    q: QWeight, activation: ActSpec | None, device: torch.device = CPU
+) -> tuple[int, int]:
+    """The pattern to pack a weight by for a device: (2, 4) where its zeros allow that and a kernel
+    gains by it, else (0, 0). q: on any device."""
+    if _choice == "never" or not serves(q.n, q.k, q.spec, activation, device):
         return 0, 0
-    if not serves(q.n, q.k, q.spec, activation):
+    if not keeps_pattern(q, *PATTERN):
         return 0, 0
-    faster = _choice == "always" or measure(1, q.n, q.k, q.spec, activation).gain > 1
-    return PATTERN if faster else (0, 0)
+    gains = _choice == "always" or measure(1, q.n, q.k, q.spec, activation, device=device).gain > 1
+    return PATTERN if gains else (0, 0)
 
 
 def refusal(weight: Tensor) -> str | None:
-    """Why a 2:4 weight of 16-bit values [n, k] is left to torch, or None where a kernel gains."""
+    """Why a 2:4 weight of 16-bit values [n, k] is left to torch, or None where a kernel of its
+    device gains."""
     if _choice == "never":
         return "use_sparse says never"
-    n, k = weight.shape
-    rows = explain_values(0, n, k, weight.dtype, weight.dtype, PATTERN)
-    if all(reason is not None for _, reason in rows):
+    (n, k), device = weight.shape, weight.device
+    if device.type == "cuda":
+        why = cuda.unavailable() or cuda.refusal(cuda.Grid.of_values(weight), device)
+        if why is not None:
+            return why
+    elif all(why for _, why in explain_values(0, n, k, weight.dtype, weight.dtype, PATTERN)):
         return f"no kernel of this machine serves {n} x {k}"
-    if _choice == "auto" and (gain := measure_values(1, n, k, weight.dtype).gain) <= 1:
-        return f"torch is faster here ({gain:.2f} times)"
+    if _choice == "auto":
+        gain = measure_values(1, n, k, weight.dtype, device).gain
+        if gain <= 1:
+            return f"torch is faster here ({gain:.2f} times)"
     return None
 
 
-def serves(n: int, k: int, spec: QSpec, activation: ActSpec | None) -> bool:
+def serves(
+    n: int, k: int, spec: QSpec, activation: ActSpec | None, device: torch.device = CPU
+) -> bool:
     """Whether there is a kernel that leaves zeros out for such a weight."""
+    if k % PATTERN[1]:
+        return False
+    if device.type == "cuda":
+        grid = cuda.Grid.of_spec(n, k, spec, activation, sparse=True)
+        return cuda.unavailable() is None and cuda.refusal(grid, device) is None
     served = []
     for pattern in ((0, 0), PATTERN):
         rows = explain(0, n, k, spec, activation, pattern=pattern)
@@ -88,17 +106,31 @@ def measure(
     spec: QSpec,
     activation: ActSpec | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    device: torch.device = CPU,
 ) -> Measured:
     """Both kernels in turn, on a random weight."""
-    weight = random_qweight(n, k, spec, torch.bfloat16, pattern=PATTERN)
-    x = torch.randn(m, k, generator=torch.Generator().manual_seed(0)).to(dtype)
+    some = random_qweight(min(n, _ROWS), k, spec, torch.bfloat16, pattern=PATTERN)
+    zeros = None if some.zeros is None else _repeated(some.zeros, n)
+    weight = QWeight(spec, _repeated(some.codes, n), _repeated(some.scales, n), zeros)
+    x = _inputs(m, k, dtype, device)
     calls = [timing.quantized_call(x, weight, activation, each) for each in ((0, 0), PATTERN)]
     return Measured(*timing.in_turn(*calls))
 
 
 @functools.cache
-def measure_values(m: int, n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> Measured:
+def measure_values(
+    m: int, n: int, k: int, dtype: torch.dtype = torch.bfloat16, device: torch.device = CPU
+) -> Measured:
     """The same for a weight of bfloat16 or float16 values, against torch's linear."""
-    w = random_values(n, k, dtype)
-    x = torch.randn(m, k, generator=torch.Generator().manual_seed(0)).to(dtype)
+    w = _repeated(random_values(min(n, _ROWS), k, dtype), n).to(device)
+    x = _inputs(m, k, dtype, device)
     return Measured(*timing.in_turn(timing.torch_call(x, w), timing.sparse_call(x, w)))
+
+
+def _inputs(m: int, k: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.randn(m, k, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+
+
+def _repeated(rows: Tensor, n: int) -> Tensor:
+    """n rows, the same again and again."""
+    return rows.repeat(-(-n // rows.shape[0]), 1)[:n]

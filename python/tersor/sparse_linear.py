@@ -7,17 +7,19 @@ from collections import Counter
 import torch
 from torch import Tensor, nn
 
-from tersor import sparse
+from tersor import cuda, sparse
 from tersor.errors import TersorError
 from tersor.kernels import PATTERN, keeps_pattern, pack_values, packed_spec, unpack_values
 from tersor.packed_linear import PackedLinear, keep_hooks
 
 
 class SparseLinear(PackedLinear):
-    """y = x @ W.T + bias on a native kernel that leaves zeros out: 8.75 bits a weight.
+    """y = x @ W.T + bias on a native kernel that leaves zeros out: 8.75 bits a weight on a CPU, 9
+    on a GPU.
 
-    weight: bfloat16 or float16 [n, k], k divisible by 128, of every four columns at most two not
-        zero. On the meta device only its shape is kept, to be loaded later.
+    weight: bfloat16 or float16 [n, k], of every four columns at most two not zero; on a CPU k is
+        divisible by 128, on a GPU n and k by 16. On the meta device only its shape is kept, to be
+        loaded later.
     bias: floating point [n], or None.
 
     W and bias are frozen. state_dict() holds the dense `weight` and `bias` of an nn.Linear, exactly
@@ -49,23 +51,46 @@ class SparseLinear(PackedLinear):
             return self._awaited
         if not self.packed.numel():
             self._refuse()
+        if self.grid is not None:
+            return cuda.unpack_values(self.packed, self.grid)
         return unpack_values(self.packed)
 
     def extra_repr(self) -> str:
-        layout = packed_spec(self.packed)["layout"] if self.packed.numel() else "no weight yet"
+        layout = "no weight yet"
+        if self.packed.numel():
+            layout = packed_spec(self.packed)["layout"] if self.grid is None else self.grid.layout
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, 2:4, {layout}"
         )
 
     def _set_weight(self, weight: Tensor) -> None:
-        if weight.device.type not in ("cpu", "meta"):
-            raise TersorError(f"the weight is on {weight.device}; the kernel runs on the CPU")
-        self._awaited = weight if weight.is_meta else None
         if weight.is_meta:
-            self.packed = torch.empty(0, dtype=torch.uint8, device="meta")
+            self.packed, self.grid = torch.empty(0, dtype=torch.uint8, device="meta"), None
         else:
-            self.packed = pack_values(weight, PATTERN)
+            self._pack(weight, weight.device)
+        self._awaited = weight if weight.is_meta else None
+
+    def _pack(self, weight: Tensor, device: torch.device) -> None:
+        """In the order of the kernel of a device. weight: on any device."""
+        if device.type == "cpu":
+            self.packed, self.grid = pack_values(weight.to(device), PATTERN), None
+            return
+        grid, reason = None, f"there are no kernels for {device.type}"
+        if device.type == "cuda":
+            grid = cuda.Grid.of_values(weight)
+            reason = cuda.unavailable() or cuda.refusal(grid, device) or ""
+        if grid is None or reason:
+            raise TersorError(
+                f"a {self.out_features} x {self.in_features} layer with 2:4 zeros cannot be on "
+                f"{device}: {reason}; keep it on the CPU, or use nn.Linear"
+            )
+        self.packed, self.grid = cuda.pack_values(weight, device), grid
+
+    def _move(self, device: torch.device) -> None:
+        if "meta" in (device.type, self.packed.device.type):
+            super()._move(device)
+        self._pack(self.weight, device)
 
     def _names(self) -> tuple[str, ...]:
         return ("weight",)
@@ -80,7 +105,7 @@ class SparseLinear(PackedLinear):
                 f"the weight is {list(weight.shape)}, the layer {self.out_features} x "
                 f"{self.in_features}; load it into a layer of its own size"
             )
-        self._set_weight(weight)
+        self._set_weight(weight if self.packed.is_meta else weight.to(self.packed.device))
 
 
 def swap_sparse_linears(model: nn.Module) -> dict[str, str]:
@@ -114,5 +139,6 @@ def swap_sparse_linears(model: nn.Module) -> dict[str, str]:
 
 def is_sparse(weight: Tensor) -> bool:
     """Whether a weight has 2:4 zeros and is where, and in a dtype, that has a kernel for them."""
-    here = weight.device.type == "cpu" and weight.dtype in sparse.VALUES and weight.numel() > 0
+    device = weight.device.type
+    here = device in ("cpu", "cuda") and weight.dtype in sparse.VALUES and weight.numel() > 0
     return here and keeps_pattern(weight, *PATTERN)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from tersor import cuda
 from tersor.errors import TersorError
 from tersor.kernels import PATTERN, explain, explain_values, pack_values, pack_weight
 from tersor.oracle import random_qweight, random_values
@@ -24,27 +25,36 @@ if TYPE_CHECKING:
 
 Call = Callable[[Tensor], Tensor]
 _ROUNDS = 7
+_COPIES = 64  # of a weight on a GPU, at most
+_CALLS = 16  # that a graph has at least, so that its own launch counts for little
 
 
 def in_turn(*calls: tuple[Call, Tensor]) -> list[float]:
     """The median seconds of each call, all taking turns; each on copies of its weight that together
-    exceed the caches, as the layers of a model do."""
-    rounds = [(call, _copies(weight)) for call, weight in calls]
+    exceed the caches, as the layers of a model do. On a GPU the time is the GPU's own, between two
+    events: the calls are in a graph, so that nothing of what Python takes is in it."""
     with torch.inference_mode():
-        taken = [[_seconds(*each) for each in rounds] for _ in range(_ROUNDS + 1)][1:]
+        clocks = [(_gpu_clock if w.is_cuda else _clock)(call, _copies(w)) for call, w in calls]
+        taken = [[clock() for clock in clocks] for _ in range(_ROUNDS + 1)][1:]
     return [median(column) for column in zip(*taken, strict=True)]
 
 
 def quantized_call(
     x: Tensor, q: QWeight, activation: ActSpec | None, pattern: tuple[int, int]
 ) -> tuple[Call, Tensor]:
-    """x [m, k] by a quantized weight."""
+    """x [m, k] by a quantized weight, on the device of x."""
+    if x.is_cuda:
+        grid = cuda.Grid.of(q, activation, bool(pattern[1]))
+        return _on_gpu(x, grid), cuda.pack_weight(q, x.device, activation, grid.sparse)
     outliers = activation.outliers if activation else None
     return _native(x, q.n, outliers), pack_weight(q, activation, pattern)
 
 
 def sparse_call(x: Tensor, w: Tensor) -> tuple[Call, Tensor]:
-    """x [m, k] by a 2:4 weight of 16-bit values [n, k]."""
+    """x [m, k] by a 2:4 weight of 16-bit values [n, k], on the device of x."""
+    if x.is_cuda:
+        grid = cuda.Grid.of_values(w)
+        return _on_gpu(x, grid), cuda.pack_values(w, x.device)
     return _native(x, w.shape[0]), pack_values(w, PATTERN)
 
 
@@ -61,16 +71,53 @@ def _native(x: Tensor, n: int, outliers: float | None = None) -> Call:
     return call
 
 
+def _on_gpu(x: Tensor, grid: cuda.Grid) -> Call:
+    return lambda weight: cuda.linear(x, weight, None, grid)
+
+
 def _copies(weight: Tensor) -> list[Tensor]:
-    count = math.ceil(1.5 * _last_level_cache() / weight.nbytes)
+    if weight.is_cuda:
+        cache = torch.cuda.get_device_properties(weight.device).L2_cache_size
+        count = min(_COPIES, math.ceil(1.5 * cache / weight.nbytes))
+    else:
+        count = math.ceil(1.5 * _last_level_cache() / weight.nbytes)
     return [weight, *(weight.clone() for _ in range(count - 1))]
 
 
-def _seconds(call: Call, weights: list[Tensor]) -> float:
-    start = time.perf_counter()
-    for weight in weights:
-        call(weight)
-    return (time.perf_counter() - start) / len(weights)
+def _clock(call: Call, weights: list[Tensor]) -> Callable[[], float]:
+    def seconds() -> float:
+        start = time.perf_counter()
+        for weight in weights:
+            call(weight)
+        return (time.perf_counter() - start) / len(weights)
+
+    return seconds
+
+
+def _gpu_clock(call: Call, weights: list[Tensor]) -> Callable[[], float]:
+    device, count = weights[0].device, max(_CALLS, len(weights))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device):
+        # What is done once (libraries that are loaded, workspaces) cannot be in a graph.
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            call(weights[0])
+        torch.cuda.current_stream().wait_stream(aside)
+        with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
+            for i in range(count):
+                call(weights[i % len(weights)])
+
+    def seconds() -> float:
+        with torch.cuda.device(device):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            return begin.elapsed_time(end) / 1e3 / count
+
+    return seconds
 
 
 def _last_level_cache() -> int:

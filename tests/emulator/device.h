@@ -277,6 +277,10 @@ void load16(T* to, const void* from) {
   emulator::check_read(from, 16, 16);
   std::memcpy(to, from, 16);
 }
+inline void load8(uint32_t (&to)[2], const void* from) {
+  emulator::check_read(from, 8, 8);
+  std::memcpy(to, from, 8);
+}
 template <class T>
 void store16(void* to, const T* from) {
   static_assert(sizeof(T) == 4, "four words");

@@ -6,6 +6,7 @@
 #include "cuda/outliers.cuh"
 #include "cuda/pack.cuh"
 #include "cuda/pack_codebook.cuh"
+#include "cuda/pack_sparse.cuh"
 #include "cuda/quantize.cuh"
 
 namespace {
@@ -19,7 +20,8 @@ Region region(const void* at, int64_t bytes) {
 }
 
 Shape shape(const int64_t* s) {
-  return shape_of(s[0], s[1], s[2], static_cast<int>(s[3]), s[4] != 0, static_cast<int>(s[5]));
+  return shape_of(s[0], s[1], s[2], static_cast<int>(s[3]), s[4] != 0, static_cast<int>(s[5]),
+                  s[6] != 0);
 }
 
 struct Run {
@@ -51,10 +53,20 @@ void gemm(Args& a, const Run& run, Body body, std::vector<Region> readable = {})
     if (each) emulator::fail("a counter is left behind");
 }
 
-template <class T, int kBits, int kTokens, int kBlocks>
+template <class Product, int kTokens, int kBlocks>
 void mma(LinearArgs a, const Run& run) {
-  using Kernel = MmaGemm<FloatProduct<T, kBits>, kTokens, kBlocks>;
+  using Kernel = MmaGemm<Product, kTokens, kBlocks>;
   gemm<Kernel>(a, run, [&] { Kernel::run(a); });
+}
+
+template <class T, int kBits>
+void sparse(const LinearArgs& a, int tokens, const Run& run) {
+  using Product = SparseProduct<T, kBits>;
+  if (tokens == 8) return mma<Product, 8, 2>(a, run);
+  if (tokens == 16) return mma<Product, 16, 2>(a, run);
+  if (tokens == 32) return mma<Product, 32, 2>(a, run);
+  if (tokens == 64) return mma<Product, 64, 2>(a, run);
+  emulator::fail("there is no such kernel");
 }
 
 template <class T, int kBits, int kTokens, int kBlocks, bool kOutliers = false>
@@ -89,7 +101,7 @@ void wgmma(const LinearArgs& a, const Run& run) {
 
 template <class T, int kTokens, int kBlocks, int kCopies>
 void codebook(CodebookArgs a, const Run& run) {
-  using Kernel = MmaGemm<CodebookProduct<T, kCopies>, kTokens, kBlocks, CodebookArgs>;
+  using Kernel = MmaGemm<CodebookProduct<T, kCopies>, kTokens, kBlocks>;
   gemm<Kernel>(a, run, [&] { Kernel::run(a); });
 }
 
@@ -108,10 +120,11 @@ CodebookShape codebook_shape(const int64_t* s) {
 
 template <class T, int kBits>
 void gemm(const LinearArgs& a, const std::string& kind, int tokens, const Run& run) {
-  if (kind == "mma" && tokens == 8) return mma<T, kBits, 8, 1>(a, run);
-  if (kind == "mma" && tokens == 16) return mma<T, kBits, 16, 1>(a, run);
-  if (kind == "mma" && tokens == 32) return mma<T, kBits, 32, 2>(a, run);
-  if (kind == "mma" && tokens == 64) return mma<T, kBits, 64, 1>(a, run);
+  using Product = FloatProduct<T, kBits>;
+  if (kind == "mma" && tokens == 8) return mma<Product, 8, 1>(a, run);
+  if (kind == "mma" && tokens == 16) return mma<Product, 16, 1>(a, run);
+  if (kind == "mma" && tokens == 32) return mma<Product, 32, 2>(a, run);
+  if (kind == "mma" && tokens == 64) return mma<Product, 64, 1>(a, run);
   if (kind == "int8" && tokens == 8) return int8<T, kBits, 8, 1>(a, run);
   if (kind == "int8" && tokens == 16) return int8<T, kBits, 16, 1>(a, run);
   if (kind == "int8" && tokens == 32) return int8<T, kBits, 32, 2>(a, run);
@@ -134,23 +147,38 @@ int64_t packed_bytes(const int64_t* s) { return shape(s).bytes; }
 void pack(const int64_t* s, uint8_t* packed, uint8_t* codes, uint8_t* scales, uint8_t* zeros,
           int workers) {
   const PackArgs a{shape(s), packed, codes, scales, zeros};
-  emulator::launch(workers, kPackThreads, 0, {}, 0, false, [&] { pack_body(a); });
+  emulator::launch(workers, kPackThreads, 0, {}, 0, false,
+                   [&] { a.w.sparse ? pack_sparse_body(a) : pack_body(a); });
 }
 
 void unpack(const int64_t* s, uint8_t* packed, uint8_t* codes, uint8_t* scales, uint8_t* zeros,
             int workers) {
   const PackArgs a{shape(s), packed, codes, scales, zeros};
-  emulator::launch(workers, kPackThreads, 0, {}, 0, false, [&] { unpack_body(a); });
+  emulator::launch(workers, kPackThreads, 0, {}, 0, false,
+                   [&] { a.w.sparse ? unpack_sparse_body(a) : unpack_body(a); });
 }
+
+}  // extern "C"
+
+namespace {
+
+template <class To>
+void dequantize_to(const DequantizeArgs& a) {
+  a.w.sparse ? dequantize_sparse_body<To>(a) : dequantize_body<To>(a);
+}
+
+}  // namespace
+
+extern "C" {
 
 // to_dtype: enum tersor_dtype.
 void dequantize(const int64_t* s, int scale_dtype, const uint8_t* packed, int64_t begin,
                 int64_t end, void* to, int to_dtype, int workers) {
   const DequantizeArgs a{shape(s), scale_dtype, packed, begin, end, to};
   emulator::launch(workers, kPackThreads, 0, {}, 0, false, [&] {
-    if (to_dtype == TERSOR_F32) return dequantize_body<float>(a);
-    if (to_dtype == TERSOR_BF16) return dequantize_body<Bits<Bfloat>>(a);
-    dequantize_body<Bits<Half>>(a);
+    if (to_dtype == TERSOR_F32) return dequantize_to<float>(a);
+    if (to_dtype == TERSOR_BF16) return dequantize_to<Bits<Bfloat>>(a);
+    dequantize_to<Bits<Half>>(a);
   });
 }
 
@@ -168,7 +196,11 @@ void linear_outliers(const int64_t* s, int scale_dtype, const uint8_t* packed, c
   a.outliers = outliers;
   const Run run{resident, seed, eager != 0};
   const bool half = dtype == TERSOR_F16;
-  if (a.w.bits == 4)
+  if (a.w.sparse && a.w.bits == 16)
+    half ? sparse<Half, 16>(a, tokens, run) : sparse<Bfloat, 16>(a, tokens, run);
+  else if (a.w.sparse)
+    half ? sparse<Half, 4>(a, tokens, run) : sparse<Bfloat, 4>(a, tokens, run);
+  else if (a.w.bits == 4)
     half ? gemm<Half, 4>(a, kind, tokens, run) : gemm<Bfloat, 4>(a, kind, tokens, run);
   else
     half ? gemm<Half, 8>(a, kind, tokens, run) : gemm<Bfloat, 8>(a, kind, tokens, run);

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tersor.evaluate import Speed
+    from tersor.sparse import Measured
 
 
 def evaluate(args: argparse.Namespace) -> int:
@@ -181,6 +182,14 @@ def _window_length(models: Iterable[Any], asked: int | None) -> int:
     return asked or min(DEFAULT_SEQ_LEN, limit or DEFAULT_SEQ_LEN)
 
 
+def _measured(found: Measured) -> str:
+    sentence = (
+        f"Measured: {1e3 * found.sparse:.3f} ms without the zeros, {1e3 * found.dense:.3f} ms with "
+        f"them, {found.gain:.2f} times as fast"
+    )
+    return sentence + ("." if found.gain > 1 else ": so here weights are loaded with their zeros.")
+
+
 def kernels(args: argparse.Namespace) -> None:
     import torch
     from rich.table import Table
@@ -207,19 +216,14 @@ def kernels(args: argparse.Namespace) -> None:
         reasons = dict(native.explain(m, n, k, spec, activation, dtype, pattern=pattern))
         shown.add_column("this shape")
         serving = next((name for name, reason in reasons.items() if reason is None), None)
-        grid = "row" if spec.group is None else f"group of {spec.group}"
+        group = "row" if spec.group is None else f"group of {spec.group}"
         sentence = (
             f"{serving or 'No kernel of this machine'} serves {m} x {n} x {k}: "
-            f"{Scheme(spec, activation)}, a scale{' and zero point' * args.asymmetric} per {grid}, "
-            f"{args.dtype}, {where}."
+            f"{Scheme(spec, activation)}, a scale{' and zero point' * args.asymmetric} per "
+            f"{group}, {args.dtype}, {where}."
         )
         if args.pattern and sparse.serves(n, k, spec, activation):
-            found = sparse.measure(m, n, k, spec, activation, dtype)
-            sentence += (
-                f" Measured: {1e3 * found.sparse:.3f} ms without the zeros, "
-                f"{1e3 * found.dense:.3f} ms with them, {found.gain:.2f} times as fast"
-            )
-            sentence += "." if found.gain > 1 else ": so here weights are loaded with their zeros."
+            sentence += " " + _measured(sparse.measure(m, n, k, spec, activation, dtype))
     first = True
     for kernel in native.table():
         row = [kernel.name, kernel.isa, kernel.layout, str(kernel.priority)]
@@ -232,8 +236,14 @@ def kernels(args: argparse.Namespace) -> None:
     out = console()
     out.print(sentence, highlight=False)
     out.print(shown)
-    served = cuda.serving(m, n, k, spec, activation, dtype) if args.shape else cuda.status()
+    served = cuda.status()
+    if args.shape:
+        grid = cuda.Grid.of_spec(n, k, spec, activation, sparse=bool(args.pattern))
+        served = cuda.serving(m, grid, dtype)
     out.print(f"On NVIDIA GPUs: {served}.", highlight=False)
+    gpu = torch.device("cuda")
+    if args.shape and args.pattern and sparse.serves(n, k, spec, activation, gpu):
+        out.print(_measured(sparse.measure(m, n, k, spec, activation, dtype, gpu)), highlight=False)
 
 
 def bench(args: argparse.Namespace) -> None:
