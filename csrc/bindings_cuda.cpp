@@ -48,15 +48,22 @@ std::optional<std::string> text(const char* reason) {
   return std::nullopt;
 }
 
+cuda::Spec checked(int64_t n, int64_t k, int64_t g, int bits, bool asymmetric, int scale_dtype,
+                   int activation, bool two_level) {
+  const cuda::Spec spec{{n, k, g, bits, asymmetric ? 1 : 0, scale_dtype, activation, 0, 0},
+                        two_level};
+  tersor::check(spec);
+  return spec;
+}
+
 // A weight in CUDA order: checked once, when it is made.
 struct Weight {
-  tersor_spec spec;
+  cuda::Spec spec;
   size_t bytes;
 
   Weight(int64_t n, int64_t k, int64_t g, int bits, bool asymmetric, int scale_dtype,
-         int activation)
-      : spec{n, k, g, bits, asymmetric ? 1 : 0, scale_dtype, activation, 0, 0} {
-    tersor::check(spec);
+         int activation, bool two_level)
+      : spec(checked(n, k, g, bits, asymmetric, scale_dtype, activation, two_level)) {
     if (const char* why = cuda::refuses(spec)) throw Error(why);
     bytes = cuda::packed_bytes(spec);
   }
@@ -66,8 +73,8 @@ struct Weight {
   tersor_view view(uintptr_t codes, uintptr_t scales, uintptr_t zeros) const {
     check_address(codes, 1, "codes");
     check_address(scales, static_cast<size_t>(element_bytes(spec.scale_dtype)), "scales");
-    if ((zeros != 0) != (spec.asymmetric != 0))
-      throw Error("zeros come with an asymmetric weight, and only there");
+    if ((zeros != 0) != (spec.asymmetric != 0 || spec.two_level))
+      throw Error("zeros come with an asymmetric weight, multipliers with a two-level grid");
     return {reinterpret_cast<uint8_t*>(codes), reinterpret_cast<void*>(scales),
             reinterpret_cast<uint8_t*>(zeros)};
   }
@@ -132,6 +139,7 @@ bool linear(const Weight& w, uintptr_t packed, size_t size, uintptr_t x, int64_t
     if (scratch_size < needed) throw Error("the scratch memory is smaller than scratch_bytes()");
   }
   return cuda::linear(
+      w.spec,
       {w.spec, m, reinterpret_cast<const void*>(packed), reinterpret_cast<const void*>(x),
        reinterpret_cast<void*>(y), ldx, ldy, dtype, reinterpret_cast<const float*>(bias),
        reinterpret_cast<void*>(workspace)},
@@ -218,8 +226,8 @@ bool codebook_linear(const CodebookWeight& w, uintptr_t packed, size_t size, uin
 
 void tersor::bind_cuda(nb::module_ m) {
   nb::class_<Weight>(m, "CudaWeight")
-      .def(nb::init<int64_t, int64_t, int64_t, int, bool, int, int>(), "n"_a, "k"_a, "g"_a,
-           "bits"_a, "asymmetric"_a, "scale_dtype"_a, "activation"_a)
+      .def(nb::init<int64_t, int64_t, int64_t, int, bool, int, int, bool>(), "n"_a, "k"_a, "g"_a,
+           "bits"_a, "asymmetric"_a, "scale_dtype"_a, "activation"_a, "two_level"_a)
       .def_ro("bytes", &Weight::bytes);
   m.def("cuda_unavailable", [] { return text(cuda::unavailable()); });
   m.def("cuda_architectures", cuda::architectures);
@@ -231,12 +239,12 @@ void tersor::bind_cuda(nb::module_ m) {
   m.def(
       "cuda_refuses",
       [](int64_t n, int64_t k, int64_t g, int bits, bool asymmetric, int scale_dtype,
-         int activation) {
-        const tersor_spec spec{n, k, g, bits, asymmetric ? 1 : 0, scale_dtype, activation, 0, 0};
-        tersor::check(spec);
-        return text(cuda::refuses(spec));
+         int activation, bool two_level) {
+        return text(
+            cuda::refuses(checked(n, k, g, bits, asymmetric, scale_dtype, activation, two_level)));
       },
-      "n"_a, "k"_a, "g"_a, "bits"_a, "asymmetric"_a, "scale_dtype"_a, "activation"_a);
+      "n"_a, "k"_a, "g"_a, "bits"_a, "asymmetric"_a, "scale_dtype"_a, "activation"_a,
+      "two_level"_a);
   m.def(
       "cuda_serves",
       [](const Weight& w, int64_t m, int dtype, int device) {

@@ -59,6 +59,7 @@ class Weight:
     scales: Tensor  # [n, k / g]
     zeros: Tensor | None
     bits: int
+    multipliers: Tensor | None = None  # uint8 [n, k / g]; then the scales are [n, 1]
 
     @classmethod
     def random(
@@ -70,19 +71,30 @@ class Weight:
         zeros = torch.randint(1 << bits, (n, k // g), generator=draw, dtype=torch.uint8)
         return cls(codes, scales, zeros if asymmetric else None, bits)
 
+    @classmethod
+    def two_level(cls, n: int, k: int, g: int, dtype: torch.dtype, seed: int = 0) -> Weight:
+        weight = cls.random(n, k, k, 4, False, dtype, seed)
+        draw = torch.Generator().manual_seed(seed)
+        weight.multipliers = torch.randint(1, 16, (n, k // g), generator=draw, dtype=torch.uint8)
+        return weight
+
     @property
     def g(self) -> int:
-        return self.codes.shape[1] // self.scales.shape[1]
+        grid = self.scales if self.multipliers is None else self.multipliers
+        return self.codes.shape[1] // grid.shape[1]
 
     def spec(self) -> ctypes.Array[ctypes.c_int64]:
         n, k = self.codes.shape
-        given = (n, k, self.g, self.bits, self.zeros is not None, self.scales.element_size())
-        return (ctypes.c_int64 * 6)(*given)
+        grid = (self.zeros is not None, self.scales.element_size(), self.multipliers is not None)
+        return (ctypes.c_int64 * 7)(n, k, self.g, self.bits, *grid)
 
     def dense(self) -> np.ndarray:
         """float64 [n, k]."""
         codes = self.codes.double().numpy()
-        scales = np.repeat(self.scales.double().numpy(), self.g, axis=1)
+        scales = self.scales.double()
+        if self.multipliers is not None:
+            scales = scales * self.multipliers
+        scales = np.repeat(scales.numpy(), self.g, axis=1)
         if self.zeros is None:
             return (codes - (1 << (self.bits - 1))) * scales
         return (codes - np.repeat(self.zeros.double().numpy(), self.g, axis=1)) * scales
@@ -90,10 +102,12 @@ class Weight:
     def empty(self) -> Weight:
         zeros = None if self.zeros is None else torch.full_like(self.zeros, 0xEE)
         scales = torch.full_like(self.scales, float("nan"))
-        return Weight(torch.full_like(self.codes, 0xEE), scales, zeros, self.bits)
+        multipliers = None if self.multipliers is None else torch.full_like(self.multipliers, 0xEE)
+        return Weight(torch.full_like(self.codes, 0xEE), scales, zeros, self.bits, multipliers)
 
     def _arrays(self) -> tuple[ctypes.c_void_p, ...]:
-        return pointer(self.codes), pointer(self.scales), pointer(self.zeros)
+        zeros = self.zeros if self.multipliers is None else self.multipliers
+        return pointer(self.codes), pointer(self.scales), pointer(zeros)
 
     def pack(self, library: ctypes.CDLL, workers: int = 3) -> Tensor:
         size = library.packed_bytes(self.spec())
@@ -131,7 +145,7 @@ def linear(
     seed: int,
     eager: bool,
 ) -> Tensor:
-    """kernel: "mma", "wgmma" or "int8", and the tokens of a tile.
+    """kernel: "mma", "wgmma", "int8" or "rows", and the tokens of a tile.
     x [m, k] with any row stride that is a multiple of 8 -> [m, n]. What lies around y is
     watched."""
     m, n = x.shape[0], weight.codes.shape[0]

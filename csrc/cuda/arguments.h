@@ -66,7 +66,8 @@ struct BoxedArgs {
 
 constexpr int kPackThreads = 256;  // of the kernels that take the two below
 
-// A weight in both orders; portable: codes [n, k], scales [n, k / g], zeros [n, k / g] or nullptr.
+// A weight in both orders; portable: codes [n, k], scales [n, k / g], zeros [n, k / g] or nullptr;
+// on a two-level grid scales [n], and multipliers [n, k / g] for zeros.
 struct PackArgs {
   Shape w;
   uint8_t* packed;

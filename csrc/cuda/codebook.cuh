@@ -20,7 +20,7 @@ TERSOR_DEVICE float doubled_scale(int8_t code, float step, float mean) {
 template <class T, int kCopies_>
 struct CodebookProduct {
   static constexpr int kBits = 4, kColumns = 16, kElement = 2;
-  static constexpr bool kCorrects = false;
+  static constexpr bool kCorrects = false, kWhole = false;
   using Sum = float;
   using Result = T;
   struct Zero {

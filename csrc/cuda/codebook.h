@@ -32,7 +32,7 @@ struct CodebookShape {
 
 constexpr CodebookShape codebook_shape_of(int64_t n, int64_t k, int64_t g, bool doubled) {
   CodebookShape s{};
-  s.w = shape_of(n, k, g, 4, false, doubled ? 1 : 4);
+  s.w = shape_of(n, k, g, 4, false, false, doubled ? 1 : 4);
   s.doubled = doubled;
   s.row_groups = static_cast<int32_t>(k / g);
   s.scale_steps = doubled ? static_cast<int32_t>((n * (k / g) + kStepBlocks - 1) / kStepBlocks) : 0;

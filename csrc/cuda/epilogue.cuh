@@ -2,18 +2,23 @@
 // has rows lane / 4 and lane / 4 + 8 of 16, and tokens lane % 4 * 2 and the next of every 8.
 #pragma once
 
+#include <type_traits>
+
 #include "arguments.h"
 #include "device.cuh"
 
 namespace tersor::cuda {
 
-// kBlocks: of 64 rows, that a thread has sums of; kThreads: that hold a tile together.
-template <class T, int kBlocks, int kTokenTiles, int kThreads>
+// kBlocks: of 64 rows, that a thread has sums of; kThreads: that hold a tile together; Sum: float,
+// or int32_t, which meets the scale of its row here and nowhere else.
+template <class T, int kBlocks, int kTokenTiles, int kThreads, class Sum = float>
 struct Epilogue {
   static constexpr int kSums = kBlocks * kTokenTiles;
-  static constexpr int kTile = kSums * 4 * kThreads;  // floats of a partial sum
+  static constexpr int kTile = kSums * 4 * kThreads;  // elements of a partial sum
+  static constexpr bool kWhole = !std::is_same_v<Sum, float>;
+  static_assert(sizeof(Sum) == sizeof(float), "partial sums are stored as four words");
 
-  using Sums = float[kBlocks][kTokenTiles][4];
+  using Sums = Sum[kBlocks][kTokenTiles][4];
 
   static TERSOR_DEVICE void clear(Sums& sums) {
 #pragma unroll
@@ -32,11 +37,14 @@ struct Epilogue {
         const int r = row + b * kBlock + i / 2 * 8;
         if (r >= a.w.n) continue;
         const float bias = a.bias ? a.bias[r] : 0.f;
+        const float scale = kWhole ? scale_of(a.packed + a.w.scales_at, a.scale_dtype, r) : 1.f;
 #pragma unroll
         for (int j = 0; j < kTokenTiles; ++j) {
           const int t = token + j * 8 + i % 2;
           if (t >= a.m) continue;
-          const float sum = kScaled ? sums[b][j][i] * a.x_scales[t] : sums[b][j][i];
+          float sum = static_cast<float>(sums[b][j][i]);
+          if (kWhole) sum *= scale;
+          if (kScaled) sum *= a.x_scales[t];
           a.y[t * a.ldy + r] = bits_of(sum + bias, T{});
         }
       }
@@ -49,7 +57,8 @@ struct Epilogue {
   static TERSOR_DEVICE bool share(const LinearArgs& a, int tile, int at, int* turn, Sync sync,
                                   Sums& sums) {
     const Partition& p = a.partition;
-    float* mine = a.partials + int64_t{p.slot(worker(), tile)} * kTile;
+    auto* partials = reinterpret_cast<Sum*>(a.partials);
+    Sum* mine = partials + int64_t{p.slot(worker(), tile)} * kTile;
 #pragma unroll
     for (int i = 0; i < kSums; ++i)
       store16(mine + (i * kThreads + at) * 4, sums[i / kTokenTiles][i % kTokenTiles]);
@@ -63,10 +72,10 @@ struct Epilogue {
     fence();
     clear(sums);
     for (int each = first; each <= last; ++each) {
-      const float* part = a.partials + int64_t{p.slot(each, tile)} * kTile;
+      const Sum* part = partials + int64_t{p.slot(each, tile)} * kTile;
 #pragma unroll
       for (int i = 0; i < kSums; ++i) {
-        float four[4];
+        Sum four[4];
         load16(four, part + (i * kThreads + at) * 4);
 #pragma unroll
         for (int j = 0; j < 4; ++j) sums[i / kTokenTiles][i % kTokenTiles][j] += four[j];

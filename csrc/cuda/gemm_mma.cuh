@@ -4,15 +4,17 @@
 // at a time; copies of the next steps are under way in a ring of stages, across the borders of
 // tiles. Each warp has its own 16 rows of each block of W, which no other warp reads, and all
 // tokens of the tile. What is multiplied, and how, is a Product (products.cuh). The scale meets the
-// sum of its group in float32, so that a weight is never rounded to 16 bits.
+// sum of its group in float32, so that a weight is never rounded to 16 bits. Where a Product is of
+// whole rows, sums are exact to the end of the tile, and the scale of the row meets them there.
 //
 // Of shared memory a stage is
 //
 //   codes   [kBlocks] blocks as they are in memory
 //   x       [kTokens][64] elements; their 16 bytes stand in another order for every token, so that
 //           the eight rows of a matrix that ldmatrix reads lie in different banks
-//   scales  [kBlocks][groups][64] as in memory, room for two groups of float32
-//   zeros   [kBlocks][groups][64]
+//   scales  [kBlocks][groups][64] as in memory, room for two groups of float32; for products that
+//           are not of whole rows
+//   zeros   [kBlocks][groups][64], or multipliers
 //   x sums  [groups][kTokens] int32, for products that need them
 //
 // A weight of indices into sixteen values (codebook.h), whose Args are CodebookArgs, has no zeros:
@@ -36,7 +38,8 @@ struct MmaGemm {
   static constexpr int kBits = Product::kBits, kTokens = kTokens_, kBlocks = kBlocks_;
   static constexpr int kWarps = 4, kThreads = kWarps * kLanes;
   static constexpr int kTokenTiles = kTokens / 8;  // of one tensor core operation
-  using End = Epilogue<typename Product::Result, kBlocks, kTokenTiles, kThreads>;
+  using Sum = std::conditional_t<Product::kWhole, typename Product::Sum, float>;
+  using End = Epilogue<typename Product::Result, kBlocks, kTokenTiles, kThreads, Sum>;
   using Sums = typename End::Sums;
   using Group = typename Product::Sum[kBlocks][kTokenTiles][4];
   using Lookup = typename LookupOf<Product, kCodebook>::Type;
@@ -48,7 +51,7 @@ struct MmaGemm {
   static constexpr int kCodes = 0;
   static constexpr int kX = kCodes + kBlocks * block_bytes(kBits);
   static constexpr int kScales = kX + kTokens * kRow;
-  static constexpr int kZeros = kScales + kBlocks * 2 * kBlock * 4;
+  static constexpr int kZeros = kScales + (Product::kWhole ? 0 : kBlocks * 2 * kBlock * 4);
   static constexpr int kXSums = kZeros + kBlocks * 2 * kBlock;
   static constexpr int kStage = kXSums + (Product::kCorrects ? 2 * kTokens * 4 : 0);
   static constexpr int kTurn = kStages * kStage;  // of this worker, where it shares a tile
@@ -68,8 +71,9 @@ struct MmaGemm {
     const int tile = at / a.w.steps, step = at % a.w.steps;
     const int row_tile = tile / a.token_tiles, first_token = tile % a.token_tiles * kTokens;
     const int group = step / a.w.steps_per_group * a.w.groups_per_step;
-    const int scale_chunks = a.w.groups_per_step * kBlock * a.w.scale_bytes / 16;
-    const int zero_chunks = a.w.asymmetric ? a.w.groups_per_step * kBlock / 16 : 0;
+    const int scale_chunks =
+        Product::kWhole ? 0 : a.w.groups_per_step * kBlock * a.w.scale_bytes / 16;
+    const int zero_chunks = has_zeros(a.w) ? a.w.groups_per_step * kBlock / 16 : 0;
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
       const int row_block = row_tile * kBlocks + b;
@@ -180,9 +184,10 @@ struct MmaGemm {
     }
   }
 
-  // row: of the scales and zeros in a stage.
+  // The zero point, or the multiplier; row: of the scales and zeros in a stage.
   static TERSOR_DEVICE int zero_of(const Args& a, const uint8_t* stage, int b, int row) {
-    return a.w.asymmetric ? stage[kZeros + b * 2 * kBlock + row] : 1 << (kBits - 1);
+    constexpr int kNone = Product::kWhole ? 1 : 1 << (kBits - 1);
+    return has_zeros(a.w) ? stage[kZeros + b * 2 * kBlock + row] : kNone;
   }
 
   // ends_group: a group, or what this worker has of it, ends with this step.
@@ -218,11 +223,18 @@ struct MmaGemm {
         else
           Product::operands(codes, words[b] + q * kWords % 4, zeros[b]);
 #pragma unroll
-        for (int j = 0; j < kTokenTiles; ++j) Product::multiply(group[b][j], codes, tokens[j]);
+        for (int j = 0; j < kTokenTiles; ++j) {
+          if constexpr (Product::kWhole)
+            Product::multiply(sums[b][j], codes, tokens[j]);
+          else
+            Product::multiply(group[b][j], codes, tokens[j]);
+        }
       }
-      if (q + 1 == kHalf && a.w.groups_per_step == 2) fold(a, stage, lookup, 0, sums, group);
+      if constexpr (!Product::kWhole)
+        if (q + 1 == kHalf && a.w.groups_per_step == 2) fold(a, stage, lookup, 0, sums, group);
     }
-    if (ends_group) fold(a, stage, lookup, a.w.groups_per_step - 1, sums, group);
+    if constexpr (!Product::kWhole)
+      if (ends_group) fold(a, stage, lookup, a.w.groups_per_step - 1, sums, group);
   }
 
   // --- a worker ------------------------------------------------------------------------------
@@ -256,7 +268,7 @@ struct MmaGemm {
       int* turn = reinterpret_cast<int*>(shared + kTurn);
       if (whole || End::share(a, tile, thread(), turn, sync_block, sums)) {
         const int warp = thread() / kLanes, lane = thread() % kLanes;
-        End::template store<Product::kCorrects>(
+        End::template store<Product::kElement == 1>(
             a, tile / a.token_tiles * kBlocks * kBlock + warp * kStrip + lane / 4,
             tile % a.token_tiles * kTokens + lane % 4 * 2, sums);
       }

@@ -27,7 +27,8 @@ Gemm row(const char* name, int32_t arch, int32_t dtype) {
           Kernel::kSharedBytes,
           Kernel::kTile * sizeof(float),
           false,
-          Product::kCorrects,
+          Product::kElement == 1,
+          Product::kWhole,
           reinterpret_cast<const void*>(&mma_gemm<Product, kTokens, kBlocks>)};
 }
 

@@ -22,6 +22,7 @@ struct Gemm {
   size_t tile_bytes;  // of a partial sum
   bool boxed;         // takes BoxedArgs, else LinearArgs
   bool int8;          // takes x as a quantize_kernel leaves it
+  bool whole;         // of weights with one scale a row, or on a two-level grid; no others
   const void* function;
   bool codebook = false;  // takes CodebookArgs
 };
@@ -32,6 +33,7 @@ std::vector<Gemm> mma_gemms_bf16();
 std::vector<Gemm> wgmma_gemms();
 std::vector<Gemm> int8_gemms();
 std::vector<Gemm> codebook_gemms();
+std::vector<Gemm> row_gemms();
 
 // Kernels that take PackArgs.
 const void* pack_kernel();

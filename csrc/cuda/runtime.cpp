@@ -24,6 +24,8 @@ constexpr size_t kCounterBytes = kMostTiles * sizeof(int);
 // More tokens than this are better multiplied with a weight that is dequantized once.
 constexpr int64_t kMostTokens = 128;
 constexpr int64_t kMostCodebookTokens = 64;
+// Columns that can be summed in int32, whatever the codes: one less than 2^31 / 128^2.
+constexpr int64_t kMostSummed = 131071;
 // The shortest stretch of steps that is worth a worker of its own.
 constexpr int32_t kLeastSteps = 4;
 
@@ -38,6 +40,7 @@ const std::vector<Gemm>& gemms() {
     for (const Gemm& gemm : mma_gemms_bf16()) table.push_back(gemm);
     for (const Gemm& gemm : int8_gemms()) table.push_back(gemm);
     for (const Gemm& gemm : codebook_gemms()) table.push_back(gemm);
+    for (const Gemm& gemm : row_gemms()) table.push_back(gemm);
 #ifdef TERSOR_HAVE_CUDA90A
     for (const Gemm& gemm : wgmma_gemms()) table.push_back(gemm);
 #endif
@@ -111,8 +114,9 @@ const Device& device(int number) {
   return *all[number];
 }
 
-Shape shape(const tersor_spec& s) {
-  return shape_of(s.n, s.k, s.g, s.bits, s.asymmetric != 0, s.scale_dtype == TERSOR_F32 ? 4 : 2);
+Shape shape(const Spec& s) {
+  return shape_of(s.n, s.k, s.g, s.bits, s.asymmetric != 0, s.two_level,
+                  s.scale_dtype == TERSOR_F32 ? 4 : 2);
 }
 
 // A kernel, and how it will divide the work.
@@ -147,12 +151,13 @@ Plan plan(const Shape& w, int64_t m, int32_t dtype, int number, Fits fits) {
   return best;
 }
 
-Plan plan(const tersor_spec& spec, int64_t m, int32_t dtype, int number) {
+Plan plan(const Spec& spec, int64_t m, int32_t dtype, int number) {
   if (const char* why = refuses(spec)) throw Error(std::string("a weight in CUDA order: ") + why);
   const bool int8 = spec.activation == TERSOR_A8;
+  const bool whole = int8 && (spec.two_level || (!spec.asymmetric && spec.g == spec.k));
   if (m < 1 || (m > kMostTokens && !int8)) return {};
   return plan(shape(spec), m, dtype, number, [&](const Gemm& gemm) {
-    return gemm.bits == spec.bits && gemm.int8 == int8 && !gemm.codebook;
+    return gemm.bits == spec.bits && gemm.int8 == int8 && gemm.whole == whole && !gemm.codebook;
   });
 }
 
@@ -251,36 +256,40 @@ std::vector<Row> kernels() {
   return rows;
 }
 
-const char* refuses(const tersor_spec& spec) {
+const char* refuses(const Spec& spec) {
   if (spec.bits != 4 && spec.bits != 8) return "codes have 4 or 8 bits on a GPU";
   if (spec.of) return "zeros of a pattern have no CUDA kernel yet";
   if (spec.n % 16 || spec.k % 16) return "n and k must be multiples of 16 on a GPU";
   if (!is_group(spec.k, spec.g)) return "the group must be 32, a multiple of 64, or the whole row";
+  if (spec.activation == TERSOR_A8 && (spec.two_level ? spec.k : spec.g) > kMostSummed)
+    return "with int8 activations, at most 131071 columns can share a scale on a GPU";
+  if (spec.two_level && (spec.bits != 4 || spec.asymmetric || spec.activation != TERSOR_A8))
+    return "a two-level grid is of symmetric 4-bit codes, for int8 activations";
   return nullptr;
 }
 
-size_t packed_bytes(const tersor_spec& spec) { return static_cast<size_t>(shape(spec).bytes); }
+size_t packed_bytes(const Spec& spec) { return static_cast<size_t>(shape(spec).bytes); }
 
-void pack(const tersor_spec& spec, const tersor_view& view, void* packed, Target target) {
+void pack(const Spec& spec, const tersor_view& view, void* packed, Target target) {
   const PackArgs args{shape(spec), static_cast<uint8_t*>(packed), view.codes,
                       static_cast<uint8_t*>(view.scales), view.zeros};
   launch_over(pack_kernel(), spec.n * spec.k * spec.bits / 32, &args, target);
 }
 
-void unpack(const tersor_spec& spec, const void* packed, const tersor_view& view, Target target) {
+void unpack(const Spec& spec, const void* packed, const tersor_view& view, Target target) {
   const PackArgs args{shape(spec), static_cast<uint8_t*>(const_cast<void*>(packed)), view.codes,
                       static_cast<uint8_t*>(view.scales), view.zeros};
   launch_over(unpack_kernel(), spec.n * spec.k, &args, target);
 }
 
-void dequantize(const tersor_spec& spec, const void* packed, int64_t begin, int64_t end, void* to,
+void dequantize(const Spec& spec, const void* packed, int64_t begin, int64_t end, void* to,
                 int32_t dtype, Target target) {
   const DequantizeArgs args{
       shape(spec), spec.scale_dtype, static_cast<const uint8_t*>(packed), begin, end, to};
   launch_over(dequantize_kernel(dtype), (end - begin) * spec.k, &args, target);
 }
 
-std::string serves(const tersor_spec& spec, int64_t m, int32_t dtype, int number) {
+std::string serves(const Spec& spec, int64_t m, int32_t dtype, int number) {
   const Plan chosen = plan(spec, m, dtype, number);
   return chosen.gemm ? chosen.gemm->name : "";
 }
@@ -306,7 +315,7 @@ uint64_t capture_of(Target target) {
   return status == cudaStreamCaptureStatusNone ? 0 : id;
 }
 
-size_t scratch_bytes(const tersor_spec& spec, int64_t m, int32_t dtype, int number) {
+size_t scratch_bytes(const Spec& spec, int64_t m, int32_t dtype, int number) {
   const Plan chosen = plan(spec, m, dtype, number);
   return chosen.gemm && chosen.gemm->int8 ? Scratch(chosen, shape(spec)).bytes : 0;
 }
@@ -330,12 +339,12 @@ void describe(LinearArgs& args, const Call& call, const Plan& chosen) {
 
 }  // namespace
 
-bool linear(const tersor_args& call, void* scratch, Target target) {
-  const Plan chosen = plan(call.spec, call.m, call.dtype, target.device);
+bool linear(const Spec& spec, const tersor_args& call, void* scratch, Target target) {
+  const Plan chosen = plan(spec, call.m, call.dtype, target.device);
   if (!chosen.gemm) return false;
   LinearArgs args{};
-  args.w = shape(call.spec);
-  args.scale_dtype = call.spec.scale_dtype;
+  args.w = shape(spec);
+  args.scale_dtype = spec.scale_dtype;
   describe(args, call, chosen);
   const Current current(target.device);
   BoxedArgs boxed;

@@ -29,15 +29,18 @@ from tersor.kernels import (
     stored_bits,
 )
 from tersor.qweight import ActSpec, QSpec, QWeight
+from tersor.two_level import split_scales
 
 _SLAB = 256 << 20  # bytes of a dequantized weight that are there at a time
 _TOKENS = 4096  # with int8 activations, in one call
+_WIDEST_SUM = 131071  # columns of int8 products that fit in int32
 
 
 @dataclass(frozen=True)
 class Grid:
     """What the bytes of a weight in CUDA order stand for, and how activations meet it; bits,
-    asymmetric, scale_dtype and activation as in kernel.h."""
+    asymmetric, scale_dtype and activation as in kernel.h. two_level: the scales are kept as those
+    of the rows and multipliers, which int8 activations gain from."""
 
     n: int
     k: int
@@ -46,17 +49,19 @@ class Grid:
     asymmetric: bool
     scale_dtype: int
     activation: int
+    two_level: bool = False
 
     @classmethod
     def of(cls, q: QWeight, activation: ActSpec | None) -> Grid:
         return cls(
             q.n, q.k, q.k // q.scales.shape[1], stored_bits(q.spec), not q.spec.symmetric,
             dtype_code(q.scales.dtype), int(activation is not None),
+            activation is not None and _levels(q) is not None,
         )  # fmt: skip
 
-    def fields(self) -> tuple[int, int, int, int, bool, int, int]:
-        shape = self.n, self.k, self.g
-        return *shape, self.bits, self.asymmetric, self.scale_dtype, self.activation
+    def fields(self) -> tuple[int, int, int, int, bool, int, int, bool]:
+        shape, rest = (self.n, self.k, self.g), (self.activation, self.two_level)
+        return *shape, self.bits, self.asymmetric, self.scale_dtype, *rest
 
 
 def unavailable() -> str | None:
@@ -101,10 +106,18 @@ def refusal(q: QWeight, activation: ActSpec | None) -> str | None:
 
 @functools.lru_cache(maxsize=4096)
 def _weight(
-    n: int, k: int, g: int, bits: int, asymmetric: bool, scale_dtype: int, activation: int
-) -> _core.CudaWeight:
+    n: int, k: int, g: int, bits: int, asymmetric: bool, scale_dtype: int, activation: int,
+    two_level: bool,
+) -> _core.CudaWeight:  # fmt: skip
     """Checked once for each shape of a model."""
-    return _core.CudaWeight(n, k, g, bits, asymmetric, scale_dtype, activation)
+    return _core.CudaWeight(n, k, g, bits, asymmetric, scale_dtype, activation, two_level)
+
+
+def _levels(q: QWeight) -> tuple[Tensor, Tensor] | None:
+    """The scales of the rows and the multipliers of the groups, where q is on a two-level grid that
+    the kernels know."""
+    known = stored_bits(q.spec) == 4 and q.spec.symmetric and q.spec.group is not None
+    return split_scales(q.scales) if known and q.k <= _WIDEST_SUM else None
 
 
 # --- CUDA order and back --------------------------------------------------------------------------
@@ -117,16 +130,17 @@ def _place(device: torch.device) -> tuple[int, int]:
 
 
 def pack_weight(q: QWeight, device: torch.device, activation: ActSpec | None = None) -> Tensor:
-    """The weight in CUDA order on a device, which is the same for every activation. q: on any
-    device, without an order."""
+    """The weight in CUDA order on a device, whose Grid is Grid.of(q, activation). q: on any device,
+    without an order."""
     if (reason := unavailable()) is not None:
         raise TersorError(f"the layer cannot run on {device}: {reason}")
     if q.order is not None:
         raise TersorError("pack_weight needs contiguous groups; sort the columns by q.order first")
-    weight, q = _weight(*Grid.of(q, activation).fields()), q.to(device)
+    grid, q = Grid.of(q, activation), q.to(device)
+    weight = _weight(*grid.fields())
     codes = (q.codes + recentre(q.spec)).contiguous()
-    scales = q.scales.contiguous()
-    zeros = None if q.zeros is None else q.zeros.contiguous()
+    scales, zeros = (_levels(q) if grid.two_level else None) or (q.scales, q.zeros)
+    scales, zeros = scales.contiguous(), None if zeros is None else zeros.contiguous()
     if int(codes.max()) >> stored_bits(q.spec):
         raise TersorError(f"codes must be below {1 << stored_bits(q.spec)}")
     packed = torch.empty(weight.bytes, dtype=torch.uint8, device=device)
@@ -141,14 +155,19 @@ def unpack_weight(packed: Tensor, grid: Grid, spec: QSpec) -> QWeight:
     """The inverse of pack_weight, exactly, on the device of `packed`."""
     groups = grid.k // grid.g
     codes = torch.empty(grid.n, grid.k, dtype=torch.uint8, device=packed.device)
-    scales = torch.empty(grid.n, groups, dtype=DTYPES[grid.scale_dtype], device=packed.device)
+    scales = torch.empty(
+        grid.n, 1 if grid.two_level else groups, dtype=DTYPES[grid.scale_dtype],
+        device=packed.device,
+    )  # fmt: skip
     zeros = None
-    if grid.asymmetric:
+    if grid.asymmetric or grid.two_level:
         zeros = torch.empty(grid.n, groups, dtype=torch.uint8, device=packed.device)
     _core.cuda_unpack(
         _weight(*grid.fields()), packed.data_ptr(), packed.numel(), codes.data_ptr(),
         scales.data_ptr(), 0 if zeros is None else zeros.data_ptr(), *_place(packed.device),
     )  # fmt: skip
+    if grid.two_level:
+        scales, zeros = scales * zeros, None  # exact, in the dtype of the scales
     return QWeight(spec, codes.sub_(recentre(spec)), scales, zeros)
 
 
@@ -200,12 +219,13 @@ def _rows(x: Tensor, k: int) -> Tensor:
 def _linear(
     x: Tensor, packed: Tensor, bias: Tensor | None,
     n: int, k: int, g: int, bits: int, asymmetric: bool, scale_dtype: int, activation: int,
+    two_level: bool,
 ) -> Tensor:  # fmt: skip
     matrix, m = _rows(x, k), x.numel() // k
     y = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
     if m == 0:
         return y
-    grid, rows = Grid(n, k, g, bits, asymmetric, scale_dtype, activation), y.view(m, n)
+    grid, rows = Grid(n, k, g, bits, asymmetric, scale_dtype, activation, two_level), y.view(m, n)
     if x.dtype != torch.float32:
         tokens = m if m <= _TOKENS or not activation else _TOKENS
         parts = [slice(begin, min(begin + tokens, m)) for begin in range(0, m, tokens)]
@@ -256,6 +276,7 @@ def _slabs(n: int, k: int, element: int) -> list[slice]:
 def _linear_fake(
     x: Tensor, packed: Tensor, bias: Tensor | None,
     n: int, k: int, g: int, bits: int, asymmetric: bool, scale_dtype: int, activation: int,
+    two_level: bool,
 ) -> Tensor:  # fmt: skip
     return x.new_empty((*x.shape[:-1], n))
 
@@ -263,9 +284,11 @@ def _linear_fake(
 def _backward_product(
     grad: Tensor, packed: Tensor,
     n: int, k: int, g: int, bits: int, asymmetric: bool, scale_dtype: int, activation: int,
+    two_level: bool,
 ) -> Tensor:  # fmt: skip
     """grad [..., n] @ dequantize(W) [n, k], summed in float32."""
-    matrix, grid = rows_of(grad, n), Grid(n, k, g, bits, asymmetric, scale_dtype, activation)
+    matrix = rows_of(grad, n)
+    grid = Grid(n, k, g, bits, asymmetric, scale_dtype, activation, two_level)
     slabs = _slabs(n, k, grad.element_size())
     parts = (
         matrix[:, part] @ dequantize(packed, grid, part.start, part.stop, grad.dtype)
@@ -281,6 +304,7 @@ def _backward_product(
 def _backward_fake(
     grad: Tensor, packed: Tensor,
     n: int, k: int, g: int, bits: int, asymmetric: bool, scale_dtype: int, activation: int,
+    two_level: bool,
 ) -> Tensor:  # fmt: skip
     return grad.new_empty((*grad.shape[:-1], k))
 
@@ -292,10 +316,13 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (packed,) = ctx.saved_tensors
-    return torch.ops.tersor.linear_cuda_backward(grad, packed, *ctx.grid), *(None,) * 9
+    return torch.ops.tersor.linear_cuda_backward(grad, packed, *ctx.grid), *(None,) * 10
 
 
-_GRID = "int n, int k, int g, int bits, bool asymmetric, int scale_dtype, int activation"
+_GRID = (
+    "int n, int k, int g, int bits, bool asymmetric, int scale_dtype, int activation, "
+    "bool two_level"
+)
 define_operator(
     f"linear_cuda_backward(Tensor grad, Tensor packed, {_GRID}) -> Tensor",
     "CUDA",
