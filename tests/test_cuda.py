@@ -15,6 +15,7 @@ from tersor import FP4, NF4, ActSpec, NF4Linear, QSpec, QuantLinear, Scheme, Ter
 from tersor import cuda_codebook as codebook
 from tersor.adapters.codebook import CodebookWeight
 from tersor.oracle import random_qweight
+from tersor.solvers import RTN
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU")
 HALVES = (torch.float16, torch.bfloat16)
@@ -155,6 +156,30 @@ def test_int8_activations_are_those_of_the_cpu(dtype, spec):
         found = made.to("cuda")(x.cuda()).cpu().double()
         room = 4 * torch.finfo(dtype).eps * (expected.abs() + expected.abs().mean())
         assert bool(((found - expected).abs() <= room).all())
+
+
+@gpu
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_a_two_level_grid_is_that_of_the_cpu(dtype, group):
+    draw = torch.Generator().manual_seed(group)
+    w = torch.randn(1040, 2048, generator=draw).to(torch.bfloat16)
+    q = RTN(clip=True, two_level=True)(w, None, QSpec(4, group))
+    made = QuantLinear(q, torch.randn(1040, generator=draw), activation=ActSpec(), dtype=dtype)
+    before = {name: tensor.clone() for name, tensor in made.state_dict().items()}
+    for m in (1, 8, 9, 33, 64, 300):
+        x = inputs(m, 2048, dtype, seed=m)
+        expected = made.cpu()(x).double()
+        made = made.to("cuda")
+        assert made.grid is not None and made.grid.two_level
+        found = made(x.cuda())
+        assert torch.equal(found, made(x.cuda()))
+        room = 4 * torch.finfo(dtype).eps * (expected.abs() + expected.abs().mean())
+        assert bool(((found.cpu().double() - expected).abs() <= room).all())
+        rounded = made(x.cuda().float()).cpu().double()  # through a dequantized weight
+        assert bool(((rounded - expected).abs() <= room).all())
+    made = made.cpu()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in made.state_dict().items())
 
 
 @gpu
