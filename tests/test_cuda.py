@@ -81,6 +81,9 @@ def test_the_operator_has_shapes_without_data():
         (24, 64, QSpec(4, 64), None, "multiples of 16"),
         (64, 72, QSpec(4, None), None, "multiples of 16"),
         (64, 96, QSpec(4, 48), None, "the group must be 32"),
+        (16, 131056, QSpec(8, None), ActSpec(), None),
+        (16, 131072, QSpec(8, None), ActSpec(), "at most 131071 columns can share a scale"),
+        (16, 131072, QSpec(4, 128), ActSpec(), None),
     ],
 )
 def test_which_weights_can_be_on_a_gpu(n, k, spec, activation, reason):

@@ -174,6 +174,9 @@ def test_what_is_on_no_two_level_grid_that_a_kernel_knows(calls):
     assert not cuda.Grid.of(q, ActSpec()).two_level
     for spec in (QSpec(8, 64), QSpec(4, 64, False), QSpec(4, None)):
         assert not cuda.Grid.of(two_level(80, 192, spec, torch.float32), ActSpec()).two_level
+    for k, fits in ((131008, True), (131072, False)):  # sums of more columns need more than int32
+        wide = two_level(16, k, QSpec(4, 64), torch.float32)
+        assert cuda.Grid.of(wide, ActSpec()).two_level == fits
 
 
 def test_rows_that_no_kernel_could_read_are_copied(calls):
