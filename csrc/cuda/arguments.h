@@ -20,7 +20,7 @@ struct LinearArgs {
   int32_t m;
   int32_t token_tiles;
   Partition partition;  // of tiles [row tile][token tile]
-  float* partials;      // two tiles for each worker
+  float* partials;      // two tiles for each worker, or int32_t where sums are that
   int* arrived;         // one for each tile, zero before and after
   // Where x is int8:
   const float* x_scales;  // [m]

@@ -2,9 +2,10 @@
 //
 // A Product says in how many columns (kColumns) one operation goes, what a token's element takes
 // (kElement bytes), in what (Sum) a group is summed, and of what type y is (Result). operands()
-// makes the first operand of an operation out of a lane's words. Where it kCorrects, the zero point
-// is not in the operands: a group's sum is less by zero * (the sum of x in that group). Where it is
-// kWhole, all of a weight but the one scale of its row is in them, and a sum is that of the row.
+// makes the first operand of an operation out of a lane's words and what was set for their two
+// rows: zero points, or multipliers. Where it kCorrects, the zero point is not in the operands: a
+// group's sum is less by zero * (the sum of x in that group). Where it is kWhole, all of a weight
+// but the one scale of its row is in them, and a sum is that of the row.
 #pragma once
 
 #include "dequantize.cuh"
