@@ -28,8 +28,9 @@ Gemm row(const char* name, int32_t arch, int32_t dtype) {
           Kernel::kTile * sizeof(float),
           false,
           Product::kElement == 1,
-          Product::kWhole,
-          reinterpret_cast<const void*>(&mma_gemm<Product, kTokens, kBlocks>)};
+          reinterpret_cast<const void*>(&mma_gemm<Product, kTokens, kBlocks>),
+          false,
+          Product::kWhole};
 }
 
 }  // namespace

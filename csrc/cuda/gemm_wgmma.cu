@@ -27,7 +27,6 @@ Gemm row(const char* name, int32_t dtype) {
           Kernel::kTile * sizeof(float),
           true,
           false,
-          false,
           reinterpret_cast<const void*>(&wgmma_gemm<T, kBits, kTokens>)};
 }
 

@@ -22,9 +22,9 @@ struct Gemm {
   size_t tile_bytes;  // of a partial sum
   bool boxed;         // takes BoxedArgs, else LinearArgs
   bool int8;          // takes x as a quantize_kernel leaves it
-  bool whole;         // of weights with one scale a row, or on a two-level grid; no others
   const void* function;
   bool codebook = false;  // takes CodebookArgs
+  bool whole = false;     // of weights with one scale a row, or on a two-level grid; no others
 };
 
 // Tables, one for each file of kernels; in a table those of the same bits by growing `tokens`.
