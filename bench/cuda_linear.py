@@ -11,7 +11,8 @@ Needs an NVIDIA GPU, nvcc, and Torch for CUDA. Builds tersor for this GPU into b
 3. measures what the device can do: a large copy, and a large product;
 4. times one linear: graphs of several calls, on copies of the weight that are more than the caches
    hold, medians; against cuBLAS (torch's linear), torch's `_weight_int4pack_mm`, and bitsandbytes'
-   NF4 where it is installed;
+   NF4 where it is installed; with int8 activations on free group scales, on a two-level grid and
+   with one scale a row too;
 5. decodes and prefills Llama shapes of 1.1 and 8 billion random weights.
 
 Writes bench/results/cuda_linear.json.
@@ -54,20 +55,41 @@ def weight(n: int, k: int, spec: Any, seed: int = 0) -> Any:
     return random_qweight(n, k, spec, torch.bfloat16, seed=seed)
 
 
+def multiples(q: Any) -> Any:
+    """The weight with scales on a two-level grid."""
+    draw = torch.Generator().manual_seed(0)
+    multipliers = torch.randint(1, 16, q.scales.shape, generator=draw)
+    q.scales = (multipliers * 2.0**-9).bfloat16()
+    return q
+
+
+def int8(x: Tensor) -> Tensor:
+    """The values that int8 activations stand for, float64 [m, k]."""
+    scale = x.float().abs().amax(1, keepdim=True) / 127.5
+    codes = (x.float() / scale).round().clamp(-128, 127)
+    return codes.double() * scale.double()
+
+
 def check(quick: bool) -> dict[str, Any]:
     """The largest error of each kernel in units of what float32 sums and one rounding allow; fails
     where it is more than one."""
-    from tersor import QSpec, QuantLinear
+    from tersor import ActSpec, QSpec, QuantLinear
 
     worst: dict[str, float] = {}
     specs = (QSpec(4, 32), QSpec(4, 64, False), QSpec(4, 128), QSpec(4, None, False),
              QSpec(8, 32, False), QSpec(8, 128), QSpec(8, None))  # fmt: skip
     draw = torch.Generator("cuda").manual_seed(time.time_ns() % (1 << 31))
     for n, k in CHECKED[: 3 if quick else None]:
-        for spec in specs:
-            if k % (spec.group or k):
-                continue
-            layer = QuantLinear(weight(n, k, spec)).to("cuda")
+        fitting = [spec for spec in specs if k % (spec.group or k) == 0]
+        plain = [weight(n, k, spec) for spec in fitting]
+        cases = [(q, activation) for q in plain for activation in (None, ActSpec())]
+        cases += [
+            (multiples(weight(n, k, spec)), ActSpec())
+            for spec in fitting
+            if spec.bits == 4 and spec.symmetric
+        ]
+        for q, activation in cases:
+            layer = QuantLinear(q, activation=activation).to("cuda")
             w = layer.qweight().dequantize(torch.float64)
             for dtype in HALVES.values():
                 for m in (1, 3, 8, 9, 16, 17, 32, 64, 65, 100, 128, 300):
@@ -76,17 +98,19 @@ def check(quick: bool) -> dict[str, Any]:
                     del poison  # what the allocator hands out next
                     y = layer(x)
                     again = layer(x)
-                    exact, terms = x.double() @ w.T, x.double().abs() @ w.abs().T
+                    meant = x.double() if activation is None else int8(x)
+                    exact, terms = meant @ w.T, meant.abs() @ w.abs().T
                     unit = torch.finfo(dtype).eps / 2
                     bound = (k + 8) * 2.0**-24 * terms + unit * exact.abs() + 1e-7
-                    if m > 128:
+                    dense = m > 128 and activation is None
+                    if dense:
                         bound += unit * terms
                     share = float(((y.double() - exact).abs() / bound).max())
-                    name = f"W{spec.bits} {dtype} {'rows' if m > 128 else 'kernel'}"
+                    name = f"{layer.scheme} {dtype} {'dequantized' if dense else 'kernel'}"
                     worst[name] = max(worst.get(name, 0.0), share)
                     same = torch.equal(y, again)
                     if not share <= 1 or not same:
-                        what = f"{n} x {k}, {spec}, {dtype}, {m} tokens"
+                        what = f"{n} x {k}, {layer}, {dtype}, {m} tokens"
                         raise SystemExit(f"{what}: {share} of the bound, the same twice: {same}")
     worst |= check_codebooks(quick)
     return {name: round(share, 4) for name, share in worst.items()}
@@ -137,16 +161,28 @@ def check_codebooks(quick: bool) -> dict[str, float]:
 # --- 2. fast -------------------------------------------------------------------------------------
 
 
+def weights(n: int, k: int) -> dict[str, Any]:
+    from tersor import QSpec
+
+    return {
+        "tersor W4": weight(n, k, QSpec(4, GROUP)),
+        "tersor W8": weight(n, k, QSpec(8, GROUP)),
+        "tersor W4A8": weight(n, k, QSpec(4, GROUP)),
+        "tersor W4A8 two-level": multiples(weight(n, k, QSpec(4, GROUP))),
+        "tersor W8A8 row": weight(n, k, QSpec(8, None)),
+    }
+
+
 def candidates(n: int, k: int, x: Tensor) -> dict[str, list[Callable[[], object]]]:
     """For each engine a call on each of its copies of the weight."""
-    from tersor import NF4, QSpec, QuantLinear
+    from tersor import NF4, ActSpec, QuantLinear
 
     made: dict[str, list[Callable[[], object]]] = {}
-    firsts = {
-        "tersor W4": (QuantLinear(weight(n, k, QSpec(4, GROUP))).to("cuda"), "packed"),
-        "tersor W8": (QuantLinear(weight(n, k, QSpec(8, GROUP))).to("cuda"), "packed"),
-        "tersor NF4": (codebook_layer(n, k, NF4(64)), "ordered"),
+    firsts: dict[str, tuple[Any, str]] = {
+        name: (QuantLinear(q, activation=ActSpec() if "A8" in name else None).to("cuda"), "packed")
+        for name, q in weights(n, k).items()
     }
+    firsts["tersor NF4"] = (codebook_layer(n, k, NF4(64)), "ordered")
     for name, (first, tensor) in firsts.items():
         count = max(2, COPIES_BYTES // getattr(first, tensor).numel() + 1)
         layers = [first]
@@ -270,7 +306,8 @@ def whole(model: Any, vocabulary: int, prompt: int = 2048, new: int = 64) -> dic
 
 def shown(rows: list[dict[str, Any]], limit: dict[str, float]) -> Table:
     table = Table(title="seconds of torch's float16 linear over ours; bytes of W4 over bandwidth")
-    heads = ("n", "k", "m", "dtype", "W4", "W8", "NF4", "int4pack / W4", "bitsandbytes / NF4",
+    engines = ("W4", "W8", "W4A8", "W4A8 two-level", "W8A8 row", "NF4")
+    heads = ("n", "k", "m", "dtype", *engines, "int4pack / W4", "bitsandbytes / NF4",
              "of bandwidth")  # fmt: skip
     for head in heads:
         table.add_column(head, justify="right")
@@ -281,7 +318,7 @@ def shown(rows: list[dict[str, Any]], limit: dict[str, float]) -> Table:
         pack, peer = taken.get("torch int4pack"), taken.get("bitsandbytes")
         table.add_row(
             str(n), str(k), str(row["m"]), row["dtype"],
-            *(f"{taken['torch'] / taken[f'tersor {kind}']:.2f}" for kind in ("W4", "W8", "NF4")),
+            *(f"{taken['torch'] / taken[f'tersor {engine}']:.2f}" for engine in engines),
             f"{pack / taken['tersor W4']:.2f}" if pack else "",
             f"{peer / taken['tersor NF4']:.2f}" if peer else "", f"{share:.0%}",
         )  # fmt: skip

@@ -5,7 +5,9 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 
+#include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
 #include <limits>
 
@@ -389,6 +391,28 @@ nb::tuple search_grid(const Matrix& w, int64_t group, int bits, bool symmetric, 
                         symmetric ? nb::none() : nb::cast(zeros.tensor(n, groups)));
 }
 
+// The scales [n, groups] of search_grid on a two-level grid.
+nb::object two_level_scales(const Matrix& w, const Matrix& scales, int scale_dtype) {
+  const auto n = static_cast<int64_t>(w.shape(0)), k = static_cast<int64_t>(w.shape(1));
+  const auto groups = static_cast<int64_t>(scales.shape(1));
+  if (n < 1 || k < 1) throw Error("the weight is empty");
+  if (static_cast<int64_t>(scales.shape(0)) != n || groups < 1 || k % groups)
+    throw Error("scales must have a row for each of the weight, and divide its columns");
+  if (scale_dtype < TERSOR_F32 || scale_dtype > TERSOR_F16)
+    throw Error("scale_dtype must be 0 (float32), 1 (bfloat16) or 2 (float16)");
+  for (int64_t i = 0; i < n * groups; ++i)
+    if (!(scales.data()[i] > 0 && std::isfinite(scales.data()[i])))
+      throw Error("the scales must be positive and finite");
+  const Fresh<float> made(n * groups);
+  {
+    nb::gil_scoped_release release;
+    std::copy(scales.data(), scales.data() + n * groups, made.data);
+    tersor::solve::put_on_two_levels({n, k, k / groups, w.data(), 4, true, true, scale_dtype},
+                                     made.data);
+  }
+  return nb::cast(made.tensor(n, groups));
+}
+
 }  // namespace
 
 // Arrays are never converted: a copy of a destination would be filled and thrown away.
@@ -429,6 +453,8 @@ NB_MODULE(_core, m) {
         "share"_a = 0.0, "kept"_a = 0, "of"_a = 0);
   m.def("search_grid", search_grid, "w"_a.noconvert(), "group"_a, "bits"_a, "symmetric"_a, "clip"_a,
         "scale_dtype"_a = static_cast<int>(TERSOR_F32));
+  m.def("two_level_scales", two_level_scales, "w"_a.noconvert(), "scales"_a.noconvert(),
+        "scale_dtype"_a);
 
   m.def("trim_memory", trim_memory);
 

@@ -49,15 +49,22 @@ std::optional<std::string> text(const char* reason) {
   return std::nullopt;
 }
 
+cuda::Spec checked(int64_t n, int64_t k, int64_t g, int bits, bool asymmetric, int scale_dtype,
+                   int activation, int kept, int of, bool two_level) {
+  const cuda::Spec spec{{n, k, g, bits, asymmetric ? 1 : 0, scale_dtype, activation, kept, of},
+                        two_level};
+  tersor::check(spec);
+  return spec;
+}
+
 // A weight in CUDA order: checked once, when it is made.
 struct Weight {
-  tersor_spec spec;
+  cuda::Spec spec;
   size_t bytes;
 
   Weight(int64_t n, int64_t k, int64_t g, int bits, bool asymmetric, int scale_dtype,
-         int activation, int kept, int of)
-      : spec{n, k, g, bits, asymmetric ? 1 : 0, scale_dtype, activation, kept, of} {
-    tersor::check(spec);
+         int activation, int kept, int of, bool two_level)
+      : spec(checked(n, k, g, bits, asymmetric, scale_dtype, activation, kept, of, two_level)) {
     if (const char* why = cuda::refuses(spec)) throw Error(why);
     bytes = cuda::packed_bytes(spec);
   }
@@ -70,8 +77,8 @@ struct Weight {
       check_address(scales, static_cast<size_t>(element_bytes(spec.scale_dtype)), "scales");
     else if (scales)
       throw Error("16-bit weights have no scales");
-    if ((zeros != 0) != (spec.asymmetric != 0))
-      throw Error("zeros come with an asymmetric weight, and only there");
+    if ((zeros != 0) != (spec.asymmetric != 0 || spec.two_level))
+      throw Error("zeros come with an asymmetric weight, multipliers with a two-level grid");
     return {reinterpret_cast<uint8_t*>(codes), reinterpret_cast<void*>(scales),
             reinterpret_cast<uint8_t*>(zeros)};
   }
@@ -164,6 +171,7 @@ bool linear(const Weight& w, uintptr_t packed, size_t size, uintptr_t x, int64_t
       throw Error("outliers are kept apart from int8 activations; this weight takes 16-bit ones");
   }
   return cuda::linear(
+      w.spec,
       {w.spec, m, reinterpret_cast<const void*>(packed), reinterpret_cast<const void*>(x),
        reinterpret_cast<void*>(y), ldx, ldy, dtype, reinterpret_cast<const float*>(bias),
        reinterpret_cast<void*>(workspace)},
@@ -251,8 +259,9 @@ bool codebook_linear(const CodebookWeight& w, uintptr_t packed, size_t size, uin
 
 void tersor::bind_cuda(nb::module_ m) {
   nb::class_<Weight>(m, "CudaWeight")
-      .def(nb::init<int64_t, int64_t, int64_t, int, bool, int, int, int, int>(), "n"_a, "k"_a,
-           "g"_a, "bits"_a, "asymmetric"_a, "scale_dtype"_a, "activation"_a, "kept"_a, "of"_a)
+      .def(nb::init<int64_t, int64_t, int64_t, int, bool, int, int, int, int, bool>(), "n"_a, "k"_a,
+           "g"_a, "bits"_a, "asymmetric"_a, "scale_dtype"_a, "activation"_a, "kept"_a, "of"_a,
+           "two_level"_a)
       .def_ro("bytes", &Weight::bytes);
   m.def("cuda_unavailable", [] { return text(cuda::unavailable()); });
   m.def("cuda_architectures", cuda::architectures);
@@ -264,14 +273,12 @@ void tersor::bind_cuda(nb::module_ m) {
   m.def(
       "cuda_refuses",
       [](int64_t n, int64_t k, int64_t g, int bits, bool asymmetric, int scale_dtype,
-         int activation, int kept, int of) {
-        const tersor_spec spec{n,           k,          g,    bits, asymmetric ? 1 : 0,
-                               scale_dtype, activation, kept, of};
-        tersor::check(spec);
-        return text(cuda::refuses(spec));
+         int activation, int kept, int of, bool two_level) {
+        return text(cuda::refuses(
+            checked(n, k, g, bits, asymmetric, scale_dtype, activation, kept, of, two_level)));
       },
       "n"_a, "k"_a, "g"_a, "bits"_a, "asymmetric"_a, "scale_dtype"_a, "activation"_a, "kept"_a,
-      "of"_a);
+      "of"_a, "two_level"_a);
   m.def(
       "cuda_serves",
       [](const Weight& w, int64_t m, int dtype, int device, bool outliers) {

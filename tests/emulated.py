@@ -70,6 +70,7 @@ class Weight:
     zeros: Tensor | None
     bits: int
     sparse: bool = False
+    multipliers: Tensor | None = None  # uint8 [n, k / g]; then the scales are [n, 1]
 
     @classmethod
     def random(
@@ -102,22 +103,33 @@ class Weight:
         made.codes, made.sparse = torch.where(pruned, zeros, made.codes), True
         return made
 
+    @classmethod
+    def two_level(cls, n: int, k: int, g: int, dtype: torch.dtype, seed: int = 0) -> Weight:
+        weight = cls.random(n, k, k, 4, False, dtype, seed)
+        draw = torch.Generator().manual_seed(seed)
+        weight.multipliers = torch.randint(1, 16, (n, k // g), generator=draw, dtype=torch.uint8)
+        return weight
+
     @property
     def g(self) -> int:
-        return self.codes.shape[1] // self.scales.shape[1]
+        grid = self.scales if self.multipliers is None else self.multipliers
+        return self.codes.shape[1] // grid.shape[1]
 
     def spec(self) -> ctypes.Array[ctypes.c_int64]:
         n, k = self.codes.shape
         scale_bytes = 0 if self.bits == 16 else self.scales.element_size()
-        given = (n, k, self.g, self.bits, self.zeros is not None, scale_bytes, self.sparse)
-        return (ctypes.c_int64 * 7)(*given)
+        grid = (self.zeros is not None, scale_bytes, self.sparse, self.multipliers is not None)
+        return (ctypes.c_int64 * 8)(n, k, self.g, self.bits, *grid)
 
     def dense(self) -> np.ndarray:
         """float64 [n, k]."""
         codes = self.codes.double().numpy()
         if self.bits == 16:
             return codes
-        scales = np.repeat(self.scales.double().numpy(), self.g, axis=1)
+        scales = self.scales.double()
+        if self.multipliers is not None:
+            scales = scales * self.multipliers
+        scales = np.repeat(scales.numpy(), self.g, axis=1)
         if self.zeros is None:
             return (codes - (1 << (self.bits - 1))) * scales
         return (codes - np.repeat(self.zeros.double().numpy(), self.g, axis=1)) * scales
@@ -125,11 +137,14 @@ class Weight:
     def empty(self) -> Weight:
         zeros = None if self.zeros is None else torch.full_like(self.zeros, 0xEE)
         scales = torch.full_like(self.scales, float("nan"))
-        return Weight(torch.full_like(self.codes, 0xEE), scales, zeros, self.bits, self.sparse)
+        multipliers = None if self.multipliers is None else torch.full_like(self.multipliers, 0xEE)
+        codes = torch.full_like(self.codes, 0xEE)
+        return Weight(codes, scales, zeros, self.bits, self.sparse, multipliers)
 
     def _arrays(self) -> tuple[ctypes.c_void_p, ...]:
         scales = None if self.bits == 16 else self.scales
-        return pointer(self.codes), pointer(scales), pointer(self.zeros)
+        zeros = self.zeros if self.multipliers is None else self.multipliers
+        return pointer(self.codes), pointer(scales), pointer(zeros)
 
     def pack(self, library: ctypes.CDLL, workers: int = 3) -> Tensor:
         size = library.packed_bytes(self.spec())
@@ -168,7 +183,8 @@ def linear(
     eager: bool,
     outliers: float = 0.0,
 ) -> Tensor:
-    """kernel: "mma", "wgmma" or "int8", and the tokens of a tile; any where zeros are left out.
+    """kernel: "mma", "wgmma", "int8" or "rows", and the tokens of a tile; any where zeros are left
+    out.
     x [m, k] with any row stride that is a multiple of 8 -> [m, n]. What lies around y is
     watched. outliers: columns beyond this stay in 16 bits; kernel is "outliers" then."""
     m, n = x.shape[0], weight.codes.shape[0]

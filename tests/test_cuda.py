@@ -13,6 +13,7 @@ import tersor
 import tiny
 from tersor import ActSpec, QSpec, QuantLinear, Scheme, TersorError, _core, cuda
 from tersor.oracle import oracle, random_qweight
+from tersor.solvers import RTN
 from tersor.sparse_linear import SparseLinear
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU")
@@ -101,6 +102,9 @@ def test_which_zeros_a_gpu_can_leave_out(bits, activation, kept, of, reason):
         (24, 64, QSpec(4, 64), None, "multiples of 16"),
         (64, 72, QSpec(4, None), None, "multiples of 16"),
         (64, 96, QSpec(4, 48), None, "the group must be 32"),
+        (16, 131056, QSpec(8, None), ActSpec(), None),
+        (16, 131072, QSpec(8, None), ActSpec(), "at most 131071 columns can share a scale"),
+        (16, 131072, QSpec(4, 128), ActSpec(), None),
     ],
 )
 def test_which_weights_can_be_on_a_gpu(n, k, spec, activation, reason):
@@ -234,6 +238,30 @@ def test_outliers_in_graphs_and_compiled():
         graph.replay()
         torch.cuda.synchronize()
         assert torch.equal(y, wanted)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_a_two_level_grid_is_that_of_the_cpu(dtype, group):
+    draw = torch.Generator().manual_seed(group)
+    w = torch.randn(1040, 2048, generator=draw).to(torch.bfloat16)
+    q = RTN(clip=True, two_level=True)(w, None, QSpec(4, group))
+    made = QuantLinear(q, torch.randn(1040, generator=draw), activation=ActSpec(), dtype=dtype)
+    before = {name: tensor.clone() for name, tensor in made.state_dict().items()}
+    for m in (1, 8, 9, 33, 64, 300):
+        x = inputs(m, 2048, dtype, seed=m)
+        expected = made.cpu()(x).double()
+        made = made.to("cuda")
+        assert made.grid is not None and made.grid.two_level
+        found = made(x.cuda())
+        assert torch.equal(found, made(x.cuda()))
+        room = 4 * torch.finfo(dtype).eps * (expected.abs() + expected.abs().mean())
+        assert bool(((found.cpu().double() - expected).abs() <= room).all())
+        rounded = made(x.cuda().float()).cpu().double()  # through a dequantized weight
+        assert bool(((rounded - expected).abs() <= room).all())
+    made = made.cpu()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in made.state_dict().items())
 
 
 @gpu

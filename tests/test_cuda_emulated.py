@@ -141,17 +141,88 @@ def test_int8_activations_against_float64(library, tokens, dtype, bits):
         resident, eager = next(cases)
         weight = Weight.random(n, k, g, bits, seed % 2 == 0, emulated.DTYPES[seed % 3], seed)
         m = (1, tokens, tokens + 1, max(1, tokens - 3))[seed % 4]
-        draw = torch.Generator().manual_seed(seed)
-        x = torch.randn(m, k + 8, generator=draw).to(dtype)[:, :k]
-        x[m // 2] = 0
-        bias = torch.randn(n, generator=draw)
-        y = emulated.linear(
-            library, weight, weight.pack(library), x, bias, ("int8", tokens), resident, seed, eager
-        )
-        wide, dense = emulated.as_int8(x.float().numpy()), weight.dense()
-        exact = wide @ dense.T + bias.double().numpy()
-        error = np.abs(y.double().numpy() - exact)
-        assert (error <= bound(wide, dense, bias.double().numpy(), exact, dtype)).all()
+        check_int8(library, weight, ("int8", tokens), dtype, m, resident, seed, eager)
+
+
+def check_int8(library, weight, kernel, dtype, m, resident, seed, eager):
+    n, k = weight.codes.shape
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(m, k + 8, generator=draw).to(dtype)[:, :k]
+    x[m // 2] = 0
+    bias = torch.randn(n, generator=draw)
+    packed = weight.pack(library)
+    y = emulated.linear(library, weight, packed, x, bias, kernel, resident, seed, eager)
+    wide, dense = emulated.as_int8(x.float().numpy()), weight.dense()
+    exact = wide @ dense.T + bias.double().numpy()
+    error = np.abs(y.double().numpy() - exact)
+    assert (error <= bound(wide, dense, bias.double().numpy(), exact, dtype)).all()
+
+
+@pytest.mark.parametrize("tokens", [8, 16, 32, 64])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_two_level_grid_against_float64(library, tokens, dtype):
+    cases = itertools.cycle(itertools.product((1, 3, 64), (False, True)))
+    for seed, (n, k, g) in enumerate(SHAPES[: 7 if tokens == 8 else 4]):
+        weight = Weight.two_level(n, k, g, emulated.DTYPES[seed % 3], seed)
+        m = (1, tokens, tokens + 1, max(1, tokens - 3))[seed % 4]
+        resident, eager = next(cases)
+        check_int8(library, weight, ("rows", tokens), dtype, m, resident, seed, eager)
+
+
+@pytest.mark.parametrize("tokens", [8, 64])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_one_scale_a_row_takes_the_same_kernel(library, tokens, bits):
+    for seed, (n, k) in enumerate([(16, 16), (80, 192), (64, 448)]):
+        weight = Weight.random(n, k, k, bits, False, emulated.DTYPES[seed], seed)
+        check_int8(library, weight, ("rows", tokens), HALVES[seed % 2], 9, 3, seed, seed % 2)
+
+
+def test_sums_of_a_two_level_grid_are_exact(library):
+    """The largest codes and multipliers there are; tokens with the scale 1, so that what is left is
+    one multiplication with the scale of the row."""
+    weight = Weight.two_level(64, 1024, 128, torch.bfloat16)
+    draw = torch.Generator().manual_seed(0)
+    weight.codes = torch.randint(2, (64, 1024), generator=draw, dtype=torch.uint8) * 15
+    weight.multipliers.fill_(15)
+    weight.scales.fill_(2.0**-16)
+    x = (torch.randint(2, (5, 1024), generator=draw) * 127.5).half()
+    x[:, ::3] *= -1
+    packed = weight.pack(library)
+    codes = torch.where(x > 0, 127, torch.where(x < 0, -128, 0)).double().numpy()
+    exact = torch.from_numpy(codes @ weight.dense().T)
+    for resident in (1, 4):
+        y = emulated.linear(library, weight, packed, x, None, ("rows", 8), resident, 0, False)
+        assert torch.equal(y, exact.float().half())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_two_level_grid_comes_back_as_it_was(library, shape):
+    for dtype in emulated.DTYPES:
+        weight = Weight.two_level(*shape, dtype)
+        packed = weight.pack(library)
+        found = weight.unpack(library, packed)
+        assert torch.equal(found.codes, weight.codes)
+        assert torch.equal(found.scales, weight.scales)
+        assert torch.equal(found.multipliers, weight.multipliers)
+        for to in emulated.DTYPES:
+            rows = weight.dequantize(library, packed, 3, 11, to)
+            exact = torch.from_numpy(weight.dense())[3:11]
+            # float32 holds seven bits of a multiplied code and the bits of a 16-bit scale
+            if dtype != torch.float32:
+                assert torch.equal(rows, exact.float().to(to))
+            else:
+                assert torch.allclose(rows.double(), exact, rtol=torch.finfo(to).eps, atol=0)
+
+
+def test_the_sums_of_a_row_are_the_same_for_any_number_of_workers(library):
+    weight = Weight.two_level(144, 448, 64, torch.bfloat16)
+    x = torch.randn(20, 448, generator=torch.Generator().manual_seed(1)).half()
+    packed = weight.pack(library)
+    made = [
+        emulated.linear(library, weight, packed, x, None, ("rows", 16), resident, resident, eager)
+        for resident, eager in ((1, False), (5, True), (100, False))
+    ]
+    assert torch.equal(made[0], made[1]) and torch.equal(made[0], made[2])
 
 
 @pytest.mark.parametrize("kind", ["mma", "int8"])
@@ -182,9 +253,9 @@ def test_the_same_bits_in_any_order_of_threads(library, kernel):
         assert torch.equal(made[0], made[1]) and torch.equal(made[0], made[2])
 
 
-@pytest.mark.parametrize("kernel", [KERNELS[1], KERNELS[4], ("int8", 16)], ids=str)
+@pytest.mark.parametrize("kernel", [KERNELS[1], KERNELS[4], ("int8", 16), ("rows", 16)], ids=str)
 def test_a_token_that_is_not_finite_spoils_no_other(library, kernel):
-    weight = Weight.random(64, 128, 64, 4, False, torch.float16)
+    weight = Weight.random(64, 128, 128, 4, False, torch.float16)
     x = torch.randn(9, 128, generator=torch.Generator().manual_seed(0)).half()
     packed = weight.pack(library)
     expected = emulated.linear(library, weight, packed, x, None, kernel, 4, 0, False)

@@ -41,9 +41,10 @@ def calls(library, monkeypatch):
     class Weight:
         def __init__(self, *grid: int) -> None:
             scale_bytes = 0 if grid[3] == 16 else 4 if grid[5] == 0 else 2
-            self.spec = (long * 7)(*grid[:5], scale_bytes, grid[8] != 0)
+            self.spec = (long * 8)(*grid[:5], scale_bytes, grid[8] != 0, grid[9])
             self.scale_dtype, self.bytes = grid[5], library.packed_bytes(self.spec)
-            self.kind = b"int8" if grid[6] else b"mma"
+            whole = grid[9] or (grid[1] == grid[2] and not grid[4])
+            self.kind = (b"rows" if whole else b"int8") if grid[6] else b"mma"
 
     def pack(weight, codes, scales, zeros, packed, size, device, stream):
         assert size == weight.bytes
@@ -171,6 +172,49 @@ def test_outliers(calls, dtype, monkeypatch):
         y = cuda._linear(x, packed, None, *fields, 6.0)
         assert bool(((y.double() - expected).abs() <= room).all())
     assert calls == ([] if dtype == torch.float32 else [8, 8, 4])
+
+
+def two_level(n: int, k: int, spec: QSpec, dtype: torch.dtype) -> QWeight:
+    q = random_qweight(n, k, spec, dtype)
+    draw = torch.Generator().manual_seed(0)
+    rows = torch.randint(8, 16, (n, 1), generator=draw) * 2.0**-10
+    q.scales = (rows * torch.randint(1, 16, q.scales.shape, generator=draw)).to(dtype)
+    return q
+
+
+@pytest.mark.parametrize("scales", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("spec", [QSpec(4, 64), QSpec(3, 32)], ids=str)
+def test_a_two_level_grid_is_recognised_and_stays_what_it_was(calls, spec, scales):
+    q = two_level(80, 192, spec, scales)
+    grid = cuda.Grid.of(q, ActSpec())
+    assert grid.two_level
+    packed = cuda.pack_weight(q, CPU, ActSpec())
+    back = cuda.unpack_weight(packed, grid, spec)
+    assert torch.equal(back.codes, q.codes) and torch.equal(back.scales, q.scales)
+    assert back.scales.dtype == scales and back.zeros is None
+    rows = cuda.dequantize(packed, grid, 3, 50, torch.float32)
+    assert torch.equal(rows, q.dequantize()[3:50])
+    x = torch.randn(9, 192, generator=torch.Generator().manual_seed(0)).half()
+    meant = torch.from_numpy(emulated.as_int8(x.float().numpy()))
+    y = cuda._linear(x, packed, None, *grid.fields())
+    error = (y.double() - exact(q, meant, None)).abs()
+    scale = meant.abs() @ q.dequantize(torch.float64).abs().T
+    assert bool((error <= 3 * torch.finfo(torch.float16).eps * (scale + 1e-3)).all())
+    grad = torch.randn(5, 80, generator=torch.Generator().manual_seed(0))
+    found = cuda._backward_product(grad, packed, *grid.fields())
+    assert torch.allclose(found, grad @ q.dequantize(), rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_on_no_two_level_grid_that_a_kernel_knows(calls):
+    q = two_level(80, 192, QSpec(4, 64), torch.float16)
+    assert not cuda.Grid.of(q, None).two_level
+    q.scales[70, 1] *= 1.01
+    assert not cuda.Grid.of(q, ActSpec()).two_level
+    for spec in (QSpec(8, 64), QSpec(4, 64, False), QSpec(4, None)):
+        assert not cuda.Grid.of(two_level(80, 192, spec, torch.float32), ActSpec()).two_level
+    for k, fits in ((131008, True), (131072, False)):  # sums of more columns need more than int32
+        wide = two_level(16, k, QSpec(4, 64), torch.float32)
+        assert cuda.Grid.of(wide, ActSpec()).two_level == fits
 
 
 def test_rows_that_no_kernel_could_read_are_copied(calls):

@@ -344,6 +344,7 @@ def test_what_was_trained_elsewhere_is_left_there() -> None:
     ("settings", "message"),
     [
         ({"scheme": QSpec(4)}, r"scheme is a Scheme\(QSpec"),
+        ({"start": GPTQ(two_level=True)}, "leave the two-level grid"),
         ({"scales": "lsq"}, "scales are learned or fixed, not 'lsq'"),
         ({"scale_dtype": torch.float64}, "scale_dtype is float32, bfloat16 or float16"),
         ({"start": "best"}, "method must be one of rtn, gptq"),

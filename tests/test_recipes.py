@@ -338,7 +338,9 @@ def test_what_is_done_is_not_thrown_away(
 def test_a_solver_of_ones_own(home: Path, out: Path) -> None:
     recipe = Recipe((Quantize(method=RTN(clip=True), group=32), Evaluate(speed=True)))
     report = compress(home / "model", out, recipe)
-    assert report.steps[0] == {"quantize": {"method": "RTN(clip=True)", "group": 32}}
+    assert report.steps[0] == {
+        "quantize": {"method": "RTN(clip=True, two_level=False)", "group": 32}
+    }
     with pytest.raises(TersorError, match="a solver of its own"):
         recipe.to_yaml()
 

@@ -12,12 +12,15 @@ namespace tersor::cuda {
 enum class Sort {
   plain,     // codes with 16-bit activations
   int8,      // with int8 ones, as a quantize_kernel leaves them
-  outliers,  // the same, and columns in 16 bits beside them
+  rows,      // as int8, of weights with one scale a row, or on a two-level grid
+  outliers,  // as int8, and columns in 16 bits beside them
   codebook,  // indices into sixteen values: takes CodebookArgs
   sparse,    // weights without 2:4 zeros, with 16-bit activations
 };
 
-constexpr bool takes_int8(Sort sort) { return sort == Sort::int8 || sort == Sort::outliers; }
+constexpr bool takes_int8(Sort sort) {
+  return sort == Sort::int8 || sort == Sort::rows || sort == Sort::outliers;
+}
 
 // y = x * dequantize(W)^T + bias.
 struct LinearArgs {
@@ -31,7 +34,7 @@ struct LinearArgs {
   int32_t m;
   int32_t token_tiles;
   Partition partition;  // of tiles [row tile][token tile]
-  float* partials;      // two tiles for each worker
+  float* partials;      // two tiles for each worker, or int32_t where sums are that
   int* arrived;         // one for each tile, zero before and after
   // Where x is int8:
   const float* x_scales;  // [m]
@@ -95,7 +98,8 @@ struct BoxedArgs {
 constexpr int kPackThreads = 256;  // of the kernels that take the two below
 
 // A weight in both orders; portable: codes [n, k], scales [n, k / g], zeros [n, k / g] or nullptr;
-// or 16-bit values [n, k], and nothing else.
+// on a two-level grid scales [n], and multipliers [n, k / g] for zeros; or 16-bit values [n, k],
+// and nothing else.
 struct PackArgs {
   Shape w;
   uint8_t* packed;

@@ -21,7 +21,7 @@ TERSOR_DEVICE float doubled_scale(int8_t code, float step, float mean) {
 template <class T, int kCopies_>
 struct CodebookProduct {
   static constexpr int kBits = 4, kColumns = 16, kElement = 2;
-  static constexpr bool kCorrects = false, kScaled = true;
+  static constexpr bool kCorrects = false, kScaled = true, kWhole = false;
   static constexpr Sort kSort = Sort::codebook;
   using Args = CodebookArgs;
   using Unit = BlockUnit<kBits>;

@@ -18,6 +18,12 @@ namespace tersor::cuda {
 struct GridArgs;  // arguments.h
 struct SolveArgs;
 
+// A weight in CUDA order.
+struct Spec : tersor_spec {
+  bool two_level;  // see layout.h; a view of it in portable order has the scales of the rows [n],
+                   // and the multipliers for zeros
+};
+
 // Where a call runs: the number of the device, and a cudaStream_t.
 struct Target {
   int device;
@@ -37,30 +43,30 @@ struct Row {
 std::vector<Row> kernels();
 
 // Why weights of this spec cannot be in CUDA order, or nullptr where they can.
-const char* refuses(const tersor_spec& spec);
+const char* refuses(const Spec& spec);
 // Bytes of such a weight, which has no header: what it is, only its owner knows.
-size_t packed_bytes(const tersor_spec& spec);
+size_t packed_bytes(const Spec& spec);
 
 // Portable order to CUDA order and back, where zeros are left out only of weights that keep to the
 // pattern of the spec; all pointers of the device of `target`. packed: 128-byte
 // aligned. These and those below throw Error where the driver refuses a launch.
-void pack(const tersor_spec& spec, const tersor_view& view, void* packed, Target target);
-void unpack(const tersor_spec& spec, const void* packed, const tersor_view& view, Target target);
+void pack(const Spec& spec, const tersor_view& view, void* packed, Target target);
+void unpack(const Spec& spec, const void* packed, const tersor_view& view, Target target);
 // (code - zero) * scale of rows [begin, end), [end - begin, k] of enum tersor_dtype `dtype`.
-void dequantize(const tersor_spec& spec, const void* packed, int64_t begin, int64_t end, void* to,
+void dequantize(const Spec& spec, const void* packed, int64_t begin, int64_t end, void* to,
                 int32_t dtype, Target target);
 
 // The kernel that serves m tokens of the dtype on a device, by its name, or empty: then a caller
 // dequantizes, and multiplies with the library of its own. outliers: some columns of x may stay in
 // 16 bits beside int8 ones.
-std::string serves(const tersor_spec& spec, int64_t m, int32_t dtype, int device, bool outliers);
+std::string serves(const Spec& spec, int64_t m, int32_t dtype, int device, bool outliers);
 // Of the workspace of any call on a device. It must be zeros at first; a call leaves it so that the
 // next can have it, whatever its shape, but no two calls can have it at a time.
 size_t workspace_bytes(int device);
 // The number of the capture into a graph that the stream is in, or 0.
 uint64_t capture_of(Target target);
 // Of the memory that a call needs for itself, at 128 bytes: where the activations are int8.
-size_t scratch_bytes(const tersor_spec& spec, int64_t m, int32_t dtype, int device, bool outliers);
+size_t scratch_bytes(const Spec& spec, int64_t m, int32_t dtype, int device, bool outliers);
 // Of what find_outliers writes about k columns: a bit for each, and whole words of 64.
 size_t outlier_bytes(int64_t k);
 // Which columns of x [m, k] hold a finite value beyond the threshold. dtype: of 16 bits; rows begin
@@ -68,9 +74,10 @@ size_t outlier_bytes(int64_t k);
 void find_outliers(const void* x, int64_t m, int64_t k, int64_t ldx, int32_t dtype, float threshold,
                    void* outliers, Target target);
 // y = x * dequantize(W)^T + bias, or false where no kernel serves. Rows of x begin at 16 bytes.
-// args.workspace and scratch as above. outliers: of find_outliers, the columns that stay in 16
-// bits where activations are int8; nullptr: none.
-bool linear(const tersor_args& args, const void* outliers, void* scratch, Target target);
+// args.workspace and scratch as above; args.spec is that of the weight. outliers: of find_outliers,
+// the columns that stay in 16 bits where activations are int8; nullptr: none.
+bool linear(const Spec& spec, const tersor_args& args, const void* outliers, void* scratch,
+            Target target);
 
 // Of the column solver (solve/solve.h): the grids of a weight, and one block of columns.
 void search_grid(const GridArgs& args, Target target);

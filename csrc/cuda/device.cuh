@@ -187,20 +187,37 @@ TERSOR_DEVICE void multiply_add<Bfloat>(float (&c)[4], const uint32_t (&a)[4],
 #endif  // before that no tensor core reads bfloat16: the host never chooses such a kernel
 }
 
-// The same, 16 x 8 = 16 x 32 * 32 x 8, unsigned times signed bytes, in the fragments of
-// mma.m16n8k32.
+#undef TERSOR_MMA
+
+// The same, 16 x 8 = 16 x 32 * 32 x 8, in the fragments of mma.m16n8k32; Byte: of a, uint8_t or
+// int8_t. b is signed.
+template <class Byte>
 TERSOR_DEVICE void multiply_add_int8(int32_t (&c)[4], const uint32_t (&a)[4],
-                                     const uint32_t (&b)[2]) {
+                                     const uint32_t (&b)[2]);
+
+#define TERSOR_MMA_INT8(type)                                                            \
+  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32." type                             \
+               ".s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+               : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])                          \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+
+template <>
+TERSOR_DEVICE void multiply_add_int8<uint8_t>(int32_t (&c)[4], const uint32_t (&a)[4],
+                                              const uint32_t (&b)[2]) {
 #if __CUDA_ARCH__ >= 800
-  asm volatile(
-      "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};"
-      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  TERSOR_MMA_INT8("u8");
 #endif
 }
 
-#undef TERSOR_MMA
+template <>
+TERSOR_DEVICE void multiply_add_int8<int8_t>(int32_t (&c)[4], const uint32_t (&a)[4],
+                                             const uint32_t (&b)[2]) {
+#if __CUDA_ARCH__ >= 800
+  TERSOR_MMA_INT8("s8");
+#endif
+}
+
+#undef TERSOR_MMA_INT8
 
 // --- arithmetic ------------------------------------------------------------------------------
 

@@ -2,19 +2,25 @@
 // has rows lane / 4 and lane / 4 + 8 of 16, and tokens lane % 4 * 2 and the next of every 8.
 #pragma once
 
+#include <type_traits>
+
 #include "arguments.h"
 #include "device.cuh"
 
 namespace tersor::cuda {
 
-// kBlocks: of 64 rows, that a thread has sums of; kThreads: that hold a tile together. kSets: 2
-// where a second set of sums follows the first, which no token's scale belongs to.
-template <class T, int kBlocks, int kTokenTiles, int kThreads, int kSets = 1>
+// kBlocks: of 64 rows, that a thread has sums of; kThreads: that hold a tile together; Sum: float,
+// or int32_t, which meets the scale of its row here and nowhere else. kSets: 2 where a second set
+// of sums follows the first, which no token's scale belongs to.
+template <class T, int kBlocks, int kTokenTiles, int kThreads, class Sum = float, int kSets = 1>
 struct Epilogue {
   static constexpr int kSums = kSets * kBlocks * kTokenTiles;
-  static constexpr int kTile = kSums * 4 * kThreads;  // floats of a partial sum
+  static constexpr int kTile = kSums * 4 * kThreads;  // elements of a partial sum
+  static constexpr bool kWhole = !std::is_same_v<Sum, float>;
+  static_assert(sizeof(Sum) == sizeof(float), "partial sums are stored as four words");
+  static_assert(!kWhole || kSets == 1, "a second set is of float32");
 
-  using Sums = float[kSets * kBlocks][kTokenTiles][4];
+  using Sums = Sum[kSets * kBlocks][kTokenTiles][4];
 
   static TERSOR_DEVICE void clear(Sums& sums) {
 #pragma unroll
@@ -33,13 +39,16 @@ struct Epilogue {
         const int r = row + b * kBlock + i / 2 * 8;
         if (r >= a.w.n) continue;
         const float bias = a.bias ? a.bias[r] : 0.f;
+        const float scale = kWhole ? scale_of(a.packed + a.w.scales_at, a.scale_dtype, r) : 1.f;
 #pragma unroll
         for (int j = 0; j < kTokenTiles; ++j) {
           const int t = token + j * 8 + i % 2;
           if (t >= a.m) continue;
-          const float sum = kScaled ? sums[b][j][i] * a.x_scales[t] : sums[b][j][i];
-          // In this order: a second set of zeros changes no bit.
-          const float more = kSets == 2 ? sums[(kSets - 1) * kBlocks + b][j][i] + bias : bias;
+          float sum = static_cast<float>(sums[b][j][i]);
+          if (kWhole) sum *= scale;
+          if (kScaled) sum *= a.x_scales[t];
+          float more = bias;  // in this order: a second set of zeros changes no bit
+          if constexpr (kSets == 2) more = sums[kBlocks + b][j][i] + bias;
           a.y[t * a.ldy + r] = bits_of(sum + more, T{});
         }
       }
@@ -52,7 +61,8 @@ struct Epilogue {
   static TERSOR_DEVICE bool share(const LinearArgs& a, int tile, int at, int* turn, Sync sync,
                                   Sums& sums) {
     const Partition& p = a.partition;
-    float* mine = a.partials + int64_t{p.slot(worker(), tile)} * kTile;
+    auto* partials = reinterpret_cast<Sum*>(a.partials);
+    Sum* mine = partials + int64_t{p.slot(worker(), tile)} * kTile;
 #pragma unroll
     for (int i = 0; i < kSums; ++i)
       store16(mine + (i * kThreads + at) * 4, sums[i / kTokenTiles][i % kTokenTiles]);
@@ -66,10 +76,10 @@ struct Epilogue {
     fence();
     clear(sums);
     for (int each = first; each <= last; ++each) {
-      const float* part = a.partials + int64_t{p.slot(each, tile)} * kTile;
+      const Sum* part = partials + int64_t{p.slot(each, tile)} * kTile;
 #pragma unroll
       for (int i = 0; i < kSums; ++i) {
-        float four[4];
+        Sum four[4];
         load16(four, part + (i * kThreads + at) * 4);
 #pragma unroll
         for (int j = 0; j < 4; ++j) sums[i / kTokenTiles][i % kTokenTiles][j] += four[j];

@@ -4,7 +4,8 @@
 // at a time; copies of the next steps are under way in a ring of stages, across the borders of
 // tiles. Each warp has its own 16 rows of each block of W, which no other warp reads, and all
 // tokens of the tile. What is multiplied, and how, is a Product (products.cuh). The scale meets the
-// sum of its group in float32, so that a weight is never rounded to 16 bits.
+// sum of its group in float32, so that a weight is never rounded to 16 bits. Where a Product is of
+// whole rows, sums are exact to the end of the tile, and the scale of the row meets them there.
 //
 // Of shared memory a stage is
 //
@@ -12,7 +13,7 @@
 //   x       [kTokens][64] elements; their 16 bytes stand in another order for every token, so that
 //           the eight rows of a matrix that ldmatrix reads lie in different banks
 //   scales  [kBlocks][groups][64] as in memory, room for two groups of float32
-//   zeros   [kBlocks][groups][64]; neither for products that have none
+//   zeros   [kBlocks][groups][64], or multipliers; each for products that have it
 //   x sums  [groups][kTokens] int32, for products that need them
 //   exact   [kTokens][64] of 16 bits, in the order of x, where some columns stay in 16 bits
 //
@@ -48,7 +49,8 @@ struct MmaGemm {
   using Unit = typename Product::Unit;  // blocks that lie together
   static constexpr int kUnits = kBlocks / Unit::kBlocks;
   static_assert(kBlocks % Unit::kBlocks == 0, "whole units");
-  using End = Epilogue<Result, kBlocks, kTokenTiles, kThreads, kOutliers ? 2 : 1>;
+  using Sum = std::conditional_t<Product::kWhole, typename Product::Sum, float>;
+  using End = Epilogue<Result, kBlocks, kTokenTiles, kThreads, Sum, kOutliers ? 2 : 1>;
   using Sums = typename End::Sums;
   template <class P>
   using Group = typename P::Sum[kBlocks][kTokenTiles][4];
@@ -62,7 +64,8 @@ struct MmaGemm {
   static constexpr int kX = kCodes + kUnits * Unit::kBytes;
   static constexpr int kScales = kX + kTokens * kRow;
   static constexpr int kZeros = kScales + (Product::kScaled ? kBlocks * 2 * kBlock * 4 : 0);
-  static constexpr int kXSums = kZeros + (Product::kScaled ? kBlocks * 2 * kBlock : 0);
+  static constexpr bool kBytes = Product::kScaled || Product::kWhole;  // zeros, or multipliers
+  static constexpr int kXSums = kZeros + (kBytes ? kBlocks * 2 * kBlock : 0);
   static constexpr int kExact = kXSums + (Product::kCorrects ? 2 * kTokens * 4 : 0);
   static constexpr int kStage = kExact + (kOutliers ? kTokens * kBlock * 2 : 0);
   static constexpr int kTurn = kStages * kStage;  // of this worker, where it shares a tile
@@ -99,7 +102,7 @@ struct MmaGemm {
           copy_async(stage + kCodes + u * Unit::kBytes + at16, codes + at16, inside);
       }
     }
-    if constexpr (Product::kScaled) fetch_grid(a, stage, row_tile, group);
+    if constexpr (kBytes) fetch_grid(a, stage, row_tile, group);
     constexpr int kChunks = kRow / 16, kPerChunk = 16 / Product::kElement;
     const auto* x = reinterpret_cast<const uint8_t*>(a.x);
 #pragma unroll
@@ -126,8 +129,9 @@ struct MmaGemm {
   }
 
   static TERSOR_DEVICE void fetch_grid(const Args& a, uint8_t* stage, int row_tile, int group) {
-    const int scale_chunks = a.w.groups_per_step * kBlock * a.w.scale_bytes / 16;
-    const int zero_chunks = a.w.asymmetric ? a.w.groups_per_step * kBlock / 16 : 0;
+    const int scale_chunks =
+        Product::kScaled ? a.w.groups_per_step * kBlock * a.w.scale_bytes / 16 : 0;
+    const int zero_chunks = has_zeros(a.w) ? a.w.groups_per_step * kBlock / 16 : 0;
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
       const int row_block = row_tile * kBlocks + b;
@@ -285,9 +289,10 @@ struct MmaGemm {
     }
   }
 
-  // row: of the scales and zeros in a stage.
+  // The zero point, or the multiplier; row: of the scales and zeros in a stage.
   static TERSOR_DEVICE int zero_of(const Args& a, const uint8_t* stage, int b, int row) {
-    return a.w.asymmetric ? stage[kZeros + b * 2 * kBlock + row] : 1 << (kBits - 1);
+    constexpr int kNone = Product::kWhole ? 1 : 1 << (kBits - 1);
+    return has_zeros(a.w) ? stage[kZeros + b * 2 * kBlock + row] : kNone;
   }
 
   // What a step is of a group, and of x.
@@ -398,7 +403,7 @@ struct MmaGemm {
       int* turn = reinterpret_cast<int*>(shared + kTurn);
       if (whole || End::share(a, tile, thread(), turn, sync_block, sums)) {
         const int warp = thread() / kLanes, lane = thread() % kLanes;
-        End::template store<Product::kCorrects>(
+        End::template store<Product::kElement == 1>(
             a, tile / a.token_tiles * kBlocks * kBlock + warp * kStrip + lane / 4,
             tile % a.token_tiles * kTokens + lane % 4 * 2, sums);
       }

@@ -32,6 +32,7 @@ std::vector<Gemm> mma_gemms_bf16();
 std::vector<Gemm> wgmma_gemms();
 std::vector<Gemm> int8_gemms();
 std::vector<Gemm> codebook_gemms();
+std::vector<Gemm> row_gemms();
 std::vector<Gemm> outlier_gemms();
 std::vector<Gemm> sparse_gemms_f16();
 std::vector<Gemm> sparse_gemms_bf16();

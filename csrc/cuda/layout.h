@@ -10,6 +10,12 @@
 //   scales  [n / 64][groups][64] of the scale's dtype
 //   zeros   [n / 64][groups][64] of uint8, only where asymmetric
 //
+// On a two-level grid, where the scale of a group is that of its row times a whole number from 1 to
+// 15, the second and third are
+//
+//   scales       [n / 64][64] of the scale's dtype, as with one group
+//   multipliers  [n / 64][groups][64] of uint8
+//
 // Rows past n and columns past k hold the zero point of a symmetric grid; rows past n have the
 // scale 0, and columns past k meet activations that are zero.
 //
@@ -50,12 +56,13 @@ struct Shape {
   int32_t bits;        // 4 or 8; 16 for values
   int32_t sparse;      // 1 where 2:4 zeros are left out
   int32_t asymmetric;  // 0 or 1
+  int32_t two_level;   // 0 or 1: of 4 bits and symmetric
   int32_t scale_bytes;
   int32_t row_blocks, steps;  // blocks of rows, and of columns
   int32_t groups;           // of a row, those that are stored: a whole number a step or the reverse
   int32_t steps_per_group;  // 1 where a step holds one group or more
   int32_t groups_per_step;  // 1 where a group holds one step or more
-  int64_t scales_at, zeros_at, bytes;
+  int64_t scales_at, zeros_at, bytes;  // zeros: or multipliers
 };
 
 constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
@@ -71,10 +78,11 @@ TERSOR_BOTH constexpr int block_bytes(int bits, bool sparse = false) {
 
 // scale_bytes: 0 where there are no scales. sparse: without 2:4 zeros; blocks then come in pairs.
 constexpr Shape shape_of(int64_t n, int64_t k, int64_t g, int bits, bool asymmetric,
-                         int scale_bytes, bool sparse = false) {
+                         int scale_bytes, bool sparse = false, bool two_level = false) {
   Shape s{};
   s.n = static_cast<int32_t>(n), s.k = static_cast<int32_t>(k), s.g = static_cast<int32_t>(g);
   s.bits = bits, s.asymmetric = asymmetric, s.scale_bytes = scale_bytes, s.sparse = sparse;
+  s.two_level = two_level;
   s.row_blocks = static_cast<int32_t>(round_up(n, sparse ? 2 * kBlock : kBlock) / kBlock);
   s.steps = static_cast<int32_t>(round_up(k, kBlock) / kBlock);
   const bool fine = g == 32 && k > 32;
@@ -84,8 +92,9 @@ constexpr Shape shape_of(int64_t n, int64_t k, int64_t g, int bits, bool asymmet
   const int64_t codes = int64_t{s.row_blocks} * s.steps * block_bytes(bits, sparse);
   const int64_t grid = int64_t{s.row_blocks} * s.groups * kBlock;
   s.scales_at = codes;  // a multiple of 512
-  s.zeros_at = s.scales_at + round_up(grid * scale_bytes, kSection);
-  s.bytes = s.zeros_at + (asymmetric ? round_up(grid, kSection) : 0);
+  const int64_t scales = two_level ? int64_t{s.row_blocks} * kBlock : grid;
+  s.zeros_at = s.scales_at + round_up(scales * scale_bytes, kSection);
+  s.bytes = s.zeros_at + (asymmetric || two_level ? round_up(grid, kSection) : 0);
   return s;
 }
 
@@ -94,7 +103,10 @@ TERSOR_BOTH constexpr int64_t block_at(const Shape& s, int row_block, int step) 
   return (int64_t{row_block} * s.steps + step) * block_bytes(s.bits);
 }
 
-// The index of a row's scale and zero in their arrays.
+// Whether there is a byte for every row and group: its zero point, or its multiplier.
+TERSOR_BOTH constexpr bool has_zeros(const Shape& s) { return s.asymmetric || s.two_level; }
+
+// The index of a row's zero in its array, and of its scale unless there is one for each row.
 TERSOR_BOTH constexpr int64_t grid_at(const Shape& s, int row_block, int group, int row_of_block) {
   return (int64_t{row_block} * s.groups + group) * kBlock + row_of_block;
 }

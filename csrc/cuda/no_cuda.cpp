@@ -15,22 +15,20 @@ constexpr const char* kWhy =
 const char* unavailable() { return kWhy; }
 std::string architectures() { return {}; }
 std::vector<Row> kernels() { return {}; }
-const char* refuses(const tersor_spec&) { return kWhy; }
-size_t packed_bytes(const tersor_spec&) { refuse(); }
-void pack(const tersor_spec&, const tersor_view&, void*, Target) { refuse(); }
-void unpack(const tersor_spec&, const void*, const tersor_view&, Target) { refuse(); }
-void dequantize(const tersor_spec&, const void*, int64_t, int64_t, void*, int32_t, Target) {
-  refuse();
-}
-std::string serves(const tersor_spec&, int64_t, int32_t, int, bool) { refuse(); }
+const char* refuses(const Spec&) { return kWhy; }
+size_t packed_bytes(const Spec&) { refuse(); }
+void pack(const Spec&, const tersor_view&, void*, Target) { refuse(); }
+void unpack(const Spec&, const void*, const tersor_view&, Target) { refuse(); }
+void dequantize(const Spec&, const void*, int64_t, int64_t, void*, int32_t, Target) { refuse(); }
+std::string serves(const Spec&, int64_t, int32_t, int, bool) { refuse(); }
 size_t workspace_bytes(int) { refuse(); }
 uint64_t capture_of(Target) { refuse(); }
-size_t scratch_bytes(const tersor_spec&, int64_t, int32_t, int, bool) { refuse(); }
+size_t scratch_bytes(const Spec&, int64_t, int32_t, int, bool) { refuse(); }
 size_t outlier_bytes(int64_t) { refuse(); }
 void find_outliers(const void*, int64_t, int64_t, int64_t, int32_t, float, void*, Target) {
   refuse();
 }
-bool linear(const tersor_args&, const void*, void*, Target) { refuse(); }
+bool linear(const Spec&, const tersor_args&, const void*, void*, Target) { refuse(); }
 void search_grid(const GridArgs&, Target) { refuse(); }
 void solve_block(const SolveArgs&, Target) { refuse(); }
 

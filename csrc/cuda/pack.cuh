@@ -18,12 +18,12 @@ TERSOR_DEVICE void each_of(int64_t count, Body body) {
     body(i);
 }
 
-// A row and a group of the grid in CUDA order; portable: its index, or -1 where there is only
-// padding.
-TERSOR_DEVICE int64_t portable_grid(const Shape& w, int64_t index) {
-  const int64_t row = index / (int64_t{w.groups} * kBlock) * kBlock + index % kBlock;
-  const int64_t group = index / kBlock % w.groups;
-  return row < w.n && group < portable_groups(w) ? row * portable_groups(w) + group : -1;
+// Of an element of a grid [n / 64][stored][64] in CUDA order its index in [n, groups], or -1 where
+// there is only padding.
+TERSOR_DEVICE int64_t portable_grid(const Shape& w, int64_t index, int64_t stored, int64_t groups) {
+  const int64_t row = index / (stored * kBlock) * kBlock + index % kBlock;
+  const int64_t group = index / kBlock % stored;
+  return row < w.n && group < groups ? row * groups + group : -1;
 }
 
 // What stands for a zero in a symmetric grid, and where there is only padding.
@@ -49,13 +49,18 @@ TERSOR_DEVICE void pack_codes(const Shape& w, uint8_t* packed, Code code_of) {
 
 TERSOR_DEVICE void pack_grid(const PackArgs& a) {
   const Shape& w = a.w;
-  each_of(int64_t{w.row_blocks} * w.groups * kBlock, [&](int64_t i) {
-    const int64_t from = portable_grid(w, i);
+  const auto empty = static_cast<uint8_t>(midpoint(w));
+  const int64_t stored = w.two_level ? 1 : w.groups;  // scales of a row
+  each_of(w.row_blocks * stored * kBlock, [&](int64_t i) {
+    const int64_t from = portable_grid(w, i, stored, w.two_level ? 1 : portable_groups(w));
     for (int byte = 0; byte < w.scale_bytes; ++byte)
       a.packed[w.scales_at + i * w.scale_bytes + byte] =
           from < 0 ? 0 : a.scales[from * w.scale_bytes + byte];
-    if (w.asymmetric)
-      a.packed[w.zeros_at + i] = from < 0 ? static_cast<uint8_t>(midpoint(w)) : a.zeros[from];
+  });
+  if (!has_zeros(w)) return;
+  each_of(int64_t{w.row_blocks} * w.groups * kBlock, [&](int64_t i) {
+    const int64_t from = portable_grid(w, i, w.groups, portable_groups(w));
+    a.packed[w.zeros_at + i] = from < 0 ? empty : a.zeros[from];
   });
 }
 
@@ -77,13 +82,22 @@ TERSOR_DEVICE int64_t grid_of(const Shape& w, int64_t row, int64_t group) {
                  static_cast<int>(row % kBlock));
 }
 
+// The index of a scale; on a two-level grid there is one for each row, and rows follow each other.
+TERSOR_DEVICE int64_t scale_at(const Shape& w, int64_t row, int64_t group) {
+  return w.two_level ? row : grid_of(w, row, group);
+}
+
 TERSOR_DEVICE void unpack_grid(const PackArgs& a) {
   const Shape& w = a.w;
-  each_of(int64_t{w.n} * portable_groups(w), [&](int64_t i) {
-    const int64_t at = grid_of(w, i / portable_groups(w), i % portable_groups(w));
+  const int64_t groups = portable_groups(w), scales = w.two_level ? 1 : groups;  // of a row
+  each_of(w.n * scales, [&](int64_t i) {
+    const int64_t at = scale_at(w, i / scales, i % scales);
     for (int byte = 0; byte < w.scale_bytes; ++byte)
       a.scales[i * w.scale_bytes + byte] = a.packed[w.scales_at + at * w.scale_bytes + byte];
-    if (w.asymmetric) a.zeros[i] = a.packed[w.zeros_at + at];
+  });
+  if (!has_zeros(w)) return;
+  each_of(w.n * groups, [&](int64_t i) {
+    a.zeros[i] = a.packed[w.zeros_at + grid_of(w, i / groups, i % groups)];
   });
 }
 
@@ -104,10 +118,11 @@ TERSOR_DEVICE void dequantize_body(const DequantizeArgs& a) {
   const Shape& w = a.w;
   each_of((a.end - a.begin) * w.k, [&](int64_t i) {
     const int64_t row = a.begin + i / w.k, column = i % w.k;
-    const int64_t at = grid_of(w, row, column / w.g);
-    const float code =
-        static_cast<float>(code_at(w, a.packed, row, column) - zero_at(w, a.packed, at));
-    put(static_cast<To*>(a.to) + i, code * scale_of(a.packed + w.scales_at, a.scale_dtype, at));
+    const int64_t group = column / w.g, at = grid_of(w, row, group);
+    int code = code_at(w, a.packed, row, column) - zero_at(w, a.packed, at);
+    if (w.two_level) code *= a.packed[w.zeros_at + at];
+    const float scale = scale_of(a.packed + w.scales_at, a.scale_dtype, scale_at(w, row, group));
+    put(static_cast<To*>(a.to) + i, static_cast<float>(code) * scale);
   });
 }
 

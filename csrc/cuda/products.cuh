@@ -3,9 +3,11 @@
 //
 // A Product says in how many columns (kColumns) one operation goes, what a token's element takes
 // (kElement bytes), in what (Sum) a group is summed, and of what type y is (Result). operands()
-// makes the first operand of an operation out of a lane's words. Where it kCorrects, the zero point
-// is not in the operands: a group's sum is less by zero * (the sum of x in that group). Where it is
-// not kScaled, there are neither scales nor zero points.
+// makes the first operand of an operation out of a lane's words and what was set for their two
+// rows: zero points, or multipliers. Where it kCorrects, the zero point is not in the operands: a
+// group's sum is less by zero * (the sum of x in that group). Where it is not kScaled, no scale
+// meets the sum of a group: there is none, or (kWhole) one for each row, which meets its sum, and
+// all else of the weight is in the operands.
 //
 // Its Unit is what lies together of a step: kBlocks blocks of 64 rows in kBytes, of which a lane
 // has kWords words for every four bits of a code. patterns() gives what a lane knows of the columns
@@ -53,7 +55,7 @@ struct NoLookup {
 template <class T, int kBits_>
 struct FloatProduct {
   static constexpr int kBits = kBits_, kColumns = 16, kElement = 2;
-  static constexpr bool kCorrects = false, kScaled = true;
+  static constexpr bool kCorrects = false, kScaled = true, kWhole = false;
   static constexpr Sort kSort = Sort::plain;
   using Args = LinearArgs;
   using Lookup = NoLookup;
@@ -76,7 +78,7 @@ struct FloatProduct {
 template <class T, int kBits_>
 struct SparseProduct {
   static constexpr int kBits = kBits_, kColumns = 32, kElement = 2;
-  static constexpr bool kCorrects = false, kScaled = kBits != 16;
+  static constexpr bool kCorrects = false, kScaled = kBits != 16, kWhole = false;
   static constexpr Sort kSort = Sort::sparse;
   using Args = LinearArgs;
   using Lookup = NoLookup;
@@ -113,7 +115,7 @@ struct SparseProduct {
 template <class T, int kBits_>
 struct Int8Product {
   static constexpr int kBits = kBits_, kColumns = 32, kElement = 1;
-  static constexpr bool kCorrects = true, kScaled = true;
+  static constexpr bool kCorrects = true, kScaled = true, kWhole = false;
   static constexpr Sort kSort = Sort::int8;
   using Args = LinearArgs;
   using Lookup = NoLookup;
@@ -139,7 +141,52 @@ struct Int8Product {
   }
   static TERSOR_DEVICE void multiply(int32_t (&c)[4], const uint32_t (&a)[4],
                                      const uint32_t (&b)[2], uint32_t, int) {
-    multiply_add_int8(c, a, b);
+    multiply_add_int8<uint8_t>(c, a, b);
+  }
+};
+
+// (code - zero) * multiplier * x in int8, summed over the row in int32: for a two-level grid, and
+// for one scale a row. The first three make a byte, from -8 * 15 to 7 * 15; of 8-bit codes the
+// multiplier is 1.
+template <class T, int kBits_>
+struct RowProduct {
+  static constexpr int kBits = kBits_, kColumns = 32, kElement = 1;
+  static constexpr bool kCorrects = false, kScaled = false, kWhole = true;
+  static constexpr Sort kSort = Sort::rows;
+  using Args = LinearArgs;
+  using Lookup = NoLookup;
+  using Unit = BlockUnit<kBits>;
+  using Sum = int32_t;
+  using Result = T;
+  struct Zero {
+    uint32_t multiplier, shift;  // shift: a pair of 256 - 8 * multiplier
+    TERSOR_DEVICE void set(int given) {
+      multiplier = given;
+      shift = (256 - 8 * given) * 0x00010001u;
+    }
+  };
+
+  static TERSOR_DEVICE void operands(uint32_t (&a)[4], const uint32_t* words, const Zero (&rows)[2],
+                                     const Lookup&) {
+    if constexpr (kBits == 4) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t word = words[i / 2] >> 4 * (i % 2);
+        const Zero& row = rows[i % 2];
+        // Two codes to a word, so that products have 16 bits; 256 more, and none is below zero.
+        const uint32_t even = (word & 0x000f000f) * row.multiplier + row.shift;
+        const uint32_t odd = (word >> 8 & 0x000f000f) * row.multiplier + row.shift;
+        a[i] = pick_bytes(even, odd, 0x6240);
+      }
+    } else {
+      Int8Product<T, 8>::operands(a, words, {}, {});
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[i] ^= 0x80808080;  // less 128
+    }
+  }
+  static TERSOR_DEVICE void multiply(int32_t (&c)[4], const uint32_t (&a)[4],
+                                     const uint32_t (&b)[2], uint32_t, int) {
+    multiply_add_int8<int8_t>(c, a, b);
   }
 };
 

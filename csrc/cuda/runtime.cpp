@@ -24,6 +24,8 @@ constexpr size_t kCounterBytes = kMostTiles * sizeof(int);
 // More tokens than this are better multiplied with a weight that is dequantized once.
 constexpr int64_t kMostTokens = 128;
 constexpr int64_t kMostCodebookTokens = 64;
+// Columns that can be summed in int32, whatever the codes: one less than 2^31 / 128^2.
+constexpr int64_t kMostSummed = 131071;
 // The shortest stretch of steps that is worth a worker of its own.
 constexpr int32_t kLeastSteps = 4;
 
@@ -38,6 +40,7 @@ const std::vector<Gemm>& gemms() {
     for (const Gemm& gemm : mma_gemms_bf16()) table.push_back(gemm);
     for (const Gemm& gemm : int8_gemms()) table.push_back(gemm);
     for (const Gemm& gemm : codebook_gemms()) table.push_back(gemm);
+    for (const Gemm& gemm : row_gemms()) table.push_back(gemm);
     for (const Gemm& gemm : outlier_gemms()) table.push_back(gemm);
     for (const Gemm& gemm : sparse_gemms_f16()) table.push_back(gemm);
     for (const Gemm& gemm : sparse_gemms_bf16()) table.push_back(gemm);
@@ -114,9 +117,9 @@ const Device& device(int number) {
   return *all[number];
 }
 
-Shape shape(const tersor_spec& s) {
+Shape shape(const Spec& s) {
   const int scale_bytes = s.bits == 16 ? 0 : s.scale_dtype == TERSOR_F32 ? 4 : 2;
-  return shape_of(s.n, s.k, s.g, s.bits, s.asymmetric != 0, scale_bytes, s.of != 0);
+  return shape_of(s.n, s.k, s.g, s.bits, s.asymmetric != 0, scale_bytes, s.of != 0, s.two_level);
 }
 
 // A kernel, and how it will divide the work.
@@ -149,15 +152,18 @@ Plan plan(const Shape& w, int64_t m, int32_t dtype, int number, int bits, Sort s
   return best;
 }
 
-Plan plan(const tersor_spec& spec, int64_t m, int32_t dtype, int number, bool outliers) {
+Plan plan(const Spec& spec, int64_t m, int32_t dtype, int number, bool outliers) {
   if (const char* why = refuses(spec)) throw Error(std::string("a weight in CUDA order: ") + why);
   const bool int8 = spec.activation == TERSOR_A8;
+  const bool whole = int8 && (spec.two_level || (!spec.asymmetric && spec.g == spec.k));
   if (m < 1 || (m > kMostTokens && !int8)) return {};
   if (spec.bits == 16 && spec.scale_dtype != dtype) return {};  // values have the dtype of x
   const Sort sort = spec.of    ? Sort::sparse
                     : !int8    ? Sort::plain
                     : outliers ? Sort::outliers
+                    : whole    ? Sort::rows
                                : Sort::int8;
+  if (outliers && spec.two_level) throw Error("outliers need a scale for each group");
   return plan(shape(spec), m, dtype, number, spec.bits, sort);
 }
 
@@ -256,7 +262,7 @@ std::vector<Row> kernels() {
   return rows;
 }
 
-const char* refuses(const tersor_spec& spec) {
+const char* refuses(const Spec& spec) {
   if (spec.of) {
     if (spec.kept != 2 || spec.of != 4) return "of patterns of zeros a GPU knows 2:4 alone";
     if (spec.bits == 8 || spec.activation == TERSOR_A8)
@@ -265,25 +271,29 @@ const char* refuses(const tersor_spec& spec) {
   }
   if (spec.n % 16 || spec.k % 16) return "n and k must be multiples of 16 on a GPU";
   if (!is_group(spec.k, spec.g)) return "the group must be 32, a multiple of 64, or the whole row";
+  if (spec.activation == TERSOR_A8 && (spec.two_level ? spec.k : spec.g) > kMostSummed)
+    return "with int8 activations, at most 131071 columns can share a scale on a GPU";
+  if (spec.two_level && (spec.bits != 4 || spec.asymmetric || spec.activation != TERSOR_A8))
+    return "a two-level grid is of symmetric 4-bit codes, for int8 activations";
   return nullptr;
 }
 
-size_t packed_bytes(const tersor_spec& spec) { return static_cast<size_t>(shape(spec).bytes); }
+size_t packed_bytes(const Spec& spec) { return static_cast<size_t>(shape(spec).bytes); }
 
-void pack(const tersor_spec& spec, const tersor_view& view, void* packed, Target target) {
+void pack(const Spec& spec, const tersor_view& view, void* packed, Target target) {
   const PackArgs args{shape(spec), static_cast<uint8_t*>(packed), view.codes,
                       static_cast<uint8_t*>(view.scales), view.zeros};
   launch_over(spec.of ? pack_sparse_kernel() : pack_kernel(), spec.n * spec.k * spec.bits / 32,
               &args, target);
 }
 
-void unpack(const tersor_spec& spec, const void* packed, const tersor_view& view, Target target) {
+void unpack(const Spec& spec, const void* packed, const tersor_view& view, Target target) {
   const PackArgs args{shape(spec), static_cast<uint8_t*>(const_cast<void*>(packed)), view.codes,
                       static_cast<uint8_t*>(view.scales), view.zeros};
   launch_over(spec.of ? unpack_sparse_kernel() : unpack_kernel(), spec.n * spec.k, &args, target);
 }
 
-void dequantize(const tersor_spec& spec, const void* packed, int64_t begin, int64_t end, void* to,
+void dequantize(const Spec& spec, const void* packed, int64_t begin, int64_t end, void* to,
                 int32_t dtype, Target target) {
   const DequantizeArgs args{
       shape(spec), spec.scale_dtype, static_cast<const uint8_t*>(packed), begin, end, to};
@@ -291,7 +301,7 @@ void dequantize(const tersor_spec& spec, const void* packed, int64_t begin, int6
               (end - begin) * spec.k, &args, target);
 }
 
-std::string serves(const tersor_spec& spec, int64_t m, int32_t dtype, int number, bool outliers) {
+std::string serves(const Spec& spec, int64_t m, int32_t dtype, int number, bool outliers) {
   const Plan chosen = plan(spec, m, dtype, number, outliers);
   return chosen.gemm ? chosen.gemm->name : "";
 }
@@ -317,7 +327,7 @@ uint64_t capture_of(Target target) {
   return status == cudaStreamCaptureStatusNone ? 0 : id;
 }
 
-size_t scratch_bytes(const tersor_spec& spec, int64_t m, int32_t dtype, int number, bool outliers) {
+size_t scratch_bytes(const Spec& spec, int64_t m, int32_t dtype, int number, bool outliers) {
   const Plan chosen = plan(spec, m, dtype, number, outliers);
   return chosen.gemm && takes_int8(chosen.gemm->sort) ? Scratch(chosen, shape(spec)).bytes : 0;
 }
@@ -356,12 +366,13 @@ void describe(LinearArgs& args, const Call& call, const Plan& chosen) {
 
 }  // namespace
 
-bool linear(const tersor_args& call, const void* outliers, void* scratch, Target target) {
-  const Plan chosen = plan(call.spec, call.m, call.dtype, target.device, outliers != nullptr);
+bool linear(const Spec& spec, const tersor_args& call, const void* outliers, void* scratch,
+            Target target) {
+  const Plan chosen = plan(spec, call.m, call.dtype, target.device, outliers != nullptr);
   if (!chosen.gemm) return false;
   LinearArgs args{};
-  args.w = shape(call.spec);
-  args.scale_dtype = call.spec.scale_dtype;
+  args.w = shape(spec);
+  args.scale_dtype = spec.scale_dtype;
   describe(args, call, chosen);
   const Current current(target.device);
   BoxedArgs boxed;

@@ -86,4 +86,13 @@ struct Grids {
 // Error.
 void search_grid(const Grids& problem, float* scales, uint8_t* zeros);
 
+// Puts the scales that search_grid found for 4 symmetric bits on a two-level grid: those of a row
+// become products, which the dtype holds exactly, of one number of at most 7 binary digits and
+// whole numbers from 1 to 15. A kernel can sum such a row in integers and scale it once.
+//
+// Of the numbers that come nearest to the scales, the one with the least squared error of the row's
+// weights is taken, and of the products on both sides of a scale that with the less error. A row of
+// zeros keeps its scales.
+void put_on_two_levels(const Grids& problem, float* scales);
+
 }  // namespace tersor::solve

@@ -160,7 +160,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--bits", type=int, default=4, choices=(2, 3, 4, 8), help="of a weight; default: 4")
     add_grid(sub)
     add_text(sub, bos)
-    add_settings(sub, "act_order", "damp", "clip")
+    add_settings(sub, "act_order", "damp", "clip", "two_level")
     add_device(sub)
 
     sub = command(
@@ -206,7 +206,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_grid(sub)
     add_text(sub, bos)
-    add_settings(sub, "refit", "per", "act_order", "damp", "clip")
+    add_settings(sub, "refit", "per", "act_order", "damp", "clip", "two_level")
     add_device(sub)
     add = sub.add_argument_group("settings of --structured").add_argument
     add(

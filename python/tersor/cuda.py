@@ -12,7 +12,7 @@ no other.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -32,16 +32,19 @@ from tersor.kernels import (
     stored_bits,
 )
 from tersor.qweight import ActSpec, QSpec, QWeight
+from tersor.two_level import split_scales
 
 _SLAB = 256 << 20  # bytes of a dequantized weight that are there at a time
 _TOKENS = 4096  # with int8 activations, in one call
 _SPARSE = (8, 0)  # the first compute capability with products that leave zeros out
+_WIDEST_SUM = 131071  # columns of int8 products that fit in int32
 
 
 @dataclass(frozen=True)
 class Grid:
     """What the bytes of a weight in CUDA order stand for, and how activations meet it; bits,
-    asymmetric, scale_dtype and activation as in kernel.h. sparse: without 2:4 zeros."""
+    asymmetric, scale_dtype and activation as in kernel.h. sparse: without 2:4 zeros. two_level: the
+    scales are kept as those of the rows and multipliers, which int8 activations gain from."""
 
     n: int
     k: int
@@ -51,10 +54,12 @@ class Grid:
     scale_dtype: int
     activation: int
     sparse: bool = False
+    two_level: bool = False
 
     @classmethod
     def of(cls, q: QWeight, activation: ActSpec | None, sparse: bool = False) -> Grid:
-        return cls.of_spec(q.n, q.k, q.spec, activation, q.scales.dtype, sparse)
+        whole = activation is not None and activation.outliers is None and _levels(q) is not None
+        return cls.of_spec(q.n, q.k, q.spec, activation, q.scales.dtype, sparse, whole)
 
     @classmethod
     def of_spec(
@@ -65,10 +70,11 @@ class Grid:
         activation: ActSpec | None,
         scale_dtype: torch.dtype = torch.bfloat16,
         sparse: bool = False,
+        two_level: bool = False,
     ) -> Grid:
         return cls(
             n, k, k // spec.groups(k), stored_bits(spec), not spec.symmetric,
-            dtype_code(scale_dtype), int(activation is not None), sparse,
+            dtype_code(scale_dtype), int(activation is not None), sparse, two_level,
         )  # fmt: skip
 
     @classmethod
@@ -81,9 +87,12 @@ class Grid:
     def layout(self) -> str:
         return "CUDA without zeros" if self.sparse else "CUDA"
 
-    def fields(self) -> tuple[int, int, int, int, bool, int, int, bool]:
+    def fields(self) -> tuple[int, int, int, int, bool, int, int, bool, bool]:
         shape, codes = (self.n, self.k, self.g), (self.bits, self.asymmetric, self.scale_dtype)
-        return *shape, *codes, self.activation, self.sparse
+        return *shape, *codes, self.activation, self.sparse, self.two_level
+
+
+_FIELDS = len(fields(Grid))
 
 
 def unavailable() -> str | None:
@@ -136,14 +145,21 @@ def refusal(grid: Grid, device: torch.device | None = None) -> str | None:
 
 def _native(*fields: Any) -> tuple[Any, ...]:
     """The fields of a Grid as the native functions take them."""
-    *grid, sparse = fields
-    return *grid, *(PATTERN if sparse else (0, 0))
+    *grid, sparse, two_level = fields
+    return *grid, *(PATTERN if sparse else (0, 0)), two_level
 
 
 @functools.lru_cache(maxsize=4096)
 def _weight(*fields: Any) -> _core.CudaWeight:
     """Checked once for each shape of a model."""
     return _core.CudaWeight(*_native(*fields))
+
+
+def _levels(q: QWeight) -> tuple[Tensor, Tensor] | None:
+    """The scales of the rows and the multipliers of the groups, where q is on a two-level grid that
+    the kernels know."""
+    known = stored_bits(q.spec) == 4 and q.spec.symmetric and q.spec.group is not None
+    return split_scales(q.scales) if known and q.k <= _WIDEST_SUM else None
 
 
 # --- CUDA order and back --------------------------------------------------------------------------
@@ -161,16 +177,17 @@ def pack_weight(
     activation: ActSpec | None = None,
     sparse: bool = False,
 ) -> Tensor:
-    """The weight in CUDA order on a device, which is the same for every activation. q: on any
+    """The weight in CUDA order on a device, whose Grid is Grid.of(q, activation, sparse). q: on any
     device, without an order. sparse: without its 2:4 zeros; TersorError where it has fewer."""
     if (reason := unavailable()) is not None:
         raise TersorError(f"the layer cannot run on {device}: {reason}")
     if q.order is not None:
         raise TersorError("pack_weight needs contiguous groups; sort the columns by q.order first")
-    weight, q = _weight(*Grid.of(q, activation, sparse).fields()), q.to(device)
+    grid, q = Grid.of(q, activation, sparse), q.to(device)
+    weight = _weight(*grid.fields())
     codes = (q.codes + recentre(q.spec)).contiguous()
-    scales = q.scales.contiguous()
-    zeros = None if q.zeros is None else q.zeros.contiguous()
+    scales, zeros = (_levels(q) if grid.two_level else None) or (q.scales, q.zeros)
+    scales, zeros = scales.contiguous(), None if zeros is None else zeros.contiguous()
     if int(codes.max()) >> stored_bits(q.spec):
         raise TersorError(f"codes must be below {1 << stored_bits(q.spec)}")
     if sparse and not keeps_pattern(q, *PATTERN):
@@ -206,14 +223,19 @@ def unpack_weight(packed: Tensor, grid: Grid, spec: QSpec) -> QWeight:
     """The inverse of pack_weight, exactly, on the device of `packed`."""
     groups = grid.k // grid.g
     codes = torch.empty(grid.n, grid.k, dtype=torch.uint8, device=packed.device)
-    scales = torch.empty(grid.n, groups, dtype=DTYPES[grid.scale_dtype], device=packed.device)
+    scales = torch.empty(
+        grid.n, 1 if grid.two_level else groups, dtype=DTYPES[grid.scale_dtype],
+        device=packed.device,
+    )  # fmt: skip
     zeros = None
-    if grid.asymmetric:
+    if grid.asymmetric or grid.two_level:
         zeros = torch.empty(grid.n, groups, dtype=torch.uint8, device=packed.device)
     _core.cuda_unpack(
         _weight(*grid.fields()), packed.data_ptr(), packed.numel(), codes.data_ptr(),
         scales.data_ptr(), 0 if zeros is None else zeros.data_ptr(), *_place(packed.device),
     )  # fmt: skip
+    if grid.two_level:
+        scales, zeros = scales * zeros, None  # exact, in the dtype of the scales
     return QWeight(spec, codes.sub_(recentre(spec)), scales, zeros)
 
 
@@ -275,13 +297,13 @@ def _rows(x: Tensor, k: int) -> Tensor:
 def _linear(
     x: Tensor, packed: Tensor, bias: Tensor | None,
     n: int, k: int, g: int, bits: int, asymmetric: bool, scale_dtype: int, activation: int,
-    sparse: bool, outliers: float | None = None,
+    sparse: bool, two_level: bool, outliers: float | None = None,
 ) -> Tensor:  # fmt: skip
     matrix, m = _rows(x, k), x.numel() // k
     y = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
     if m == 0:
         return y
-    grid = Grid(n, k, g, bits, asymmetric, scale_dtype, activation, sparse)
+    grid = Grid(n, k, g, bits, asymmetric, scale_dtype, activation, sparse, two_level)
     rows = y.view(m, n)
     if x.dtype != torch.float32:
         beyond = None if outliers is None else _find_outliers(matrix, outliers)
@@ -352,7 +374,7 @@ def _slabs(n: int, k: int, element: int) -> list[slice]:
 def _linear_fake(
     x: Tensor, packed: Tensor, bias: Tensor | None,
     n: int, k: int, g: int, bits: int, asymmetric: bool, scale_dtype: int, activation: int,
-    sparse: bool, outliers: float | None = None,
+    sparse: bool, two_level: bool, outliers: float | None = None,
 ) -> Tensor:  # fmt: skip
     return x.new_empty((*x.shape[:-1], n))
 
@@ -360,10 +382,10 @@ def _linear_fake(
 def _backward_product(
     grad: Tensor, packed: Tensor,
     n: int, k: int, g: int, bits: int, asymmetric: bool, scale_dtype: int, activation: int,
-    sparse: bool,
+    sparse: bool, two_level: bool,
 ) -> Tensor:  # fmt: skip
     """grad [..., n] @ dequantize(W) [n, k], summed in float32."""
-    grid = Grid(n, k, g, bits, asymmetric, scale_dtype, activation, sparse)
+    grid = Grid(n, k, g, bits, asymmetric, scale_dtype, activation, sparse, two_level)
     matrix = rows_of(grad, n)
     slabs = _slabs(n, k, grad.element_size())
     parts = (
@@ -380,23 +402,24 @@ def _backward_product(
 def _backward_fake(
     grad: Tensor, packed: Tensor,
     n: int, k: int, g: int, bits: int, asymmetric: bool, scale_dtype: int, activation: int,
-    sparse: bool,
+    sparse: bool, two_level: bool,
 ) -> Tensor:  # fmt: skip
     return grad.new_empty((*grad.shape[:-1], k))
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(inputs[1])
-    ctx.grid = inputs[3:10]
+    ctx.grid = inputs[3 : 3 + _FIELDS]
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (packed,) = ctx.saved_tensors
-    return torch.ops.tersor.linear_cuda_backward(grad, packed, *ctx.grid), *(None,) * 10
+    return torch.ops.tersor.linear_cuda_backward(grad, packed, *ctx.grid), *(None,) * (_FIELDS + 3)
 
 
 _GRID = (
-    "int n, int k, int g, int bits, bool asymmetric, int scale_dtype, int activation, bool sparse"
+    "int n, int k, int g, int bits, bool asymmetric, int scale_dtype, int activation, bool sparse, "
+    "bool two_level"
 )
 define_operator(
     f"linear_cuda_backward(Tensor grad, Tensor packed, {_GRID}) -> Tensor",

@@ -18,6 +18,7 @@ from tersor.report import LayerReport, Timings
 from tersor.scope import BlockScope, Scope
 from tersor.solvers import PRUNERS, SOLVERS
 from tersor.sparsity import Sparsity
+from tersor.two_level import check_two_level
 
 ROWS = 1024  # of a weight that are in float32 at a time
 
@@ -85,6 +86,13 @@ class Treatment:
                 f"{self.solver.name} without a scheme does nothing; give it a Scheme(QSpec(...)), "
                 "or a solver with a sparsity"
             )
+        if getattr(self.solver, "two_level", False):
+            if self.scheme is None:
+                raise TersorError(
+                    "a two-level grid is of codes; give a scheme (--quantize 4), or leave "
+                    "two_level (--two-level) out"
+                )
+            check_two_level(self.scheme.weight)
 
 
 EVERY = "*"  # the pattern of a treatment that all linears get

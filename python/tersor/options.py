@@ -243,6 +243,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "action": argparse.BooleanOptionalAction,
         "help": "search each group's range for the least error; default: for all but rtn",
     },
+    "two_level": {
+        "action": "store_true",
+        "default": None,
+        "help": "4 bits: scales that are multiples, up to 15, of one for each row, so that with "
+        "int8 activations a GPU sums whole rows in integers",
+    },
     "refit": {
         "action": "store_true",
         "default": None,

@@ -94,7 +94,7 @@ class Quantize(Step):
     """quantize_checkpoint.
 
     method: a name in SOLVERS, or a solver. bits, group, asymmetric, activations: see scheme_of.
-    act_order, damp, clip: of the solver; None leaves it as it has them.
+    act_order, damp, clip, two_level: of the solver; None leaves it as it has them.
     device: where the work is done; see quantize_checkpoint.
     """
 
@@ -107,6 +107,7 @@ class Quantize(Step):
     act_order: bool | None = None
     damp: float | None = None
     clip: bool | None = None
+    two_level: bool | None = None
     ignore: tuple[str, ...] = ()
     sequential: bool = False
     device: str = AUTO
@@ -123,12 +124,16 @@ class Quantize(Step):
         return quantize_checkpoint, {"scheme": scheme, "method": self._solver(), **rest}
 
     def after(self, state: State) -> State:
+        from tersor.layerwise import Treatment
+
         self.refuse_codes(state)
         scheme = scheme_of(self.bits, self.group, self.asymmetric, self.activations)
+        Treatment(self._solver(), scheme)  # refuses what does not go together
         return replace(state, quantized=scheme, by=self.name)
 
     def _solver(self) -> Solver:
-        given = {"act_order": self.act_order, "damp": self.damp, "clip": self.clip}
+        names = ("act_order", "damp", "clip", "two_level")
+        given = {name: getattr(self, name) for name in names}
         return solver_of(self.method, SOLVERS, given)
 
 
@@ -155,6 +160,7 @@ class Prune(Step):
     act_order: bool | None = None
     damp: float | None = None
     clip: bool | None = None
+    two_level: bool | None = None
     ignore: tuple[str, ...] = ()
     sequential: bool = False
     device: str = AUTO
@@ -181,16 +187,17 @@ class Prune(Step):
 
     def _scheme(self) -> Scheme | None:
         if self.quantize is None:
-            for setting in ("group", "asymmetric", "activations"):
+            for setting in ("group", "asymmetric", "activations", "two_level"):
                 if getattr(self, setting):
+                    option = setting.replace("_", "-")
                     raise TersorError(
-                        f"--{setting} is of a grid; add --quantize BITS, or leave it out"
+                        f"--{option} is of a grid; add --quantize BITS, or leave it out"
                     )
             return None
         return scheme_of(self.quantize, self.group, self.asymmetric, self.activations)
 
     def _solver(self) -> Solver:
-        names = ("refit", "per", "act_order", "damp", "clip")
+        names = ("refit", "per", "act_order", "damp", "clip", "two_level")
         given = {name: getattr(self, name) for name in names}
         if not isinstance(self.method, str):
             if self.sparsity is not None or self.pattern is not None:

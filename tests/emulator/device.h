@@ -404,7 +404,8 @@ inline float of_lane(float value, int lane) {
 inline float most_of_lanes(float value) { return over_lanes(value, Larger()); }
 
 // Fragments of mma.m16n8k32 with bytes: as those above, four columns where there are two.
-inline void multiply_add_int8(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+template <class Byte>
+void multiply_add_int8(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   struct Operands {
     int32_t* c;
     const uint32_t *a, *b;
@@ -415,7 +416,7 @@ inline void multiply_add_int8(int32_t (&c)[4], const uint32_t (&a)[4], const uin
     for (int lane = 0; lane < emulator::kWarp; ++lane)
       for (int e = 0; e < 4; ++e) {
         const int r = lane / 4, t = lane % 4 * 4 + e;
-        const auto byte = [&](uint32_t word) { return static_cast<int>(word >> 8 * e & 0xff); };
+        const auto byte = [&](uint32_t word) { return static_cast<Byte>(word >> 8 * e & 0xff); };
         first[r][t] = byte(of(lane)->a[0]);
         first[r + 8][t] = byte(of(lane)->a[1]);
         first[r][t + 16] = byte(of(lane)->a[2]);

@@ -21,7 +21,7 @@ Region region(const void* at, int64_t bytes) {
 
 Shape shape(const int64_t* s) {
   return shape_of(s[0], s[1], s[2], static_cast<int>(s[3]), s[4] != 0, static_cast<int>(s[5]),
-                  s[6] != 0);
+                  s[6] != 0, s[7] != 0);
 }
 
 struct Run {
@@ -69,9 +69,10 @@ void sparse(const LinearArgs& a, int tokens, const Run& run) {
   emulator::fail("there is no such kernel");
 }
 
-template <class T, int kBits, int kTokens, int kBlocks, bool kOutliers = false>
+template <class Product, int kTokens, int kBlocks, bool kOutliers = false>
 void int8(LinearArgs a, const Run& run) {
-  using Kernel = MmaGemm<Int8Product<T, kBits>, kTokens, kBlocks, kOutliers>;
+  using T = typename Product::Result;
+  using Kernel = MmaGemm<Product, kTokens, kBlocks, kOutliers>;
   const int rows = (a.m + kTokens - 1) / kTokens * kTokens, columns = a.w.steps * kBlock;
   std::vector<int8_t> room(size_t(rows) * columns + 16, 0x55);
   int8_t* codes = room.data() + (16 - reinterpret_cast<uintptr_t>(room.data()) % 16) % 16;
@@ -121,18 +122,23 @@ CodebookShape codebook_shape(const int64_t* s) {
 template <class T, int kBits>
 void gemm(const LinearArgs& a, const std::string& kind, int tokens, const Run& run) {
   using Product = FloatProduct<T, kBits>;
+  using Int8 = Int8Product<T, kBits>;
   if (kind == "mma" && tokens == 8) return mma<Product, 8, 1>(a, run);
   if (kind == "mma" && tokens == 16) return mma<Product, 16, 1>(a, run);
   if (kind == "mma" && tokens == 32) return mma<Product, 32, 2>(a, run);
   if (kind == "mma" && tokens == 64) return mma<Product, 64, 1>(a, run);
-  if (kind == "int8" && tokens == 8) return int8<T, kBits, 8, 1>(a, run);
-  if (kind == "int8" && tokens == 16) return int8<T, kBits, 16, 1>(a, run);
-  if (kind == "int8" && tokens == 32) return int8<T, kBits, 32, 2>(a, run);
-  if (kind == "int8" && tokens == 64) return int8<T, kBits, 64, 2>(a, run);
-  if (kind == "outliers" && tokens == 8) return int8<T, kBits, 8, 1, true>(a, run);
-  if (kind == "outliers" && tokens == 16) return int8<T, kBits, 16, 1, true>(a, run);
-  if (kind == "outliers" && tokens == 32) return int8<T, kBits, 32, 2, true>(a, run);
-  if (kind == "outliers" && tokens == 64) return int8<T, kBits, 64, 1, true>(a, run);
+  if (kind == "int8" && tokens == 8) return int8<Int8, 8, 1>(a, run);
+  if (kind == "int8" && tokens == 16) return int8<Int8, 16, 1>(a, run);
+  if (kind == "int8" && tokens == 32) return int8<Int8, 32, 2>(a, run);
+  if (kind == "int8" && tokens == 64) return int8<Int8, 64, 2>(a, run);
+  if (kind == "outliers" && tokens == 8) return int8<Int8, 8, 1, true>(a, run);
+  if (kind == "outliers" && tokens == 16) return int8<Int8, 16, 1, true>(a, run);
+  if (kind == "outliers" && tokens == 32) return int8<Int8, 32, 2, true>(a, run);
+  if (kind == "outliers" && tokens == 64) return int8<Int8, 64, 1, true>(a, run);
+  if (kind == "rows" && tokens == 8) return int8<RowProduct<T, kBits>, 8, 1>(a, run);
+  if (kind == "rows" && tokens == 16) return int8<RowProduct<T, kBits>, 16, 1>(a, run);
+  if (kind == "rows" && tokens == 32) return int8<RowProduct<T, kBits>, 32, 2>(a, run);
+  if (kind == "rows" && tokens == 64) return int8<RowProduct<T, kBits>, 64, 2>(a, run);
   if (kind == "wgmma" && tokens == 64) return wgmma<T, kBits, 64>(a, run);
   if (kind == "wgmma" && tokens == 128) return wgmma<T, kBits, 128>(a, run);
   emulator::fail("there is no kernel " + kind);

@@ -23,12 +23,13 @@ class GPTQ:
     damp: fraction of the mean diagonal of H added to it, raised where H cannot be factored so.
     act_order: columns in order of falling activity. The groups stay those of the original order
         (static groups), so the result is an ordinary group-wise weight.
-    clip: choose the range of each group by the least squared error instead of min and max.
+    clip, two_level: of the grid, as for RTN.
     """
 
     damp: float = 0.01
     act_order: bool = False
     clip: bool = True
+    two_level: bool = False
     name: ClassVar[str] = "gptq"
     sparsity: ClassVar[Sparsity | None] = None
     needs: ClassVar[type[GramStats] | None] = GramStats
@@ -49,10 +50,11 @@ class GPTQ:
             damp=self.damp,
             act_order=self.act_order,
             clip=self.clip,
+            two_level=self.two_level,
             mask=pruned_mask(w),
         )
         assert isinstance(q, QWeight)  # as with any spec
         return q
 
     def without_input(self) -> RTN:
-        return RTN(self.clip)
+        return RTN(self.clip, self.two_level)

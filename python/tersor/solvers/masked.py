@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -25,7 +26,7 @@ class Magnitude:
         each layer, chosen beforehand: see tersor.allocation.)
     refit: then the best values for the others by least squares, which needs calibration.
     damp: of that, and of the rounding where weights are quantized too.
-    clip: see find_grid.
+    clip, two_level: see find_grid.
     """
 
     sparsity: Sparsity
@@ -33,6 +34,7 @@ class Magnitude:
     refit: bool = False
     damp: float = 0.01
     clip: bool = True
+    two_level: bool = False
     name: ClassVar[str] = "magnitude"
 
     def __post_init__(self) -> None:
@@ -43,7 +45,7 @@ class Magnitude:
         return GramStats if self.refit else None
 
     def without_input(self) -> Magnitude:
-        return Magnitude(self.sparsity, self.per, clip=self.clip)
+        return Magnitude(self.sparsity, self.per, clip=self.clip, two_level=self.two_level)
 
     def __call__(
         self, w: Tensor, stats: GramStats | None, spec: QSpec | None = None
@@ -55,15 +57,18 @@ class Magnitude:
             if self.refit:
                 raise TersorError("refit needs statistics of the layer's input; calibrate")
             left = torch.where(mask, w, 0)
-            return RTN(self.clip)(left, None, spec) if spec else left
-        return on_mask(w, w, mask, stats, spec, refitted=self.refit, damp=self.damp, clip=self.clip)
+            return RTN(self.clip, self.two_level)(left, None, spec) if spec else left
+        return on_mask(
+            w, w, mask, stats, spec,
+            refitted=self.refit, damp=self.damp, clip=self.clip, two_level=self.two_level,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Wanda:
     """The weights of the least |w_ij| ‖x_j‖ become zero, row by row (Sun et al., arXiv:2306.11695).
 
-    per, refit, damp, clip: as for Magnitude; the paper's `per` is "row".
+    per, refit, damp, clip, two_level: as for Magnitude; the paper's `per` is "row".
     """
 
     sparsity: Sparsity
@@ -71,6 +76,7 @@ class Wanda:
     refit: bool = False
     damp: float = 0.01
     clip: bool = True
+    two_level: bool = False
     name: ClassVar[str] = "wanda"
     needs: ClassVar[type[GramStats] | None] = GramStats
 
@@ -78,7 +84,7 @@ class Wanda:
         check(self.sparsity, self.per, self.damp)
 
     def without_input(self) -> Magnitude:
-        return Magnitude(self.sparsity, self.per, clip=self.clip)
+        return Magnitude(self.sparsity, self.per, clip=self.clip, two_level=self.two_level)
 
     def __call__(
         self, w: Tensor, stats: GramStats | None, spec: QSpec | None = None
@@ -89,7 +95,10 @@ class Wanda:
             raise TersorError("wanda needs statistics of the layer's input; calibrate")
         scores = w.float().abs() * stats.diagonal.sqrt()
         mask = keep_largest(scores, self.sparsity, self.per)
-        return on_mask(w, w, mask, stats, spec, refitted=self.refit, damp=self.damp, clip=self.clip)
+        return on_mask(
+            w, w, mask, stats, spec,
+            refitted=self.refit, damp=self.damp, clip=self.clip, two_level=self.two_level,
+        )  # fmt: skip
 
 
 def check(sparsity: Sparsity, per: str, damp: float) -> None:
@@ -111,17 +120,19 @@ def on_mask(
     refitted: bool,
     damp: float,
     clip: bool,
+    two_level: bool,
 ) -> QWeight | Tensor:
     """w with zeros where the mask is False: as `start` has the others, or refitted to w from there,
     and on the grid of the spec where there is one."""
+    onto_grid = partial(solve, damp=damp, clip=clip, two_level=two_level, mask=mask)
     if not refitted:
         left = torch.where(mask, start, 0)
         # Zeros that were chosen by a score are news to the other weights: they absorb that error
         # together with that of the rounding.
-        return left if spec is None else solve(w, stats, spec, damp=damp, clip=clip, mask=mask)
+        return left if spec is None else onto_grid(w, stats, spec)
     best = refit(w, start, mask, stats, damp)
     if spec is None:
         return best.to(w.dtype)
     # The loss against w is that against the refit, which is orthogonal to all that the mask allows,
     # plus what the refit lost.
-    return solve(best.to(w.dtype), stats, spec, damp=damp, clip=clip, mask=mask)
+    return onto_grid(best.to(w.dtype), stats, spec)

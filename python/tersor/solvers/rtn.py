@@ -13,6 +13,7 @@ from tersor.calibrate import GramStats
 from tersor.kernels import dtype_code
 from tersor.qweight import QSpec, QWeight
 from tersor.sparsity import Sparsity
+from tersor.two_level import check_two_level, two_level_scales
 
 
 @dataclass(frozen=True)
@@ -20,9 +21,11 @@ class RTN:
     """Rounds each weight to the nearest code of its group's grid.
 
     clip: choose the range of each group by the least squared error instead of min and max.
+    two_level: scales that are multiples, up to 15, of one for each row (see tersor.two_level).
     """
 
     clip: bool = False
+    two_level: bool = False
     name: ClassVar[str] = "rtn"
     sparsity: ClassVar[Sparsity | None] = None
     needs: ClassVar[type[GramStats] | None] = None
@@ -32,18 +35,24 @@ class RTN:
 
     def __call__(self, w: Tensor, stats: GramStats | None, spec: QSpec) -> QWeight:
         """w: [n, k] floating point. The statistics are not read. See find_grid for the scales."""
-        scales, zeros = find_grid(w, spec, self.clip)
+        scales, zeros = find_grid(w, spec, self.clip, self.two_level)
         return QWeight(spec, round_to_grid(w, spec, scales, zeros), scales, zeros)
 
 
-def find_grid(w: Tensor, spec: QSpec, clip: bool) -> tuple[Tensor, Tensor | None]:
+def find_grid(
+    w: Tensor, spec: QSpec, clip: bool, two_level: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """The scales [n, groups], in the dtype of w, and zeros uint8 [n, groups] of an asymmetric spec.
 
     The scales are rounded to the dtype that the checkpoint stores before any code is chosen, so
     that the codes are the best ones for the very scales that a reader will multiply by.
+    two_level: the products nearest to these scales, and of those the ones of the least squared
+    error of the weights.
     Raises TersorError where w is not finite, or a scale is beyond its dtype.
     """
     spec.groups(w.shape[1])  # whether the group divides k
+    if two_level:
+        check_two_level(spec)
     scales, zeros = column_solver.search_grid(
         w.float().contiguous(),
         spec.group or w.shape[1],
@@ -52,6 +61,8 @@ def find_grid(w: Tensor, spec: QSpec, clip: bool) -> tuple[Tensor, Tensor | None
         clip,
         dtype_code(w.dtype),
     )
+    if two_level:
+        scales = two_level_scales(w, scales)
     return scales.to(w.dtype), zeros
 
 

@@ -24,7 +24,8 @@ class SparseGPT:
 
     refit: then the best values for the weights that stay by least squares, all at once. With a
         grid they are found before the rounding, which then goes over the columns once more.
-    damp, act_order, clip: as for GPTQ. act_order is for ratios: a pattern is of neighbours.
+    damp, act_order, clip, two_level: as for GPTQ. act_order is for ratios: a pattern is of
+        neighbours.
     """
 
     sparsity: Sparsity
@@ -32,6 +33,7 @@ class SparseGPT:
     damp: float = 0.01
     act_order: bool = False
     clip: bool = True
+    two_level: bool = False
     name: ClassVar[str] = "sparsegpt"
     needs: ClassVar[type[GramStats] | None] = GramStats
 
@@ -44,7 +46,7 @@ class SparseGPT:
             )
 
     def without_input(self) -> Magnitude:
-        return Magnitude(self.sparsity, clip=self.clip)
+        return Magnitude(self.sparsity, clip=self.clip, two_level=self.two_level)
 
     def __call__(
         self, w: Tensor, stats: GramStats | None, spec: QSpec | None = None
@@ -62,10 +64,12 @@ class SparseGPT:
             damp=self.damp,
             act_order=self.act_order,
             clip=self.clip,
+            two_level=self.two_level,
             sparsity=self.sparsity,
         )
         if not self.refit or isinstance(solved, QWeight):
             return solved
         return on_mask(
-            w, solved, solved != 0, stats, spec, refitted=True, damp=self.damp, clip=self.clip
-        )
+            w, solved, solved != 0, stats, spec,
+            refitted=True, damp=self.damp, clip=self.clip, two_level=self.two_level,
+        )  # fmt: skip

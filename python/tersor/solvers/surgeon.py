@@ -23,6 +23,7 @@ def solve(
     damp: float,
     act_order: bool = False,
     clip: bool = True,
+    two_level: bool = False,
     sparsity: Sparsity | None = None,
     mask: Tensor | None = None,
 ) -> QWeight | Tensor:
@@ -36,7 +37,7 @@ def solve(
     columns = w.float().contiguous()
     groups = scales = zeros = None
     if spec is not None:
-        scales, zeros = find_grid(w, spec, clip)
+        scales, zeros = find_grid(w, spec, clip, two_level)
         groups = torch.arange(k, dtype=torch.int32, device=w.device) // (spec.group or k)
     if factor.order is not None:
         columns = columns[:, factor.order]

@@ -117,6 +117,11 @@ class QuantizationTraining(TrainerCallback):
         if scale_dtype not in (None, *LEAST):
             raise TersorError(f"scale_dtype is float32, bfloat16 or float16, not {scale_dtype}")
         self.start = start if start is None or isinstance(start, Mapping) else _solver(start)
+        if scales == "learned" and getattr(self.start, "two_level", False):
+            raise TersorError(
+                "scales that learn leave the two-level grid of their start; give scales='fixed', "
+                "or a solver without two_level"
+            )
         self.scheme, self.scales, self.scale_dtype = scheme, scales, scale_dtype
         self.include, self.ignore = include, ignore
         self.model: nn.Module | None = None
