@@ -85,10 +85,12 @@ def test_the_operator_has_shapes_without_data():
     ],
 )
 def test_which_zeros_a_gpu_can_leave_out(bits, activation, kept, of, reason):
-    found = _core.cuda_refuses(64, 128, 128, bits, False, 1, activation, kept, of)
+    found = _core.cuda_refuses(64, 128, 128, bits, False, 1, activation, kept, of, False)
     assert found is None if reason is None else reason in found
     if reason is None:
-        assert 8 * _core.CudaWeight(64, 128, 128, bits, False, 1, 0, kept, of).bytes > 64 * 128
+        assert (
+            8 * _core.CudaWeight(64, 128, 128, bits, False, 1, 0, kept, of, False).bytes > 64 * 128
+        )
 
 
 @pytest.mark.skipif(not cuda.built(), reason="this build has no CUDA kernels")
