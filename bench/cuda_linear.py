@@ -10,9 +10,8 @@ Needs an NVIDIA GPU, nvcc, and Torch for CUDA. Builds tersor for this GPU into b
 2. runs the tests of the package that need a GPU;
 3. measures what the device can do: a large copy, and a large product;
 4. times one linear: graphs of several calls, on copies of the weight that are more than the caches
-   hold, medians; against cuBLAS (torch's linear), torch's `_weight_int4pack_mm`, and bitsandbytes'
-   NF4 where it is installed; with int8 activations on free group scales, on a two-level grid and
-   with one scale a row too;
+   hold, medians: 16-bit and int8 activations, NF4, LLM.int8(), 2:4; against cuBLAS (torch's linear
+   and `_int_mm`), torch's `_weight_int4pack_mm` and 2:4, and bitsandbytes where it is installed;
 5. decodes and prefills Llama shapes of 1.1 and 8 billion random weights.
 
 Writes bench/results/cuda_linear.json.
@@ -22,7 +21,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -58,186 +58,286 @@ def weight(n: int, k: int, spec: Any, seed: int = 0) -> Any:
 def multiples(q: Any) -> Any:
     """The weight with scales on a two-level grid."""
     draw = torch.Generator().manual_seed(0)
-    multipliers = torch.randint(1, 16, q.scales.shape, generator=draw)
+    multipliers = torch.randint(1, 16, q.scales.shape, generator=draw).to(q.scales.device)
     q.scales = (multipliers * 2.0**-9).bfloat16()
     return q
 
 
-def int8(x: Tensor) -> Tensor:
-    """The values that int8 activations stand for, float64 [m, k]."""
-    scale = x.float().abs().amax(1, keepdim=True) / 127.5
-    codes = (x.float() / scale).round().clamp(-128, 127)
-    return codes.double() * scale.double()
+def int8(x: Tensor, threshold: float = float("inf")) -> Tensor:
+    """The values that int8 activations stand for, float64 [m, k]; columns with a larger one than
+    the threshold stay as they are."""
+    beyond = (x.float().abs() > threshold).any(0)
+    rest = x.float().masked_fill(beyond, 0)
+    scale = rest.abs().amax(1, keepdim=True) / 127.5
+    codes = (rest / torch.where(scale > 0, scale, 1)).round().clamp(-128, 127)
+    return torch.where(beyond, x.double(), codes.double() * scale.double())
+
+
+@dataclass
+class Case:
+    """layer: on the GPU. w: float64 [n, k]. meant: what x stands for. dense: the tokens from which
+    on the weight is dequantized to 16 bits; rounds: whether its values always are."""
+
+    name: str
+    layer: Any
+    w: Tensor
+    meant: Callable[[Tensor], Tensor] = Tensor.double
+    dense: int | None = 129
+    rounds: bool = False
+
+
+def cases(n: int, k: int) -> Iterator[Case]:
+    from tersor import FP4, NF4, ActSpec, QSpec, QuantLinear, SparseLinear, use_sparse
+    from tersor.kernels import PATTERN
+    from tersor.oracle import random_qweight, random_values
+
+    def case(q: Any, activation: Any = None, name: str = "", **rest: Any) -> Case:
+        layer = QuantLinear(q, activation=activation).to("cuda")
+        w = layer.qweight().dequantize(torch.float64)
+        return Case(name or str(layer.scheme), layer, w, **rest)
+
+    def outlying(x: Tensor) -> Tensor:
+        return int8(x, 2.5)
+
+    for spec in (QSpec(4, 32), QSpec(4, 64, False), QSpec(4, 128), QSpec(4, None, False),
+                 QSpec(8, 32, False), QSpec(8, 128), QSpec(8, None)):  # fmt: skip
+        if k % (spec.group or k):
+            continue
+        yield case(weight(n, k, spec))
+        yield case(weight(n, k, spec), ActSpec(), meant=int8, dense=None)
+        mixed = ActSpec(outliers=2.5)
+        yield case(weight(n, k, spec), mixed, "LLM.int8()", meant=outlying, dense=None)
+        if spec.bits == 4 and spec.symmetric:
+            q = multiples(weight(n, k, spec))
+            yield case(q, ActSpec(), "W4A8 two-level", meant=int8, dense=None)
+        if spec.bits == 4:
+            use_sparse("always")
+            q = random_qweight(n, k, spec, torch.bfloat16, pattern=PATTERN)
+            yield case(q, name="W4 2:4")
+            use_sparse("auto")
+    for dtype in HALVES.values():
+        sparse = SparseLinear(random_values(n, k, dtype).cuda())
+        yield Case("W16 2:4", sparse, sparse.weight.double())
+    for book in (NF4(32), NF4(64), NF4(128, False), FP4(64)):
+        if k % book.block == 0:
+            layer = codebook_layer(n, k, book)
+            w = layer.dequantize(torch.float64)
+            yield Case(str(book), layer, w, dense=65, rounds=True)
 
 
 def check(quick: bool) -> dict[str, Any]:
     """The largest error of each kernel in units of what float32 sums and one rounding allow; fails
     where it is more than one."""
-    from tersor import ActSpec, QSpec, QuantLinear
-
     worst: dict[str, float] = {}
-    specs = (QSpec(4, 32), QSpec(4, 64, False), QSpec(4, 128), QSpec(4, None, False),
-             QSpec(8, 32, False), QSpec(8, 128), QSpec(8, None))  # fmt: skip
     draw = torch.Generator("cuda").manual_seed(time.time_ns() % (1 << 31))
     for n, k in CHECKED[: 3 if quick else None]:
-        fitting = [spec for spec in specs if k % (spec.group or k) == 0]
-        plain = [weight(n, k, spec) for spec in fitting]
-        cases = [(q, activation) for q in plain for activation in (None, ActSpec())]
-        cases += [
-            (multiples(weight(n, k, spec)), ActSpec())
-            for spec in fitting
-            if spec.bits == 4 and spec.symmetric
-        ]
-        for q, activation in cases:
-            layer = QuantLinear(q, activation=activation).to("cuda")
-            w = layer.qweight().dequantize(torch.float64)
+        for each in cases(n, k):
             for dtype in HALVES.values():
+                if each.name == "W16 2:4" and each.layer.dtype != dtype:
+                    continue
                 for m in (1, 3, 8, 9, 16, 17, 32, 64, 65, 100, 128, 300):
-                    x = torch.randn(m, k, device="cuda", generator=draw).to(dtype)
-                    poison = torch.full((m, n), float("nan"), device="cuda", dtype=dtype)
-                    del poison  # what the allocator hands out next
-                    y = layer(x)
-                    again = layer(x)
-                    meant = x.double() if activation is None else int8(x)
-                    exact, terms = meant @ w.T, meant.abs() @ w.abs().T
-                    unit = torch.finfo(dtype).eps / 2
-                    bound = (k + 8) * 2.0**-24 * terms + unit * exact.abs() + 1e-7
-                    dense = m > 128 and activation is None
-                    if dense:
-                        bound += unit * terms
-                    share = float(((y.double() - exact).abs() / bound).max())
-                    name = f"{layer.scheme} {dtype} {'dequantized' if dense else 'kernel'}"
+                    share = error(each, m, dtype, draw)
+                    dense = each.dense is not None and m >= each.dense
+                    name = f"{each.name} {dtype} {'dequantized' if dense else 'kernel'}"
                     worst[name] = max(worst.get(name, 0.0), share)
-                    same = torch.equal(y, again)
-                    if not share <= 1 or not same:
-                        what = f"{n} x {k}, {layer}, {dtype}, {m} tokens"
-                        raise SystemExit(f"{what}: {share} of the bound, the same twice: {same}")
-    worst |= check_codebooks(quick)
+                    if not share <= 1:
+                        what = f"{n} x {k}, {each.layer}, {dtype}, {m} tokens"
+                        raise SystemExit(f"{what}: {share} of the bound")
     return {name: round(share, 4) for name, share in worst.items()}
+
+
+def error(each: Case, m: int, dtype: torch.dtype, draw: torch.Generator) -> float:
+    """The largest share of the bound; infinite where two calls differ."""
+    n, k = each.w.shape
+    x = torch.randn(m, k, device="cuda", generator=draw).to(dtype)
+    poison = torch.full((m, n), float("nan"), device="cuda", dtype=dtype)
+    del poison  # what the allocator hands out next
+    y = each.layer(x)
+    if not torch.equal(y, each.layer(x)):
+        return float("inf")
+    meant = each.meant(x)
+    exact, terms = meant @ each.w.T, meant.abs() @ each.w.abs().T
+    unit = torch.finfo(dtype).eps / 2
+    bound = (k + 10) * 2.0**-24 * terms + unit * exact.abs() + 1e-7
+    if each.rounds or (each.dense is not None and m >= each.dense):
+        bound += 1.01 * unit * terms
+    return float(((y.double() - exact).abs() / bound).max())
 
 
 def codebook_layer(n: int, k: int, spec: Any) -> Any:
     from tersor import NF4Linear
 
-    draw = torch.Generator("cuda").manual_seed(0)
-    dense = torch.nn.Linear(k, n, bias=False, device="meta").to_empty(device="cuda")
-    with torch.no_grad():
-        dense.weight.normal_(generator=draw)
+    torch.manual_seed(0)
+    dense = torch.nn.Linear(k, n, bias=False, device="cuda")
     return NF4Linear.from_linear(dense, spec)
-
-
-def check_codebooks(quick: bool) -> dict[str, float]:
-    """As check; values in 16 bits are off by half a unit in the last place."""
-    from tersor import FP4, NF4
-
-    worst: dict[str, float] = {}
-    specs = (NF4(32), NF4(64), NF4(128, False), FP4(64))
-    draw = torch.Generator("cuda").manual_seed(time.time_ns() % (1 << 31))
-    for n, k in (*CHECKED[: 3 if quick else None], (37, 256)):
-        for spec in specs:
-            if k % spec.block:
-                continue
-            layer = codebook_layer(n, k, spec)
-            w = layer.dequantize(torch.float64)
-            for dtype in HALVES.values():
-                for m in (1, 3, 8, 9, 16, 17, 32, 64):
-                    x = torch.randn(m, k, device="cuda", generator=draw).to(dtype)
-                    poison = torch.full((m, n), float("nan"), device="cuda", dtype=dtype)
-                    del poison
-                    y = layer(x)
-                    exact, terms = x.double() @ w.T, x.double().abs() @ w.abs().T
-                    unit = torch.finfo(dtype).eps / 2
-                    bound = ((k + 10) * 2.0**-24 + 1.01 * unit) * terms + unit * exact.abs() + 1e-7
-                    share = float(((y.double() - exact).abs() / bound).max())
-                    name = f"{spec} {dtype}"
-                    worst[name] = max(worst.get(name, 0.0), share)
-                    same = torch.equal(y, layer(x))
-                    if not share <= 1 or not same:
-                        what = f"{n} x {k}, {spec}, {dtype}, {m} tokens"
-                        raise SystemExit(f"{what}: {share} of the bound, the same twice: {same}")
-    return worst
 
 
 # --- 2. fast -------------------------------------------------------------------------------------
 
 
-def weights(n: int, k: int) -> dict[str, Any]:
-    from tersor import QSpec
+Calls = list[Callable[[], object]]
+Engine = Callable[[Tensor], Calls]  # for a call on x a call of each copy of the weight; or none
 
-    return {
-        "tersor W4": weight(n, k, QSpec(4, GROUP)),
-        "tersor W8": weight(n, k, QSpec(8, GROUP)),
-        "tersor W4A8": weight(n, k, QSpec(4, GROUP)),
-        "tersor W4A8 two-level": multiples(weight(n, k, QSpec(4, GROUP))),
-        "tersor W8A8 row": weight(n, k, QSpec(8, None)),
+
+def random_weight(n: int, k: int, spec: Any, sparse: bool = False) -> Any:
+    """A symmetric weight made on the GPU. sparse: with 2:4 zeros."""
+    from tersor import QWeight
+
+    codes = torch.randint(spec.levels, (n, k), dtype=torch.uint8, device="cuda")
+    if sparse:
+        order = torch.rand(n, k // 4, 4, device="cuda").argsort(-1).view(n, k)
+        codes[order > 1] = spec.midpoint
+    scales = torch.rand(n, spec.groups(k), device="cuda") / 256 + 2.0**-9
+    return QWeight(spec, codes, scales.bfloat16())
+
+
+def copies_of(layer: Any, tensor: str) -> list[Any]:
+    """The layer as often as no cache holds it. tensor: of the weight."""
+    layers = [layer]
+    for _ in range(max(1, COPIES_BYTES // getattr(layer, tensor).nbytes)):
+        twin = type(layer).__new__(type(layer))
+        twin.__dict__ = layer.__dict__ | {"_buffers": dict(layer._buffers)}
+        setattr(twin, tensor, getattr(layer, tensor).clone())
+        layers.append(twin)
+    return layers
+
+
+def each_layer(layers: list[Any]) -> Engine:
+    return lambda x: [lambda layer=layer: layer(x) for layer in layers]
+
+
+def ours(n: int, k: int, dtype: torch.dtype) -> dict[str, Engine]:
+    from tersor import NF4, ActSpec, QSpec, QuantLinear, SparseLinear, use_sparse
+
+    w4, w8, int8_ = QSpec(4, GROUP), QSpec(8, GROUP), ActSpec()
+    use_sparse("never")
+    made = {
+        "W4": QuantLinear(random_weight(n, k, w4)),
+        "W8": QuantLinear(random_weight(n, k, w8)),
+        "W4A8": QuantLinear(random_weight(n, k, w4), activation=int8_),
+        "W4A8 two-level": QuantLinear(multiples(random_weight(n, k, w4)), activation=int8_),
+        "W8A8 row": QuantLinear(random_weight(n, k, QSpec(8, None)), activation=int8_),
     }
+    use_sparse("always")
+    made["W4 2:4"] = QuantLinear(random_weight(n, k, w4, sparse=True))
+    made["W16 2:4"] = SparseLinear(two_four(n, k, dtype))
+    use_sparse("auto")
+    engines = {name: each_layer(copies_of(layer, "packed")) for name, layer in made.items()}
+    engines["NF4"] = each_layer(copies_of(codebook_layer(n, k, NF4(64)), "ordered"))
+    outliers = ActSpec(outliers=6.0)
+    mixed = QuantLinear(random_weight(n, k, QSpec(8, None)), activation=outliers)
+    engines["LLM.int8()"] = with_outliers(copies_of(mixed, "packed"))
+    return {f"tersor {name}": engine for name, engine in engines.items()}
 
 
-def candidates(n: int, k: int, x: Tensor) -> dict[str, list[Callable[[], object]]]:
-    """For each engine a call on each of its copies of the weight."""
-    from tersor import NF4, ActSpec, QuantLinear
+def two_four(n: int, k: int, dtype: torch.dtype) -> Tensor:
+    order = torch.rand(n, k // 4, 4, device="cuda").argsort(-1).view(n, k)
+    return torch.randn(n, k, device="cuda", dtype=dtype).masked_fill_(order > 1, 0)
 
-    made: dict[str, list[Callable[[], object]]] = {}
-    firsts: dict[str, tuple[Any, str]] = {
-        name: (QuantLinear(q, activation=ActSpec() if "A8" in name else None).to("cuda"), "packed")
-        for name, q in weights(n, k).items()
+
+def with_outliers(layers: list[Any]) -> Engine:
+    """Every 512th column of x holds a large value."""
+
+    def calls(x: Tensor) -> Calls:
+        x = x.clone()
+        x[:, ::512] *= 20
+        x[0, ::512] = 20
+        return [lambda layer=layer: layer(x) for layer in layers]
+
+    return calls
+
+
+def peers(n: int, k: int, dtype: torch.dtype) -> dict[str, Engine]:
+    dense = torch.randn(n, k, device="cuda", dtype=dtype)
+    copies = [dense.clone() for _ in range(max(2, COPIES_BYTES // dense.nbytes + 1))]
+    engines: dict[str, Engine] = {
+        "torch": lambda x: [lambda w=w: F.linear(x, w) for w in copies],
+        "torch int8": torch_int8(n, k),
     }
-    firsts["tersor NF4"] = (codebook_layer(n, k, NF4(64)), "ordered")
-    for name, (first, tensor) in firsts.items():
-        count = max(2, COPIES_BYTES // getattr(first, tensor).numel() + 1)
-        layers = [first]
-        for _ in range(count - 1):
-            twin = type(first).__new__(type(first))
-            twin.__dict__ = first.__dict__ | {"_buffers": dict(first._buffers)}
-            setattr(twin, tensor, getattr(first, tensor).clone())
-            layers.append(twin)
-        made[name] = [lambda layer=layer: layer(x) for layer in layers]
-    made |= bitsandbytes(n, k, x)
-    dense = torch.randn(n, k, device="cuda").to(x.dtype)
-    copies = [dense.clone() for _ in range(max(2, COPIES_BYTES // (2 * n * k) + 1))]
-    made["torch"] = [lambda w=w: F.linear(x, w) for w in copies]
-    if x.dtype == torch.bfloat16:
-        made |= int4pack(n, k, x)
-    return made
+    made = {
+        "torch 2:4": lambda: torch_sparse(two_four(n, k, dtype)),
+        "torch int4pack": lambda: int4pack(n, k, dtype),
+        "bitsandbytes NF4": lambda: bitsandbytes_nf4(dense),
+        "bitsandbytes LLM.int8()": lambda: bitsandbytes_int8(dense),
+    }
+    for name, make in made.items():
+        try:
+            engine = make()
+            engine(torch.randn(32, k, device="cuda", dtype=dtype))[0]()
+        except (ImportError, RuntimeError, NotImplementedError) as error:
+            print(f"{name} is left out: {str(error).splitlines()[0][:120]}", file=sys.stderr)
+        else:
+            engines[name] = engine
+    return engines
 
 
-def int4pack(n: int, k: int, x: Tensor) -> dict[str, list[Callable[[], object]]]:
+def torch_int8(n: int, k: int) -> Engine:
+    """cuBLAS's product of int8 alone, without scales and the rounding of x; from 17 tokens on."""
+    w = torch.randint(-128, 128, (n, k), dtype=torch.int8, device="cuda")
+    copies = [w.clone() for _ in range(max(2, COPIES_BYTES // w.nbytes + 1))]
+
+    def calls(x: Tensor) -> Calls:
+        codes = torch.randint(-128, 128, x.shape, dtype=torch.int8, device="cuda")
+        return [lambda w=w: torch._int_mm(codes, w.t()) for w in copies if len(x) > 16]
+
+    return calls
+
+
+def torch_sparse(w: Tensor) -> Engine:
+    """cuSPARSELt, or CUTLASS, through torch."""
+    first = torch.sparse.to_sparse_semi_structured(w)
+    copies = [first]
+    for _ in range(max(1, COPIES_BYTES // w.nbytes)):
+        copies.append(torch.sparse.to_sparse_semi_structured(w.clone()))
+    return lambda x: [lambda w=w: F.linear(x, w) for w in copies]
+
+
+def int4pack(n: int, k: int, dtype: torch.dtype) -> Engine:
+    if dtype != torch.bfloat16:
+        raise NotImplementedError("it takes bfloat16 alone")
     bytes_ = torch.randint(256, (n, k // 2), dtype=torch.uint8, device="cuda")
     grid = torch.randn(k // GROUP, n, 2, device="cuda", dtype=torch.bfloat16)
-    try:
-        packed = torch.ops.aten._convert_weight_to_int4pack(bytes_, 8)
-        torch.ops.aten._weight_int4pack_mm(x, packed, GROUP, grid)
-    except RuntimeError as error:
-        print(f"_weight_int4pack_mm: {error}", file=sys.stderr)
-        return {}
-    copies = [packed.clone() for _ in range(max(2, COPIES_BYTES // (n * k // 2) + 1))]
+    packed = torch.ops.aten._convert_weight_to_int4pack(bytes_, 8)
+    copies = [packed.clone() for _ in range(max(2, COPIES_BYTES // packed.nbytes + 1))]
     mm = torch.ops.aten._weight_int4pack_mm
-    return {"torch int4pack": [lambda w=w: mm(x, w, GROUP, grid) for w in copies]}
+    return lambda x: [lambda w=w: mm(x, w, GROUP, grid) for w in copies]
 
 
-def bitsandbytes(n: int, k: int, x: Tensor) -> dict[str, list[Callable[[], object]]]:
-    """NF4 in blocks of 64 with double quantization, where the package is installed."""
-    try:
-        import bitsandbytes as bnb
-    except ImportError:
-        return {}
-    dense = torch.randn(n, k, device="cuda").to(x.dtype)
+def bitsandbytes_nf4(dense: Tensor) -> Engine:
+    """Blocks of 64 with double quantization."""
+    import bitsandbytes as bnb
+
     packed, state = bnb.functional.quantize_4bit(
         dense, blocksize=64, compress_statistics=True, quant_type="nf4"
     )
-    copies = [packed.clone() for _ in range(max(2, COPIES_BYTES // packed.numel() + 1))]
-    return {"bitsandbytes": [lambda w=w: bnb.matmul_4bit(x, w.t(), state) for w in copies]}
+    copies = [packed.clone() for _ in range(max(2, COPIES_BYTES // packed.nbytes + 1))]
+    return lambda x: [lambda w=w: bnb.matmul_4bit(x, w.t(), state) for w in copies]
+
+
+def bitsandbytes_int8(dense: Tensor) -> Engine:
+    import bitsandbytes as bnb
+
+    n, k = dense.shape
+    layers = []
+    for _ in range(max(2, COPIES_BYTES // (n * k) + 1)):
+        layer = bnb.nn.Linear8bitLt(k, n, bias=False, has_fp16_weights=False, threshold=6.0)
+        layer.load_state_dict({"weight": dense.half().cpu()})
+        layers.append(layer.cuda())
+    return with_outliers(layers)
 
 
 def kernels(quick: bool) -> list[dict[str, Any]]:
     rows = []
     for n, k in SHAPES[: 1 if quick else None]:
-        for m in TOKENS[:: 4 if quick else 1]:
-            for name, dtype in HALVES.items():
-                x = torch.randn(m, k, device="cuda").to(dtype)
-                taken = {each: gpu.seconds(calls) for each, calls in candidates(n, k, x).items()}
+        for name, dtype in HALVES.items():
+            engines = ours(n, k, dtype) | peers(n, k, dtype)
+            for m in TOKENS[:: 4 if quick else 1]:
+                x = torch.randn(m, k, device="cuda", dtype=dtype)
+                calls = {each: engine(x) for each, engine in engines.items()}
+                taken = {each: gpu.seconds(made) for each, made in calls.items() if made}
                 rows.append({"n": n, "k": k, "m": m, "dtype": name, "seconds": taken})
-                torch.cuda.empty_cache()
+            del engines, calls
+            torch.cuda.empty_cache()
     return rows
 
 
@@ -304,24 +404,38 @@ def whole(model: Any, vocabulary: int, prompt: int = 2048, new: int = 64) -> dic
 # --- the report ----------------------------------------------------------------------------------
 
 
+RATIOS = {  # a peer's seconds over ours
+    "W4": ("torch", "tersor W4"),
+    "W8": ("torch", "tersor W8"),
+    "W4A8": ("torch", "tersor W4A8"),
+    "two-level": ("torch", "tersor W4A8 two-level"),
+    "W8A8": ("torch", "tersor W8A8 row"),
+    "W8A8 / int8": ("torch int8", "tersor W8A8 row"),
+    "LLM.int8()": ("bitsandbytes LLM.int8()", "tersor LLM.int8()"),
+    "NF4": ("torch", "tersor NF4"),
+    "NF4 / bnb": ("bitsandbytes NF4", "tersor NF4"),
+    "W4 / int4pack": ("torch int4pack", "tersor W4"),
+    "W4 2:4": ("torch", "tersor W4 2:4"),
+    "2:4 / W4": ("tersor W4", "tersor W4 2:4"),
+    "W16 2:4": ("torch", "tersor W16 2:4"),
+    "W16 / torch 2:4": ("torch 2:4", "tersor W16 2:4"),
+}
+
+
 def shown(rows: list[dict[str, Any]], limit: dict[str, float]) -> Table:
-    table = Table(title="seconds of torch's float16 linear over ours; bytes of W4 over bandwidth")
-    engines = ("W4", "W8", "W4A8", "W4A8 two-level", "W8A8 row", "NF4")
-    heads = ("n", "k", "m", "dtype", *engines, "int4pack / W4", "bitsandbytes / NF4",
-             "of bandwidth")  # fmt: skip
-    for head in heads:
+    """Of torch's 16-bit linear where a column names no other."""
+    table = Table(title="seconds of a peer over ours; bytes of W4 over the bandwidth of a copy")
+    for head in ("n", "k", "m", "dtype", *RATIOS, "of bandwidth"):
         table.add_column(head, justify="right")
     for row in rows:
         taken, n, k = row["seconds"], row["n"], row["k"]
         moved = n * k * (4 + 16 / GROUP) / 8 + 2 * row["m"] * (n + k)
         share = moved / taken["tersor W4"] / limit["copy_bytes_per_second"]
-        pack, peer = taken.get("torch int4pack"), taken.get("bitsandbytes")
-        table.add_row(
-            str(n), str(k), str(row["m"]), row["dtype"],
-            *(f"{taken['torch'] / taken[f'tersor {engine}']:.2f}" for engine in engines),
-            f"{pack / taken['tersor W4']:.2f}" if pack else "",
-            f"{peer / taken['tersor NF4']:.2f}" if peer else "", f"{share:.0%}",
-        )  # fmt: skip
+        ratios = (
+            f"{taken[peer] / taken[mine]:.2f}" if peer in taken and mine in taken else ""
+            for peer, mine in RATIOS.values()
+        )
+        table.add_row(str(n), str(k), str(row["m"]), row["dtype"], *ratios, f"{share:.0%}")
     return table
 
 
@@ -335,4 +449,5 @@ def show(found: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     parts = {"check": check, "kernels": kernels, "models": models}
-    gpu.run(__doc__, "cuda_linear", parts, ["test_cuda.py"], show)
+    tested = ["test_cuda.py", "test_gpu_codebook.py", "test_gpu_sparse.py"]
+    gpu.run(__doc__, "cuda_linear", parts, tested, show)

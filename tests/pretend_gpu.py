@@ -23,6 +23,8 @@ from tersor import cuda
 GPU = torch.device("cuda", 0)
 _MARK = "_pretends_to_be_on_a_gpu"  # of a storage
 _ADDMM = torch.addmm
+# What may be called with a tensor of each; the last is what sets the data of a parameter.
+_BETWEEN = ("copy_", "_has_compatible_shallow_copy_type", "__set__")
 
 
 def is_there(tensor: Tensor) -> bool:
@@ -60,7 +62,7 @@ class _Mode(TorchFunctionMode):
         there = [is_there(each) for each in tensors]
         if name == "numpy" and any(there):
             raise TypeError("can't convert cuda:0 device type tensor to numpy")
-        if name == "copy_":  # which alone may go from one to the other
+        if name in _BETWEEN:
             return func(*args, **kwargs)
         if asked is None:
             self._check(name, tensors)
@@ -84,8 +86,9 @@ class _Mode(TorchFunctionMode):
                 others.append(each.dtype)
             elif isinstance(each, (str, torch.device)):
                 target = each
-            else:
+            elif isinstance(each, torch.dtype):
                 others.append(each)
+            # The rest says in what way to copy.
         moved = Tensor.to(tensor, *others, **kwargs) if others or kwargs else tensor
         if target is None:
             return _mark(moved) if is_there(tensor) else moved
@@ -116,5 +119,6 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         patch.setattr(torch.cuda, "device_count", lambda: 1)
         patch.setattr(torch.cuda, "current_device", lambda: 0)
         patch.setattr(torch.cuda, "get_device_name", lambda *device: "a pretended GPU")
+        patch.setattr(torch.cuda, "get_device_capability", lambda *device: (7, 5))
         with _Mode():
             yield

@@ -14,27 +14,33 @@ from folders import weights
 from pretend_gpu import is_there, pretend_gpu
 from tersor import (
     GPTQ,
+    ActSpec,
     QSpec,
+    QuantizationTraining,
+    QuantLinear,
     Scheme,
     SparseGPT,
     Sparsity,
     TersorError,
     Wanda,
+    _core,
     cuda,
     prune_checkpoint,
     quantize_checkpoint,
+    quantize_model,
 )
 from tersor.calibrate import Calibration
 from tersor.devices import find_device
 from tersor.report import Report
+from test_cuda_layer import calls, library  # noqa: F401, fixtures of `linears`
 
 TEXT = Calibration(texts=(tiny.text(),), samples=12, seq_len=64)
 W4 = Scheme(QSpec(4, 32))
-no_gpu = pytest.mark.skipif(cuda.unavailable() is None, reason="there is a GPU")
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
+def solver(tmp_path_factory):
     if emulated.compiler() is None:
         pytest.skip("there is no C++ compiler")
     return emulated.build(tmp_path_factory.mktemp("emulated"), "emulate_solve")
@@ -43,12 +49,25 @@ def library(tmp_path_factory):
 @pytest.fixture
 def gpu(monkeypatch, request):
     """A GPU, real or pretended, while the test lasts."""
-    if cuda.unavailable() is None:
+    if torch.cuda.is_available():
         yield
         return
-    emulated.use_solver(request.getfixturevalue("library"), monkeypatch)
+    emulated.use_solver(request.getfixturevalue("solver"), monkeypatch)
     with pretend_gpu(monkeypatch):
         yield
+
+
+@pytest.fixture
+def linears(monkeypatch, request):
+    """QuantLinear there too."""
+    if not torch.cuda.is_available():
+        request.getfixturevalue("calls")
+        monkeypatch.setattr(cuda._core, "cuda_refuses", _core.cuda_refuses, raising=False)
+        monkeypatch.setattr(cuda, "linear", _linear)
+
+
+def _linear(x, packed, bias, grid, outliers=None):
+    return cuda._linear(x, packed, bias, *grid.fields(), outliers)
 
 
 # --- the choice -----------------------------------------------------------------------------------
@@ -190,3 +209,43 @@ def test_a_stopped_run_goes_on_there_and_not_elsewhere(gpu, tmp_path, monkeypatc
     with pytest.raises(TersorError, match="device"):
         run("cpu")
     assert len(run("cuda").layers) == 14
+
+
+# --- models in memory -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", [W4, Scheme(QSpec(8, None), ActSpec(outliers=6.0))], ids=str)
+def test_a_model_that_is_there_is_quantized_there(linears, gpu, scheme):
+    ids = torch.randint(2, tiny.VOCAB, (4, 48), generator=torch.Generator().manual_seed(0))
+    here, there = tiny.model("llama"), tiny.model("llama").to("cuda")
+    quantize_model(here, ids, scheme=scheme)
+    report = quantize_model(there, ids, scheme=scheme)
+    assert "device" in report.settings and len(report.layers) == 14
+    for name, layer in there.named_modules():
+        if isinstance(layer, QuantLinear):
+            assert layer.grid is not None and layer.packed.is_cuda
+            ours = here.get_submodule(name).qweight().codes
+            assert (layer.qweight().codes.cpu() == ours).double().mean() >= 0.95
+    with torch.no_grad():
+        expected, found = here(ids).logits, there(ids.to("cuda")).logits.cpu()
+    assert (found - expected).norm() < 0.05 * expected.norm()
+    back = there.to("cpu")
+    with torch.no_grad():
+        assert (back(ids).logits - expected).norm() < 0.05 * expected.norm()
+
+
+def test_a_training_ends_there(linears, gpu):
+    model = tiny.model("llama").to("cuda")
+    training = QuantizationTraining(W4).attach(model)
+    assert training.finish().scheme == W4
+    layers = [each for each in model.modules() if isinstance(each, QuantLinear)]
+    assert len(layers) == 14 and all(each.packed.is_cuda for each in layers)
+
+
+def test_a_model_that_could_not_stay_there(gpu):
+    model = tiny.model("llama").to("cuda")
+    with pytest.raises(TersorError, match=r"q_proj, 64 x 64, cannot be .*group must be 32.*\.cpu"):
+        quantize_model(model, scheme=Scheme(QSpec(4, 16)), method="rtn")
+    model.model.layers[1].to("cpu")
+    with pytest.raises(TersorError, match=r"layers\.1\..* is on cpu; .*all of it to one GPU"):
+        quantize_model(model, scheme=W4, method="rtn")
