@@ -265,6 +265,13 @@ void tersor::bind_cuda(nb::module_ m) {
       .def_ro("bytes", &Weight::bytes);
   m.def("cuda_unavailable", [] { return text(cuda::unavailable()); });
   m.def("cuda_architectures", cuda::architectures);
+  m.def(
+      "cuda_refuses_device",
+      [](int device) {
+        const std::string reason = cuda::refuses(target(device, 0).device);
+        return text(reason.empty() ? nullptr : reason.c_str());
+      },
+      "device"_a);
   m.def("cuda_kernels", [] {
     nb::list rows;
     for (const cuda::Row& row : cuda::kernels()) rows.append(nb::make_tuple(row.name, row.arch));
@@ -294,10 +301,6 @@ void tersor::bind_cuda(nb::module_ m) {
         return cuda::scratch_bytes(w.spec, m, dtype, device, outliers);
       },
       "weight"_a, "m"_a, "dtype"_a, "device"_a, "outliers"_a = false);
-  m.def(
-      "cuda_capture_of",
-      [](int device, uintptr_t stream) { return cuda::capture_of(target(device, stream)); },
-      "device"_a, "stream"_a);
   m.def("cuda_pack", ::pack);  // not that of tersor, which packs for the CPU
   m.def("cuda_unpack", ::unpack);
   m.def("cuda_dequantize", dequantize);

@@ -106,7 +106,8 @@ void solve_block(const Matrix& w, const Matrix& unit, const Matrix& values, int6
   }
   if (keep) {
     check_matrix(*keep, n, width, device, "the weights to keep");
-    if (keep->stride(1) != 1 || keep->stride(0) < width)
+    // (Some versions of torch say anything of the stride of a dimension of one.)
+    if ((width > 1 && keep->stride(1) != 1) || (n > 1 && keep->stride(0) < width))
       throw Error("rows of the weights to keep must be contiguous");
   }
   if (of != 0 && (of < 2 || of > 16 || (of & (of - 1)) || width % of || kept < 1 || kept >= of))

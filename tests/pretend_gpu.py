@@ -114,11 +114,13 @@ class _Mode(TorchFunctionMode):
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """While it lasts, there is a GPU, if none that tersor's CUDA kernels run on."""
     with monkeypatch.context() as patch:
-        patch.setattr(cuda, "unavailable", lambda: None)
+        patch.setattr(cuda, "unavailable", lambda *device: None)
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(torch.cuda, "device_count", lambda: 1)
         patch.setattr(torch.cuda, "current_device", lambda: 0)
         patch.setattr(torch.cuda, "get_device_name", lambda *device: "a pretended GPU")
         patch.setattr(torch.cuda, "get_device_capability", lambda *device: (7, 5))
+        patch.setattr(torch.cuda, "reset_peak_memory_stats", lambda *device: None)
+        patch.setattr(torch.cuda, "max_memory_allocated", lambda *device: 0)
         with _Mode():
             yield

@@ -104,8 +104,8 @@ def test_which_zeros_a_gpu_can_leave_out(bits, activation, kept, of, reason):
         (24, 64, QSpec(4, 64), None, "multiples of 16"),
         (64, 72, QSpec(4, None), None, "multiples of 16"),
         (64, 96, QSpec(4, 48), None, "the group must be 32"),
-        (16, 131056, QSpec(8, None), ActSpec(), None),
-        (16, 131072, QSpec(8, None), ActSpec(), "at most 131071 columns can share a scale"),
+        (16, 65792, QSpec(8, None), ActSpec(), None),
+        (16, 65808, QSpec(8, None), ActSpec(), "at most 65793 columns of 8 bits"),
         (16, 131072, QSpec(4, 128), ActSpec(), None),
     ],
 )

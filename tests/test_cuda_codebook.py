@@ -282,7 +282,7 @@ def calls(library, monkeypatch):
         cuda_codebook_refuses=lambda n, k, g, doubled: "blocks of 16" if g == 16 else None,
     )  # fmt: skip
     monkeypatch.setattr(cuda_codebook, "_core", native)
-    monkeypatch.setattr(cuda, "unavailable", lambda: None)
+    monkeypatch.setattr(cuda, "unavailable", lambda *device: None)
     monkeypatch.setattr(cuda, "_place", lambda device: (0, 0))
     monkeypatch.setattr(cuda, "_workspace", lambda *place: torch.zeros(1))
     takes = cuda_codebook.takes

@@ -81,10 +81,11 @@ def calls(library, monkeypatch):
 
     native = SimpleNamespace(
         CudaWeight=Weight, cuda_pack=pack, cuda_unpack=unpack, cuda_dequantize=dequantize,
-        cuda_linear=linear, cuda_unavailable=lambda: None, cuda_scratch_bytes=lambda *of: 64,
+        cuda_linear=linear, cuda_scratch_bytes=lambda *of: 64,
         cuda_find_outliers=find_outliers, cuda_outlier_bytes=lambda k: (k + 63) // 64 * 8,
     )  # fmt: skip
     monkeypatch.setattr(cuda, "_core", native)
+    monkeypatch.setattr(cuda, "unavailable", lambda *device: None)
     monkeypatch.setattr(cuda, "_place", lambda device: (0, 0))
     monkeypatch.setattr(cuda, "_workspace", lambda *place: torch.zeros(1))
     cuda._weight.cache_clear()

@@ -165,7 +165,7 @@ def test_products_are_of_float32_whatever_is_allowed():
     try:
         for allowed in (True, False):
             matmul.allow_tf32 = allowed
-            with cuda_solver._float32_products():
+            with cuda_solver.float32_products():
                 assert matmul.fp32_precision == "ieee"
             assert matmul.allow_tf32 is allowed
     finally:

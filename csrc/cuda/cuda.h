@@ -1,8 +1,9 @@
 // The CUDA part as the rest of the library sees it; no header of CUDA is needed to read this one.
 //
 // Weights, activations and results are in the memory of a device, and everything is launched on a
-// stream of the caller's: nothing here allocates, waits, or changes the current device of the
-// thread. A build without CUDA has the same functions (no_cuda.cpp), which say so.
+// stream of the caller's: nothing here waits or changes the current device of the
+// thread, and nothing allocates but the first call of a stream, and of a capture, some counters. A
+// build without CUDA has the same functions (no_cuda.cpp), which say so.
 #pragma once
 
 #include <cstddef>
@@ -42,6 +43,8 @@ struct Row {
 // The kernels of products, in the order that they are asked.
 std::vector<Row> kernels();
 
+// Why a device cannot run the kernels of this build, or nothing where it can.
+std::string refuses(int device);
 // Why weights of this spec cannot be in CUDA order, or nullptr where they can.
 const char* refuses(const Spec& spec);
 // Bytes of such a weight, which has no header: what it is, only its owner knows.
@@ -60,11 +63,9 @@ void dequantize(const Spec& spec, const void* packed, int64_t begin, int64_t end
 // dequantizes, and multiplies with the library of its own. outliers: some columns of x may stay in
 // 16 bits beside int8 ones.
 std::string serves(const Spec& spec, int64_t m, int32_t dtype, int device, bool outliers);
-// Of the workspace of any call on a device. It must be zeros at first; a call leaves it so that the
-// next can have it, whatever its shape, but no two calls can have it at a time.
+// Of the workspace of any call on a device, at 128 bytes; what is in it before and after is
+// nothing.
 size_t workspace_bytes(int device);
-// The number of the capture into a graph that the stream is in, or 0.
-uint64_t capture_of(Target target);
 // Of the memory that a call needs for itself, at 128 bytes: where the activations are int8.
 size_t scratch_bytes(const Spec& spec, int64_t m, int32_t dtype, int device, bool outliers);
 // Of what find_outliers writes about k columns: a bit for each, and whole words of 64.

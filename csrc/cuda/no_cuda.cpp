@@ -16,13 +16,13 @@ const char* unavailable() { return kWhy; }
 std::string architectures() { return {}; }
 std::vector<Row> kernels() { return {}; }
 const char* refuses(const Spec&) { return kWhy; }
+std::string refuses(int) { return kWhy; }
 size_t packed_bytes(const Spec&) { refuse(); }
 void pack(const Spec&, const tersor_view&, void*, Target) { refuse(); }
 void unpack(const Spec&, const void*, const tersor_view&, Target) { refuse(); }
 void dequantize(const Spec&, const void*, int64_t, int64_t, void*, int32_t, Target) { refuse(); }
 std::string serves(const Spec&, int64_t, int32_t, int, bool) { refuse(); }
 size_t workspace_bytes(int) { refuse(); }
-uint64_t capture_of(Target) { refuse(); }
 size_t scratch_bytes(const Spec&, int64_t, int32_t, int, bool) { refuse(); }
 size_t outlier_bytes(int64_t) { refuse(); }
 void find_outliers(const void*, int64_t, int64_t, int64_t, int32_t, float, void*, Target) {

@@ -6,8 +6,10 @@
 
 #include <algorithm>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <mutex>
+#include <tuple>
 
 #include "cuda/arguments.h"
 #include "cuda/cuda.h"
@@ -17,15 +19,15 @@
 namespace tersor::cuda {
 namespace {
 
-// Tiles that the counters of a workspace have room for: the same for all calls, so that what one
-// call left as partial sums is never another's counter.
+// Tiles that there are counters for, the same for all calls.
 constexpr int64_t kMostTiles = 16384;
 constexpr size_t kCounterBytes = kMostTiles * sizeof(int);
 // More tokens than this are better multiplied with a weight that is dequantized once.
 constexpr int64_t kMostTokens = 128;
 constexpr int64_t kMostCodebookTokens = 64;
-// Columns that can be summed in int32, whatever the codes: one less than 2^31 / 128^2.
-constexpr int64_t kMostSummed = 131071;
+// Columns of int8 products that can be summed in int32: of 8-bit codes one may be 255 * 128, and of
+// 4-bit codes on a two-level grid 120 * 128.
+constexpr int64_t most_summed(int bits) { return bits == 8 ? 65793 : 131071; }
 // The shortest stretch of steps that is worth a worker of its own.
 constexpr int32_t kLeastSteps = 4;
 
@@ -73,6 +75,7 @@ class Current {
 struct Device {
   int arch = 0;
   int multiprocessors = 0;
+  std::string why;               // no kernel can run; empty where some can
   std::vector<size_t> resident;  // for each of gemms(): workers that run at once, 0 where it cannot
 
   explicit Device(int number) {
@@ -88,7 +91,28 @@ struct Device {
       for (const bool pattern : {false, true})
         cudaFuncSetAttribute(solve_kernel(grid, pattern),
                              cudaFuncAttributeMaxDynamicSharedMemorySize, kSolveShared);
+    cudaFuncAttributes found;
+    const cudaError_t status = cudaFuncGetAttributes(&found, search_grid_kernel());
+    if (status != cudaSuccess)
+      why = "tersor was built for " + architectures() + ", and this GPU is " +
+            std::to_string(arch) + " (" + cudaGetErrorString(status) + ")";
+    preload();
     cudaGetLastError();  // a kernel without code for this device is no error of the next call
+  }
+
+  // Loads what else a call may launch, which the runtime would put off to the first time: that may
+  // be while a graph is captured, when nothing can be loaded.
+  static void preload() {
+    for (const int32_t dtype : {TERSOR_F32, TERSOR_BF16, TERSOR_F16}) {
+      cudaFuncAttributes found;
+      for (const void* function :
+           {quantize_kernel(dtype), dequantize_kernel(dtype), dequantize_sparse_kernel(dtype),
+            dequantize_codebook_kernel(dtype)})
+        cudaFuncGetAttributes(&found, function);
+      if (dtype == TERSOR_F32) continue;
+      for (const void* function : {quantize_others_kernel(dtype), outlier_kernel(dtype)})
+        cudaFuncGetAttributes(&found, function);
+    }
   }
 
   size_t workers(const Gemm& gemm) const {
@@ -163,7 +187,11 @@ Plan plan(const Spec& spec, int64_t m, int32_t dtype, int number, bool outliers)
                     : outliers ? Sort::outliers
                     : whole    ? Sort::rows
                                : Sort::int8;
-  if (outliers && spec.two_level) throw Error("outliers need a scale for each group");
+  if (outliers && spec.two_level)
+    throw Error(
+        "outliers need a scale for each group; set them before the layer is moved to the GPU, or "
+        "move it "
+        "to the CPU and back");
   return plan(shape(spec), m, dtype, number, spec.bits, sort);
 }
 
@@ -271,8 +299,9 @@ const char* refuses(const Spec& spec) {
   }
   if (spec.n % 16 || spec.k % 16) return "n and k must be multiples of 16 on a GPU";
   if (!is_group(spec.k, spec.g)) return "the group must be 32, a multiple of 64, or the whole row";
-  if (spec.activation == TERSOR_A8 && (spec.two_level ? spec.k : spec.g) > kMostSummed)
-    return "with int8 activations, at most 131071 columns can share a scale on a GPU";
+  if (spec.activation == TERSOR_A8 && (spec.two_level ? spec.k : spec.g) > most_summed(spec.bits))
+    return "with int8 activations, at most 65793 columns of 8 bits, and 131071 of 4, can share a "
+           "scale on a GPU";
   if (spec.two_level && (spec.bits != 4 || spec.asymmetric || spec.activation != TERSOR_A8))
     return "a two-level grid is of symmetric 4-bit codes, for int8 activations";
   return nullptr;
@@ -301,6 +330,8 @@ void dequantize(const Spec& spec, const void* packed, int64_t begin, int64_t end
               (end - begin) * spec.k, &args, target);
 }
 
+std::string refuses(int number) { return device(number).why; }
+
 std::string serves(const Spec& spec, int64_t m, int32_t dtype, int number, bool outliers) {
   const Plan chosen = plan(spec, m, dtype, number, outliers);
   return chosen.gemm ? chosen.gemm->name : "";
@@ -311,20 +342,7 @@ size_t workspace_bytes(int number) {
   size_t most = 0;
   for (size_t i = 0; i < gemms().size(); ++i)
     most = std::max(most, 2 * on.resident[i] * gemms()[i].tile_bytes);
-  return kCounterBytes + most;
-}
-
-uint64_t capture_of(Target target) {
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  unsigned long long id = 0;
-#if CUDART_VERSION >= 13000
-  check(cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(target.stream), &status, &id),
-        "the stream");
-#else
-  check(cudaStreamGetCaptureInfo_v2(static_cast<cudaStream_t>(target.stream), &status, &id),
-        "the stream");
-#endif
-  return status == cudaStreamCaptureStatusNone ? 0 : id;
+  return most;
 }
 
 size_t scratch_bytes(const Spec& spec, int64_t m, int32_t dtype, int number, bool outliers) {
@@ -349,9 +367,59 @@ void find_outliers(const void* x, int64_t m, int64_t k, int64_t ldx, int32_t dty
 
 namespace {
 
+// The number of the capture into a graph that a stream of the current device is in, or 0.
+uint64_t capture_of(Target target) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  unsigned long long id = 0;
+#if CUDART_VERSION >= 13000
+  check(cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(target.stream), &status, &id),
+        "the stream");
+#else
+  check(cudaStreamGetCaptureInfo_v2(static_cast<cudaStream_t>(target.stream), &status, &id),
+        "the stream");
+#endif
+  return status == cudaStreamCaptureStatusNone ? 0 : id;
+}
+
+// Lets this thread allocate while a stream is captured: nothing of it goes into the graph.
+class Relaxed {
+ public:
+  Relaxed() { check(cudaThreadExchangeStreamCaptureMode(&mode_), "the mode of captures"); }
+  ~Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  Relaxed(const Relaxed&) = delete;
+  Relaxed& operator=(const Relaxed&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
+int* new_counters() {
+  const Relaxed relaxed;
+  void* made = nullptr;
+  cudaStream_t aside = nullptr;
+  check(cudaMalloc(&made, kCounterBytes), "no memory for counters");
+  check(cudaStreamCreateWithFlags(&aside, cudaStreamNonBlocking), "no stream");
+  check(cudaMemsetAsync(made, 0, kCounterBytes, aside), "counters");
+  check(cudaStreamSynchronize(aside), "counters");
+  check(cudaStreamDestroy(aside), "a stream");
+  return static_cast<int*>(made);
+}
+
+// Counters of the tiles of a call, which are zero before it and after. Calls on one stream come one
+// after the other, and can have the same. A capture has its own for each of its streams: its graph
+// may run at any time, so they are never freed (64 KiB each), nor taken from a caller's memory.
+int* counters(Target target) {
+  static std::mutex mutex;
+  static std::map<std::tuple<int, void*, uint64_t>, int*> all;
+  const std::lock_guard<std::mutex> lock(mutex);
+  int*& found = all[{target.device, target.stream, capture_of(target)}];
+  if (!found) found = new_counters();
+  return found;
+}
+
 // What a tersor_args and a CodebookCall say alike.
 template <class Call>
-void describe(LinearArgs& args, const Call& call, const Plan& chosen) {
+void describe(LinearArgs& args, const Call& call, const Plan& chosen, Target target) {
   args.packed = static_cast<const uint8_t*>(call.packed);
   args.x = call.x;
   args.y = static_cast<uint16_t*>(call.y);
@@ -360,8 +428,8 @@ void describe(LinearArgs& args, const Call& call, const Plan& chosen) {
   args.m = static_cast<int32_t>(call.m);
   args.token_tiles = chosen.token_tiles;
   args.partition = chosen.partition;
-  args.arrived = static_cast<int*>(call.workspace);
-  args.partials = reinterpret_cast<float*>(static_cast<uint8_t*>(call.workspace) + kCounterBytes);
+  args.arrived = counters(target);
+  args.partials = static_cast<float*>(call.workspace);
 }
 
 }  // namespace
@@ -373,8 +441,8 @@ bool linear(const Spec& spec, const tersor_args& call, const void* outliers, voi
   LinearArgs args{};
   args.w = shape(spec);
   args.scale_dtype = spec.scale_dtype;
-  describe(args, call, chosen);
   const Current current(target.device);
+  describe(args, call, chosen, target);
   BoxedArgs boxed;
   const void* given = &args;
   if (chosen.gemm->boxed) {
@@ -461,12 +529,12 @@ bool linear(const CodebookCall& call, Target target) {
   const CodebookShape s = shape(call.spec);
   CodebookArgs args{};
   args.w = s.w;
-  describe(args, call, chosen);
+  const Current current(target.device);
+  describe(args, call, chosen, target);
   args.codebook = call.values;
   args.doubled = s.doubled, args.row_groups = s.row_groups;
   args.scale_steps = reinterpret_cast<const float*>(args.packed + s.steps_at);
   args.mean = reinterpret_cast<const float*>(args.packed + s.mean_at);
-  const Current current(target.device);
   launch(chosen.gemm->function, chosen.partition.workers, chosen.gemm->threads, chosen.gemm->shared,
          &args, target);
   return true;

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tersor import column_solver
 from tersor.corpus import Documents, check_characters, ended, open_documents
+from tersor.cuda_solver import float32_products
 from tersor.errors import TersorError
 
 if TYPE_CHECKING:
@@ -262,6 +263,7 @@ class GramStats:
         self._in_order()
         return self._gram.diagonal().clone()
 
+    @float32_products()
     def times(self, rows: Tensor) -> Tensor:
         """rows @ H, for rows float32 [n, k] (not of one that was factored in another order)."""
         self._in_order()
@@ -279,6 +281,7 @@ class GramStats:
         if self._factor is not None and self._factor.order is not None:
             raise ValueError("the Gram matrix is in another order of columns")
 
+    @float32_products()
     def update(self, x: Tensor) -> None:
         """Adds the tokens of x, [..., k] in any floating-point dtype."""
         rows = x.reshape(-1, self.k)
@@ -326,6 +329,7 @@ class GramStats:
             raise ValueError(f"already factored with damp and act_order {self._asked}")
         return self._factor
 
+    @float32_products()
     def loss(self, error: Tensor) -> float:
         """tr(E H Eᵀ) for E float32 [n, k]: the squared error of the outputs, summed over tokens."""
         gram, order = self.gram, self._factor.order if self._factor else None

@@ -95,9 +95,13 @@ class Grid:
 _FIELDS = len(fields(Grid))
 
 
-def unavailable() -> str | None:
-    """Why no CUDA kernel can run here, or None where one can."""
+def unavailable(device: torch.device | None = None) -> str | None:
+    """Why no CUDA kernel can run here, or on that device; None where one can."""
     reason: str | None = _core.cuda_unavailable()
+    if reason is None and not torch.cuda.is_available():
+        reason = f"torch {torch.__version__} is not built for CUDA; install a torch that is"
+    if reason is None and device is not None:
+        reason = _core.cuda_refuses_device(device.index or 0)
     return reason
 
 
@@ -261,28 +265,10 @@ def dequantize(packed: Tensor, grid: Grid, begin: int, end: int, dtype: torch.dt
 
 # --- the operator ---------------------------------------------------------------------------------
 
-_workspaces: dict[tuple[int, int], Tensor] = {}  # by device and stream
-_captured: dict[int, tuple[int, Tensor]] = {}  # by device: the latest capture, and its own
 
-
-def _workspace(device: int, stream: int) -> Tensor:
-    """Zeros for the kernels of a stream, which leave it so: those of one stream run one after the
-    other. A graph has one of its own, which it sets to zeros when it begins, since it may run on
-    any stream."""
-    capture = _core.cuda_capture_of(device, stream)
-    if capture:
-        latest = _captured.get(device)
-        if latest is None or latest[0] != capture:
-            latest = _captured[device] = capture, _zeros(device)
-        return latest[1]
-    found = _workspaces.get((device, stream))
-    if found is None:
-        found = _workspaces[device, stream] = _zeros(device)
-    return found
-
-
-def _zeros(device: int) -> Tensor:
-    return torch.zeros(_core.cuda_workspace_bytes(device), dtype=torch.uint8, device=device)
+def _workspace(device: int) -> Tensor:
+    """Memory for the partial sums of a call; of a graph that is captured, in its own pool."""
+    return torch.empty(_core.cuda_workspace_bytes(device), dtype=torch.uint8, device=device)
 
 
 def _rows(x: Tensor, k: int) -> Tensor:
@@ -340,7 +326,7 @@ def _call(
     """x [m, k] -> y [m, n], or False where no kernel serves. beyond: of _find_outliers."""
     weight, m, code = _weight(*grid.fields()), x.shape[0], dtype_code(x.dtype)
     device, stream = _place(x.device)
-    workspace = _workspace(device, stream)
+    workspace = _workspace(device)
     scratch = None
     apart = beyond is not None
     if grid.activation and (size := _core.cuda_scratch_bytes(weight, m, code, device, apart)):

@@ -151,7 +151,7 @@ def _call(x: Tensor, packed: Tensor, bias: Tensor | None, blocks: Blocks, y: Ten
     """x [..., k] -> y [m, n], or False where no kernel serves."""
     matrix = cuda._rows(x, blocks.k)
     m, (device, stream) = matrix.shape[0], cuda._place(x.device)
-    workspace = cuda._workspace(device, stream)
+    workspace = cuda._workspace(device)
     wide = None if bias is None else bias.to(torch.float32).contiguous()
     served: bool = _core.cuda_codebook_linear(
         _weight(*blocks.fields()), packed.data_ptr(), packed.numel(), matrix.data_ptr(), m,

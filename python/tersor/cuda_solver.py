@@ -125,7 +125,7 @@ def solve_columns(
     values, stream = w.clone(), _stream(w)
     codes = None if scales is None else torch.empty(n, k, dtype=torch.uint8, device=w.device)
     errors = torch.zeros(n, BLOCK, device=w.device)
-    with _float32_products():
+    with float32_products():
         for first in range(0, k, BLOCK):
             last = min(first + BLOCK, k)
             keep = None if mask is None else mask[:, first:last]
@@ -174,8 +174,9 @@ def _keep(losses: Tensor, share: float, kept: int, of: int) -> Tensor:
 
 
 @contextmanager
-def _float32_products() -> Iterator[None]:
-    """Whatever precision a user allows torch: TF32 would change which codes are the nearest."""
+def float32_products() -> Iterator[None]:
+    """Products of float32 on a GPU are of that precision while it lasts, whatever a user allows
+    torch: TF32 would change which codes are the nearest."""
     matmul = torch.backends.cuda.matmul
     name, exact = "fp32_precision", "ieee"
     if not hasattr(matmul, name):  # torch before 2.9

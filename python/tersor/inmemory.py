@@ -44,8 +44,9 @@ def quantize_model(
         then and its linears run. Where its blocks can be found (see tersor.models),
         the linears in them are quantized, each block on what the quantized ones before it give; of
         another module every nn.Linear is, on what the original module computes.
-    calibration: token ids, int64 [samples, seq_len] (Calibration(...).windows(tokenizer) makes
-        them), or a list of inputs: for each a tensor, or a tuple or dict of the model's arguments.
+    calibration: token ids, int64 [samples, seq_len] on the CPU (Calibration(...).windows(tokenizer)
+        makes them), or a list of inputs on the model's device: for each a tensor, or a tuple or
+        dict of the model's arguments.
         None for methods that need none.
     scheme: what every linear becomes; a mapping by patterns is refused here.
     method, ignore, sequential: as in quantize_checkpoint.
@@ -149,7 +150,7 @@ def check_kernel(name: str, weight: Tensor, scheme: Scheme) -> None:
         )
     n, k = weight.shape
     grid = cuda.Grid.of_spec(n, k, scheme.weight, scheme.activation, weight.dtype)
-    reason = cuda.unavailable() or cuda.refusal(grid)
+    reason = cuda.unavailable(weight.device) or cuda.refusal(grid)
     if reason is not None:
         raise TersorError(
             f"{name}, {n} x {k}, cannot be {scheme} on {weight.device}: {reason}; bring the "

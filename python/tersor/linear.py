@@ -123,7 +123,9 @@ class QuantLinear(PackedLinear):
             return
         reason: str | None = f"there are no kernels for {device.type}"
         if device.type == "cuda":
-            reason = cuda.unavailable() or cuda.refusal(cuda.Grid.of(ordered, self.activation))
+            reason = cuda.unavailable(device) or cuda.refusal(
+                cuda.Grid.of(ordered, self.activation)
+            )
         if reason is not None:
             raise TersorError(
                 f"a {self.out_features} x {self.in_features} layer with {self.scheme} cannot be on "

@@ -243,7 +243,7 @@ def _device(place: Any) -> torch.device:
         device = torch.device("cpu" if place is None else place)
     except (RuntimeError, TypeError):
         device = torch.device("meta")
-    reason = cuda.unavailable() if device.type == "cuda" else None
+    reason = cuda.unavailable(device) if device.type == "cuda" else None
     if device.type not in ("cpu", "cuda") or reason:
         raise TersorError(
             f"device_map with {place!r}: {reason or 'kernels run on the CPU and on CUDA devices'}; "

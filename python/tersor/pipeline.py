@@ -16,7 +16,7 @@ from tersor import _core
 from tersor.allocation import ALLOCATIONS, global_ratios, outliers, owl_ratios
 from tersor.blocks import Flow
 from tersor.calibrate import Calibration
-from tersor.devices import AUTO, CPU, find_device
+from tersor.devices import AUTO, CPU, enough_memory, find_device, watch_memory
 from tersor.errors import TersorError
 from tersor.formats import FORMATS, quantization_config
 from tersor.formats.config import default_format
@@ -219,7 +219,12 @@ def _compress(
     )
     if strict:
         report.require_strict()
-    with ShardWriter(out, identity(report)) as writer, Progress(progress) as bar:
+    watch_memory(source.device)
+    with (
+        ShardWriter(out, identity(report)) as writer,
+        Progress(progress) as bar,
+        enough_memory(source.device),
+    ):
         run = _Run(
             source=source,
             writer=writer,

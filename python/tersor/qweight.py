@@ -99,7 +99,7 @@ class ActSpec:
             return None
         size = x.detach().abs().reshape(-1, x.shape[-1])
         # As a tensor, so that the threshold is not rounded to the dtype of x.
-        beyond = size.float() > torch.tensor(self.outliers, device=x.device)
+        beyond = size.float() > torch.full((), self.outliers, dtype=torch.float32, device=x.device)
         return (beyond & size.isfinite()).any(0)
 
 

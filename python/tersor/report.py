@@ -173,15 +173,14 @@ class Timings:
         for name, value in seconds.items():
             self.seconds[name] = self.seconds.get(name, 0.0) + value
 
-    def to_json(self) -> str:
-        import torch
-
+    def to_json(self, gpu_bytes: int | None = None) -> str:
+        """gpu_bytes: the peak of a GPU's memory, where one was used."""
         content: dict[str, Any] = {
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
             "peak_resident_bytes": peak_resident_bytes(),
         }
-        if torch.cuda.is_initialized():
-            content["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
+        if gpu_bytes is not None:
+            content["peak_gpu_bytes"] = gpu_bytes
         return json.dumps(content, indent=2) + "\n"
 
 

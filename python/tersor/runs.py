@@ -12,6 +12,7 @@ from torch import Tensor
 from tersor.blocks import Flow
 from tersor.calibrate import Calibration, digest, load_tokenizer
 from tersor.checkpoint import check_finite
+from tersor.devices import peak_bytes
 from tersor.errors import TersorError
 from tersor.progress import Progress
 from tersor.report import REPORT, TIMINGS, Report, Timings
@@ -120,7 +121,8 @@ class Run:
             if strict:
                 report.require_strict()
         report.bytes_after = self.nbytes
-        files = {REPORT: report.to_json(), TIMINGS: self.timings.to_json()}
+        timings = self.timings.to_json(peak_bytes(self.source.device))
+        files = {REPORT: report.to_json(), TIMINGS: timings}
         self.writer.finish(config, self.source.checkpoint.folder, files)
 
     @property

@@ -57,7 +57,7 @@ def refusal(weight: Tensor) -> str | None:
         return "use_sparse says never"
     (n, k), device = weight.shape, weight.device
     if device.type == "cuda":
-        why = cuda.unavailable() or cuda.refusal(cuda.Grid.of_values(weight), device)
+        why = cuda.unavailable(device) or cuda.refusal(cuda.Grid.of_values(weight), device)
         if why is not None:
             return why
     elif all(why for _, why in explain_values(0, n, k, weight.dtype, weight.dtype, PATTERN)):
@@ -77,7 +77,7 @@ def serves(
         return False
     if device.type == "cuda":
         grid = cuda.Grid.of_spec(n, k, spec, activation, sparse=True)
-        return cuda.unavailable() is None and cuda.refusal(grid, device) is None
+        return cuda.unavailable(device) is None and cuda.refusal(grid, device) is None
     served = []
     for pattern in ((0, 0), PATTERN):
         rows = explain(0, n, k, spec, activation, pattern=pattern)

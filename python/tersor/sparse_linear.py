@@ -79,7 +79,7 @@ class SparseLinear(PackedLinear):
         grid, reason = None, f"there are no kernels for {device.type}"
         if device.type == "cuda":
             grid = cuda.Grid.of_values(weight)
-            reason = cuda.unavailable() or cuda.refusal(grid, device) or ""
+            reason = cuda.unavailable(device) or cuda.refusal(grid, device) or ""
         if grid is None or reason:
             raise TersorError(
                 f"a {self.out_features} x {self.in_features} layer with 2:4 zeros cannot be on "

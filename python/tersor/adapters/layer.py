@@ -68,7 +68,9 @@ class AdaptedLinear(Linear):  # type: ignore[misc,unused-ignore]
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
-        """Into the dtype of the layer, which is not that of its packed tensors."""
+        """There, or to where the layer is; and into the dtype of the layer, which is not that of
+        its packed tensors."""
+        device = device or next(self.get_base_layer().buffers()).device
         for part in (self.lora_A, self.lora_B):
             adapter = part[adapter_name]
             if not adapter.weight.is_meta:

@@ -4,7 +4,7 @@ rounding cost measured; or into a dense model."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,9 @@ from tersor.calibrate import GramStats, capture
 from tersor.errors import TersorError
 from tersor.layerwise import Solver, find_solver
 from tersor.linear import QuantLinear
+from tersor.qweight import QWeight
 from tersor.sparse_linear import SparseLinear
+from tersor.two_level import split_scales
 from tersor.walk import Text, evaluating, read_inputs, replace_linear, start
 
 _PATTERNS = (4, 8, 16)  # with more columns, few bits would have such zeros by rounding alone
@@ -242,9 +244,17 @@ def _requantized(
     seen = stats if stats is not None and stats.tokens else None
     if solver.needs is not None and seen is None:
         solver = solver.without_input()
+    before = base.qweight()
+    if hasattr(solver, "two_level") and _two_level(before):
+        solver = replace(solver, two_level=True)
     # In the dtype of the scales, which a solver gives the scales that it finds.
-    q: Any = solver(wanted.to(base.qweight().scales.dtype), seen, base.spec)
+    q: Any = solver(wanted.to(before.scales.dtype), seen, base.spec)
     return QuantLinear(q, bias, base.activation, base.dtype, base.format), solver.name
+
+
+def _two_level(q: QWeight) -> bool:
+    known = q.spec.bits == 4 and q.spec.symmetric and q.spec.group is not None
+    return known and split_scales(q.scales) is not None
 
 
 def _rebuilt(base: nn.Module, bias: Tensor) -> nn.Module:
