@@ -195,10 +195,11 @@ void unpack(const Bytes& packed, const Elements& codes, const std::optional<Grid
   tersor::unpack(packed.data(), packed.shape(0), w.view);
 }
 
-// threshold: 0, or beyond which columns of x stay in 16 bits.
+// threshold: 0, or beyond which columns of x stay in 16 bits. x_scale: 0, or of int8 activations
+// the address of their scale.
 void multiply(uintptr_t x, int64_t m, int64_t k, int64_t ldx, int dtype, uintptr_t packed,
               size_t packed_size, uintptr_t bias, uintptr_t y, int64_t n, int64_t ldy,
-              float threshold) {
+              float threshold, uintptr_t x_scale) {
   const void* weight = reinterpret_cast<const void*>(packed);
   const auto& head = trusted(weight, packed_size);
   if (n != head.spec.n || k != head.spec.k)
@@ -212,12 +213,28 @@ void multiply(uintptr_t x, int64_t m, int64_t k, int64_t ldx, int dtype, uintptr
   const uintptr_t element = dtype == TERSOR_F32 ? 4 : 2;
   if (!x || !y || x % element || y % element || bias % 4)
     throw Error("x, y and bias must be given and aligned to their elements");
+  if (x_scale) {
+    if (head.spec.activation != TERSOR_A8)
+      throw Error("a scale is of int8 activations; this weight takes 16-bit ones");
+    if (x_scale % 4) throw Error("the scale of x must be aligned to 4 bytes");
+    const float scale = *reinterpret_cast<const float*>(x_scale);
+    if (!(scale > 0 && scale <= std::numeric_limits<float>::max()))
+      throw Error("the scale of x must be positive and finite");
+  }
   const tersor_kernel& kernel = tersor::select(head.spec, m, dtype, head.layout);
   if (kernel.packed_bytes(&head.spec) != head.bytes)
     throw Error("these bytes are not a packed weight");
-  const tersor_args args{
-      head.spec, m,   &head + 1, reinterpret_cast<const void*>(x),     reinterpret_cast<void*>(y),
-      ldx,       ldy, dtype,     reinterpret_cast<const float*>(bias), nullptr};
+  const tersor_args args{head.spec,
+                         m,
+                         &head + 1,
+                         reinterpret_cast<const void*>(x),
+                         reinterpret_cast<void*>(y),
+                         ldx,
+                         ldy,
+                         dtype,
+                         reinterpret_cast<const float*>(bias),
+                         reinterpret_cast<const float*>(x_scale),
+                         nullptr};
   nb::gil_scoped_release release;
   if (threshold > 0)
     tersor::run_with_outliers(head, args, threshold);
@@ -227,8 +244,9 @@ void multiply(uintptr_t x, int64_t m, int64_t k, int64_t ldx, int dtype, uintptr
 
 // The hot path: addresses and sizes as integers, since an array object costs microseconds each.
 void linear(uintptr_t x, int64_t m, int64_t k, int64_t ldx, int dtype, uintptr_t packed,
-            size_t packed_size, uintptr_t bias, uintptr_t y, int64_t n, int64_t ldy) {
-  multiply(x, m, k, ldx, dtype, packed, packed_size, bias, y, n, ldy, 0);
+            size_t packed_size, uintptr_t bias, uintptr_t y, int64_t n, int64_t ldy,
+            uintptr_t x_scale) {
+  multiply(x, m, k, ldx, dtype, packed, packed_size, bias, y, n, ldy, 0, x_scale);
 }
 
 // The same where columns with a value beyond the threshold stay in 16 bits (LLM.int8()).
@@ -244,7 +262,7 @@ void linear_outliers(uintptr_t x, int64_t m, int64_t k, int64_t ldx, int dtype, 
                 head.layout + "' is of another package: uninstall it, or leave outliers out");
   if (!(threshold > 0 && threshold <= std::numeric_limits<float>::max()))
     throw Error("the threshold of outliers must be a positive number");
-  multiply(x, m, k, ldx, dtype, packed, packed_size, bias, y, n, ldy, threshold);
+  multiply(x, m, k, ldx, dtype, packed, packed_size, bias, y, n, ldy, threshold, 0);
 }
 
 // Gives memory that has been freed back to the system. The allocator would keep it: tensors of a

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "cuda/cuda.h"
+#include "cuda/layout_int8.h"
 #include "dispatch.h"
 
 namespace nb = nanobind;
@@ -122,22 +123,30 @@ void check_rows(uintptr_t x, int64_t m, int64_t k, int64_t ldx, int dtype) {
   check_address(x, 16, "x");
 }
 
-void check_outliers(uintptr_t outliers, size_t size, int64_t k) {
-  check_address(outliers, 8, "the outliers");
-  if (size != cuda::outlier_bytes(k))
-    throw Error("the outliers have " + std::to_string(size) + " bytes; they should have " +
-                std::to_string(cuda::outlier_bytes(k)));
+void check_quantized(uintptr_t quantized, size_t size, int64_t m, int64_t k, int64_t g) {
+  check_address(quantized, kAlignment, "int8 activations");
+  const size_t needed = cuda::quantized_bytes(m, k, g);
+  if (size != needed)
+    throw Error("the int8 activations have " + std::to_string(size) + " bytes; they should have " +
+                std::to_string(needed));
 }
 
-void find_outliers(uintptr_t x, int64_t m, int64_t k, int64_t ldx, int dtype, float threshold,
-                   uintptr_t outliers, size_t size, int device, uintptr_t stream) {
+// x [m, k] as int8, for weights with that k and g. outliers: 0, or beyond which columns stay in 16
+// bits; scale: 0, or the address of the scale of all tokens.
+void quantize(uintptr_t x, int64_t m, int64_t k, int64_t g, int64_t ldx, int dtype, float outliers,
+              uintptr_t scale, uintptr_t quantized, size_t size, int device, uintptr_t stream) {
   if (k < 16 || k % 16 || k > INT32_MAX) throw Error("k must be a multiple of 16 on a GPU");
+  if (g < 1 || k % g || !cuda::is_group(k, g))
+    throw Error("the group must be 32, a multiple of 64, or the whole row");
   check_rows(x, m, k, ldx, dtype);
-  check_outliers(outliers, size, k);
-  if (!(threshold > 0 && threshold <= std::numeric_limits<float>::max()))
+  check_quantized(quantized, size, m, k, g);
+  if (!(outliers >= 0 && outliers <= std::numeric_limits<float>::max()))
     throw Error("the threshold of outliers must be a positive number");
-  cuda::find_outliers(reinterpret_cast<const void*>(x), m, k, ldx, dtype, threshold,
-                      reinterpret_cast<void*>(outliers), target(device, stream));
+  if (scale && outliers > 0) throw Error("outliers are kept apart from scales of each token");
+  if (scale % 4) throw Error("the scale must be aligned to 4 bytes");
+  cuda::quantize({reinterpret_cast<const void*>(x), m, k, g, ldx, dtype,
+                  reinterpret_cast<const float*>(scale), outliers},
+                 reinterpret_cast<void*>(quantized), target(device, stream));
 }
 
 // Of a call: what both kinds of weight ask of x, y, bias and workspace.
@@ -153,30 +162,30 @@ void check_call(int64_t n, int64_t k, uintptr_t x, int64_t m, int64_t ldx, int d
     throw Error("the workspace is smaller than workspace_bytes()");
 }
 
-// The hot path; false where no kernel serves so many tokens.
+// The hot path; false where no kernel serves so many tokens. quantized: of a weight for int8
+// activations the `tokens` of a call of quantize, of which these are some, from `first` on.
 bool linear(const Weight& w, uintptr_t packed, size_t size, uintptr_t x, int64_t m, int64_t ldx,
             int dtype, uintptr_t bias, uintptr_t y, int64_t ldy, uintptr_t workspace,
-            size_t workspace_size, uintptr_t scratch, size_t scratch_size, uintptr_t outliers,
-            size_t outliers_size, int device, uintptr_t stream) {
+            size_t workspace_size, uintptr_t quantized, size_t quantized_size, int64_t tokens,
+            int64_t first, bool outliers, int device, uintptr_t stream) {
   w.check_packed(packed, size);
   check_call(w.spec.n, w.spec.k, x, m, ldx, dtype, bias, y, ldy, workspace, workspace_size, device);
   if (w.spec.activation == TERSOR_A8) {
-    const size_t needed = cuda::scratch_bytes(w.spec, m, dtype, device, outliers != 0);
-    if (needed) check_address(scratch, kAlignment, "the scratch memory");
-    if (scratch_size < needed) throw Error("the scratch memory is smaller than scratch_bytes()");
-  }
-  if (outliers) {
-    check_outliers(outliers, outliers_size, w.spec.k);
-    if (w.spec.activation != TERSOR_A8)
-      throw Error("outliers are kept apart from int8 activations; this weight takes 16-bit ones");
+    if (tokens < 1 || tokens > INT32_MAX || first < 0 || first % cuda::kMostInt8Tokens ||
+        m > tokens - first)
+      throw Error(
+          "the tokens of a call are some of those that were quantized, from a multiple of " +
+          std::to_string(cuda::kMostInt8Tokens) + " on");
+    check_quantized(quantized, quantized_size, tokens, w.spec.k, w.spec.g);
+  } else if (quantized || outliers) {
+    throw Error("this weight takes activations of 16 bits");
   }
   return cuda::linear(
       w.spec,
       {w.spec, m, reinterpret_cast<const void*>(packed), reinterpret_cast<const void*>(x),
-       reinterpret_cast<void*>(y), ldx, ldy, dtype, reinterpret_cast<const float*>(bias),
+       reinterpret_cast<void*>(y), ldx, ldy, dtype, reinterpret_cast<const float*>(bias), nullptr,
        reinterpret_cast<void*>(workspace)},
-      reinterpret_cast<const void*>(outliers), reinterpret_cast<void*>(scratch),
-      target(device, stream));
+      {reinterpret_cast<const void*>(quantized), tokens, first, outliers}, target(device, stream));
 }
 
 // A weight of indices into sixteen values, in CUDA order: checked once, when it is made.
@@ -294,18 +303,13 @@ void tersor::bind_cuda(nb::module_ m) {
       },
       "weight"_a, "m"_a, "dtype"_a, "device"_a, "outliers"_a = false);
   m.def("cuda_workspace_bytes", cuda::workspace_bytes, "device"_a);
-  m.def(
-      "cuda_scratch_bytes",
-      [](const Weight& w, int64_t m, int dtype, int device, bool outliers) {
-        element_bytes(dtype);
-        return cuda::scratch_bytes(w.spec, m, dtype, device, outliers);
-      },
-      "weight"_a, "m"_a, "dtype"_a, "device"_a, "outliers"_a = false);
   m.def("cuda_pack", ::pack);  // not that of tersor, which packs for the CPU
   m.def("cuda_unpack", ::unpack);
   m.def("cuda_dequantize", dequantize);
-  m.def("cuda_outlier_bytes", cuda::outlier_bytes, "k"_a);
-  m.def("cuda_find_outliers", find_outliers);
+  m.def("cuda_quantized_bytes", cuda::quantized_bytes, "m"_a, "k"_a, "g"_a);
+  m.def("cuda_capture",
+        [](int device, uintptr_t stream) { return cuda::capture(target(device, stream)); });
+  m.def("cuda_quantize", quantize);
   m.def("cuda_linear", linear);
 
   nb::class_<CodebookWeight>(m, "CudaCodebookWeight")

@@ -25,9 +25,9 @@ extern "C" {
 
 enum tersor_dtype { TERSOR_F32 = 0, TERSOR_BF16 = 1, TERSOR_F16 = 2 };
 
-/* How the activations enter the product: as they are, or as int8 with one scale per token
- * computed in the call: scale = absmax / 127.5,
- * code = x / scale rounded to nearest even, at most 127, as compressed-tensors defines it. */
+/* How the activations enter the product: as they are, or as int8: code = x / scale rounded to
+ * nearest even, from -128 to 127, as compressed-tensors defines it. The scale is that of the call
+ * (static), or else one for each token (dynamic), its absmax / 127.5. */
 enum tersor_activation { TERSOR_A16 = 0, TERSOR_A8 = 1 };
 
 /* What is fixed when a weight is loaded. */
@@ -59,9 +59,10 @@ typedef struct tersor_args {
   const void* x;      /* [m, k], row stride ldx */
   void* y;            /* [m, n], row stride ldy */
   int64_t ldx, ldy;
-  int32_t dtype;     /* enum tersor_dtype of x and y */
-  const float* bias; /* [n] or NULL */
-  void* workspace;   /* workspace_bytes, aligned, shared by all threads of the call */
+  int32_t dtype;        /* enum tersor_dtype of x and y */
+  const float* bias;    /* [n] or NULL */
+  const float* x_scale; /* [1], of all tokens: positive and finite; or NULL. With TERSOR_A8 alone */
+  void* workspace;      /* workspace_bytes, aligned, shared by all threads of the call */
 } tersor_args;
 
 typedef struct tersor_kernel {

@@ -48,7 +48,7 @@ def build(folder: Path, source: str = "emulate") -> ctypes.CDLL:
     assert done.returncode == 0, done.stderr
     loaded = ctypes.CDLL(str(library))
     if source == "emulate":
-        loaded.packed_bytes.restype = ctypes.c_int64
+        loaded.packed_bytes.restype = loaded.quantized_bytes.restype = ctypes.c_int64
     _built[source] = loaded
     return loaded
 
@@ -182,20 +182,25 @@ def linear(
     seed: int,
     eager: bool,
     outliers: float = 0.0,
+    scale: float | None = None,
 ) -> Tensor:
-    """kernel: "mma", "wgmma", "int8" or "rows", and the tokens of a tile; any where zeros are left
-    out.
+    """kernel: "mma", "wgmma", "int8", "rows" or "outliers", and the tokens of a tile; any where
+    zeros are left out.
     x [m, k] with any row stride that is a multiple of 8 -> [m, n]. What lies around y is
-    watched. outliers: columns beyond this stay in 16 bits; kernel is "outliers" then."""
+    watched. outliers: columns beyond this stay in 16 bits, by the kernel of that name. scale: of
+    int8 activations, or None for one of each token."""
     m, n = x.shape[0], weight.codes.shape[0]
     room = torch.full((m + 2, n + 3), float("nan"), dtype=x.dtype)
     y = room[1:-1, :n]
-    columns = None if kernel[0] != "outliers" else find_outliers(library, x, outliers, seed)
-    library.linear_outliers(
+    quantized, tokens = None, max(m, kernel[1])
+    if kernel[0] in ("int8", "rows", "outliers"):
+        threshold = outliers if kernel[0] == "outliers" else 0.0
+        quantized = quantize(library, x, weight.g, threshold, scale, tokens, seed, eager)
+    library.linear(
         weight.spec(), DTYPES.index(weight.scales.dtype), pointer(packed), pointer(x), pointer(y),
         pointer(bias), m, ctypes.c_int64(x.stride(0)), ctypes.c_int64(y.stride(0)),
         DTYPES.index(x.dtype), kernel[0].encode(), kernel[1], resident, seed, int(eager),
-        pointer(columns),
+        pointer(quantized), *map(ctypes.c_int64, (tokens, 0)),
     )  # fmt: skip
     around = room.clone()
     around[1:-1, :n] = float("nan")
@@ -203,24 +208,50 @@ def linear(
     return y
 
 
+def quantize(
+    library: ctypes.CDLL,
+    x: Tensor,
+    g: int,
+    outliers: float = 0.0,
+    scale: float | None = None,
+    room: int = 0,
+    seed: int = 0,
+    eager: bool = False,
+) -> Tensor:
+    """x [m, k] as int8 (csrc/cuda/layout_int8.h), in memory for `room` tokens or more."""
+    m, k = x.shape
+    room = max(m, room)
+    sizes = [*map(ctypes.c_int64, (room, k, g))]
+    size = library.quantized_bytes(*sizes)
+    memory = torch.full((size + 256,), 0x55, dtype=torch.uint8)
+    given = None if scale is None else torch.tensor([scale])
+    begin = -memory.data_ptr() % 128
+    made = memory[begin : begin + size]
+    library.quantize(
+        pointer(x), m, *sizes, ctypes.c_int64(x.stride(0)), DTYPES.index(x.dtype),
+        ctypes.c_float(outliers), pointer(given), pointer(made), seed, int(eager),
+    )  # fmt: skip
+    assert bool((memory[begin + size :] == 0x55).all()) and bool((memory[:begin] == 0x55).all())
+    return made
+
+
 def find_outliers(library: ctypes.CDLL, x: Tensor, threshold: float, seed: int = 0) -> Tensor:
     """A bit for each column of x [m, k]: uint8 [steps * 8]."""
-    m, k = x.shape
-    columns = torch.full((-(-k // 64) * 8,), 0xEE, dtype=torch.uint8)
-    library.find_outliers(
-        pointer(x), m, k, ctypes.c_int64(x.stride(0)), DTYPES.index(x.dtype),
-        ctypes.c_float(threshold), pointer(columns), seed,
-    )  # fmt: skip
-    return columns
+    k = x.shape[1]
+    return quantize(library, x, k, threshold, seed=seed)[-(-(-k // 64) * 8) :]
 
 
-def as_int8(x: np.ndarray, outliers: float = np.inf) -> np.ndarray:
+def as_int8(
+    x: np.ndarray, outliers: float = np.inf, scale: float | np.ndarray | None = None
+) -> np.ndarray:
     """What int8 activations stand for, as compressed-tensors defines them; in float32 as there.
-    Columns with a finite value beyond `outliers` stay as they are."""
+    Columns with a finite value beyond `outliers` stay as they are. scale: or one of each token."""
     x = x.astype(np.float32)
     exact = ((np.abs(x) > np.float32(outliers)) & np.isfinite(x)).any(axis=0)
     rest = np.where(exact, 0, x)
-    scale = np.abs(rest).max(axis=1, keepdims=True) / np.float32(127.5)
+    if scale is None:
+        scale = np.abs(rest).max(axis=1, keepdims=True) / np.float32(127.5)
+    scale = np.asarray(scale, np.float32)
     codes = np.clip(np.rint(rest / np.where(scale > 0, scale, 1)), -128, 127)
     return np.where(exact, x, codes.astype(np.float64) * scale.astype(np.float64))
 

@@ -172,10 +172,13 @@ def test_a_layer_that_has_no_kernel_says_so_and_stays():
 
 @gpu
 @pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("scale", [None, 0.013])
 @pytest.mark.parametrize("spec", [QSpec(4, 128), QSpec(8, None)], ids=str)
-def test_int8_activations_are_those_of_the_cpu(dtype, spec):
+def test_int8_activations_are_those_of_the_cpu(dtype, spec, scale):
     q = random_qweight(1024, 2048, spec, torch.bfloat16)
-    made = QuantLinear(q, activation=ActSpec(), dtype=dtype)
+    static = None if scale is None else torch.tensor([scale])
+    how = ActSpec(dynamic=static is None)
+    made = QuantLinear(q, activation=how, dtype=dtype, input_scale=static)
     for m in (1, 8, 60, 300):
         x = inputs(m, 2048, dtype, seed=m)
         expected = made.cpu()(x).double()
@@ -219,6 +222,32 @@ def test_a_token_that_is_not_finite_spoils_no_other(value):
     rest = [0, 1, 2, 4, 5, 6, 8]
     assert torch.equal(found[rest], expected[rest])
     assert not bool(found[[3, 7]].isfinite().any())
+
+
+@gpu
+def test_an_input_that_several_linears_read_is_quantized_once():
+    """In graphs too, which begin with what was quantized before them and may not use it."""
+    spec, how = QSpec(4, 64), ActSpec()
+    made = [
+        QuantLinear(random_qweight(256, 512, spec, torch.bfloat16, seed), None, how).to("cuda")
+        for seed in range(3)
+    ]
+    x = inputs(5, 512, torch.bfloat16).cuda()
+    expected = [each(x.clone()) for each in made]
+    assert all(torch.equal(each(x), y) for each, y in zip(made, expected, strict=True))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = [each(x) for each in made]
+    other = inputs(5, 512, torch.bfloat16, seed=1).cuda()
+    for given in (other, x.clone()):
+        wanted = [each(given.clone()) for each in made]
+        x.copy_(given)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(y, want) for y, want in zip(found, wanted, strict=True))
+        assert all(torch.equal(each(x), want) for each, want in zip(made, wanted, strict=True))
+    together = torch.compile(lambda x: [each(x) for each in made], fullgraph=True)
+    assert all(torch.equal(y, want) for y, want in zip(together(x), wanted, strict=True))
 
 
 @gpu

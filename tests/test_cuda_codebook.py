@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import emulated
 from emulated import DTYPES, pointer
-from tersor import TersorError, cuda, cuda_codebook
+from tersor import TersorError, cuda, cuda_calls, cuda_codebook
 from tersor.adapters.codebook import FP4, NF4, VALUES, Codebook, CodebookWeight, scale_shapes
 from tersor.adapters.nf4_linear import NF4Linear
 
@@ -283,8 +283,8 @@ def calls(library, monkeypatch):
     )  # fmt: skip
     monkeypatch.setattr(cuda_codebook, "_core", native)
     monkeypatch.setattr(cuda, "unavailable", lambda *device: None)
-    monkeypatch.setattr(cuda, "_place", lambda device: (0, 0))
-    monkeypatch.setattr(cuda, "_workspace", lambda *place: torch.zeros(1))
+    monkeypatch.setattr(cuda_calls, "place", lambda device: (0, 0))
+    monkeypatch.setattr(cuda_calls, "workspace", lambda *place: torch.zeros(1))
     takes = cuda_codebook.takes
     monkeypatch.setattr(
         cuda_codebook, "takes", lambda blocks, device: takes(blocks, torch.device("cuda"))

@@ -3,15 +3,30 @@ and the CPU as the device."""
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._functorch.compile_utils import fx_graph_cse
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import emulated
-from tersor import ActSpec, QSpec, QuantLinear, TersorError, cli, cuda, kernels, sparse
+from tersor import (
+    ActSpec,
+    QSpec,
+    QuantLinear,
+    TersorError,
+    _core,
+    cli,
+    cuda,
+    cuda_calls,
+    cuda_int8,
+    kernels,
+    sparse,
+)
 from tersor.kernels import PATTERN
 from tersor.oracle import random_qweight, random_values
 from tersor.qweight import QWeight
@@ -60,34 +75,42 @@ def calls(library, monkeypatch):
             dtype, 2,
         )  # fmt: skip
 
-    def find_outliers(x, m, k, ldx, dtype, threshold, columns, size, device, stream):
-        assert x % 16 == 0 and ldx % 8 == 0 and dtype in (1, 2) and size == (k + 63) // 64 * 8
-        threshold = emulated.ctypes.c_float(threshold)
-        library.find_outliers(pointer(x), m, k, long(ldx), dtype, threshold, pointer(columns), 0)
+    def quantize(x, m, k, g, ldx, dtype, outliers, scale, made, size, device, stream):
+        assert x % 16 == 0 and ldx % 8 == 0 and dtype in (1, 2) and made % 64 == 0
+        sizes = [long(m), long(k), long(g)]
+        assert size == library.quantized_bytes(*sizes)
+        library.quantize(
+            pointer(x), m, *sizes, long(ldx), dtype, emulated.ctypes.c_float(outliers),
+            pointer(scale), pointer(made), 0, 0,
+        )  # fmt: skip
 
-    def linear(weight, packed, size, x, m, ldx, dtype, bias, y, ldy, *rest):
+    def linear(
+        weight, packed, size, x, m, ldx, dtype, bias, y, ldy, workspace, workspace_size,
+        quantized, quantized_size, tokens, first, outliers, device, stream,
+    ):  # fmt: skip
         assert x % 16 == 0 and ldx % 8 == 0 and dtype in (1, 2)
-        outliers = rest[4]
-        assert (outliers != 0) == (rest[5] != 0)
+        assert (quantized != 0) == (quantized_size != 0) and m <= tokens - first
         products.append(m)
-        if m > 16:
+        if m > (64 if quantized else 16):
             return False
+        tile = next(tile for tile in (8, 16, 32, 64) if m <= tile)
         kind = b"outliers" if outliers else weight.kind
-        library.linear_outliers(
+        library.linear(
             weight.spec, weight.scale_dtype, pointer(packed), pointer(x), pointer(y),
-            pointer(bias), m, long(ldx), long(ldy), dtype, kind, 16, 3, 0, 0, pointer(outliers),
+            pointer(bias), m, long(ldx), long(ldy), dtype, kind, tile, 3, 0, 0, pointer(quantized),
+            long(tokens), long(first),
         )  # fmt: skip
         return True
 
     native = SimpleNamespace(
         CudaWeight=Weight, cuda_pack=pack, cuda_unpack=unpack, cuda_dequantize=dequantize,
-        cuda_linear=linear, cuda_scratch_bytes=lambda *of: 64,
-        cuda_find_outliers=find_outliers, cuda_outlier_bytes=lambda k: (k + 63) // 64 * 8,
+        cuda_linear=linear, cuda_quantize=quantize,
     )  # fmt: skip
     monkeypatch.setattr(cuda, "_core", native)
+    monkeypatch.setattr(cuda_int8, "_core", native)
     monkeypatch.setattr(cuda, "unavailable", lambda *device: None)
-    monkeypatch.setattr(cuda, "_place", lambda device: (0, 0))
-    monkeypatch.setattr(cuda, "_workspace", lambda *place: torch.zeros(1))
+    monkeypatch.setattr(cuda_calls, "place", lambda device: (0, 0))
+    monkeypatch.setattr(cuda_calls, "workspace", lambda *place: torch.zeros(1))
     cuda._weight.cache_clear()
     yield products
     cuda._weight.cache_clear()
@@ -133,34 +156,40 @@ def test_few_and_many_tokens(calls, spec, dtype, monkeypatch):
 def test_int8_activations(calls, dtype, monkeypatch):
     """Any number by a kernel, some at a time; float32, and what no kernel serves, by what the codes
     stand for."""
-    monkeypatch.setattr(cuda, "_TOKENS", 8)
+    monkeypatch.setattr(cuda, "_TOKENS", 64)
     q = random_qweight(80, 192, QSpec(4, 64), torch.float16)
     packed, fields = cuda.pack_weight(q, CPU, ActSpec()), cuda.Grid.of(q, ActSpec()).fields()
-    x = torch.randn(20, 192, generator=torch.Generator().manual_seed(0)).to(dtype)
-    x[3] = 0
-    meant = torch.from_numpy(emulated.as_int8(x.float().numpy()))
-    for tokens, asked in ((20, [8, 8, 4]), (17, [8, 8, 1])):
+    x = torch.randn(140, 192, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[3], fixed = 0, torch.tensor([0.02])
+    dynamic = torch.from_numpy(emulated.as_int8(x.float().numpy()))
+    static = torch.from_numpy(emulated.as_int8(x.float().numpy(), scale=0.02))
+    assert float(static.abs().max()) < 2.6 < float(x.abs().max())  # some values are cut off
+    for tokens, asked, given in (
+        (140, [64, 64, 12], None), (129, [64, 64, 1], fixed), (17, [17], None), (1, [1], fixed),
+    ):  # fmt: skip
+        meant = dynamic if given is None else static
         calls.clear()
-        y = cuda._linear(x[:tokens], packed, None, *fields)
+        y = cuda._linear(x[:tokens], packed, None, *fields, None, given)
         expected = exact(q, meant[:tokens], None)
         error = (y.double() - expected).abs()
         scale = meant[:tokens].abs() @ q.dequantize(torch.float64).abs().T
         assert bool((error <= 3 * torch.finfo(dtype).eps * (scale + 1)).all())
         assert calls == ([] if dtype == torch.float32 else asked)
     monkeypatch.setattr(cuda._core, "cuda_linear", lambda *given: False)
-    found = cuda._linear(x, packed, None, *fields)
-    assert torch.allclose(found.double(), exact(q, meant, None), rtol=2e-3, atol=2e-2)
+    for given, meant in ((None, dynamic), (fixed, static)):
+        found = cuda._linear(x, packed, None, *fields, None, given)
+        assert torch.allclose(found.double(), exact(q, meant, None), rtol=2e-3, atol=2e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_outliers(calls, dtype, monkeypatch):
     """The columns are those of all tokens, though a part of them is multiplied at a time."""
-    monkeypatch.setattr(cuda, "_TOKENS", 16)
+    monkeypatch.setattr(cuda, "_TOKENS", 128)
     how = ActSpec(outliers=6.0)
     q = random_qweight(80, 192, QSpec(8, None), torch.float16)
     packed, fields = cuda.pack_weight(q, CPU, how), cuda.Grid.of(q, how).fields()
-    x = torch.randn(20, 192, generator=torch.Generator().manual_seed(0)).clamp(-5, 5)
-    x[19, 7], x[2, 100], x[5, 191] = 50.0, -7.0, 6.0
+    x = torch.randn(140, 192, generator=torch.Generator().manual_seed(0)).clamp(-5, 5)
+    x[139, 7], x[2, 100], x[5, 191] = 50.0, -7.0, 6.0
     x = x.to(dtype)
     meant = torch.from_numpy(emulated.as_int8(x.float().numpy(), 6.0))
     assert bool((meant[:, [7, 100]] == x[:, [7, 100]]).all())
@@ -172,7 +201,73 @@ def test_outliers(calls, dtype, monkeypatch):
             monkeypatch.setattr(cuda._core, "cuda_linear", lambda *given: False)
         y = cuda._linear(x, packed, None, *fields, 6.0)
         assert bool(((y.double() - expected).abs() <= room).all())
-    assert calls == ([] if dtype == torch.float32 else [8, 8, 4])
+    assert calls == ([] if dtype == torch.float32 else [64, 64, 12])
+
+
+def test_an_input_is_quantized_once_for_all_that_read_it(monkeypatch):
+    """As long as it is the same, in the same place: of a stream, a capture, a grid and a scale."""
+    made, place, capture = [], [0, 7], [0]
+
+    def operator(x, g, outliers, input_scale):
+        made.append(x.clone())
+        return torch.zeros(1)
+
+    monkeypatch.setattr(cuda_int8, "_operator", operator)
+    monkeypatch.setattr(cuda_calls, "place", lambda device: tuple(place))
+    monkeypatch.setattr(cuda_int8, "_core", SimpleNamespace(cuda_capture=lambda *at: capture[0]))
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    latest = cuda_int8._Latest()
+
+    def asked(x, g=64, outliers=None, scale=None):
+        before = len(made)
+        found = latest.of(x, g, outliers, scale)
+        assert found is latest.of(x, g, outliers, scale) or x.is_inference()
+        return len(made) - before
+
+    x = torch.ones(2, 64, requires_grad=True)
+    assert asked(x) == 1 and asked(x) == 0 and not made[0].requires_grad
+    with torch.no_grad():
+        x.add_(1)  # another value
+    assert asked(x) == 1 and bool((made[-1] == 2).all())
+    half, other = (torch.tensor([0.5]), 0.5), (torch.tensor([0.5]), 0.5)
+    assert asked(x, 32) == 1 and asked(x, 32, 6.0) == 1 and asked(x, 32, None, half) == 1
+    assert asked(x, 32, None, other) == 0 and asked(x, 32, None, (half[0], 0.25)) == 1
+    for change, back in (((place, 1, 8), 7), ((place, 0, 1), 0), ((capture, 0, 5), 0)):
+        which, at, value = change
+        assert asked(x) == 1
+        which[at] = value
+        assert asked(x) == 1
+        which[at] = back
+    assert asked(x) == 1 and asked(torch.ones(2, 64)) == 1 and asked(x) == 1
+    kept = weakref.ref(latest.quantized)
+    del x
+    assert kept() is None and latest.x is None  # nothing is kept beyond the input
+    with torch.inference_mode():
+        assert asked(torch.ones(2, 64)) == 2  # what is written to it would not be seen
+
+
+@pytest.mark.skipif(not cuda.built(), reason="this build has no CUDA kernels")
+def test_both_sides_know_how_long_int8_activations_are(library):
+    long = emulated.ctypes.c_int64
+    for m in (1, 8, 9, 16, 17, 33, 64, 65, 1000):
+        for k, g in ((16, 16), (32, 32), (64, 32), (208, 208), (4096, 128), (192, 64), (160, 32)):
+            size = cuda_int8._quantized_bytes(m, k, g)
+            assert size == _core.cuda_quantized_bytes(m, k, g)
+            assert size == library.quantized_bytes(long(m), long(k), long(g))
+
+
+def test_equal_calls_in_a_graph_become_one():
+    """What torch.compile does with a graph in which several linears read one input."""
+    grid = cuda.Grid(64, 128, 64, 8, False, 1, 1)
+
+    def block(x, packed):
+        return [cuda.linear(x, packed, None, grid) for _ in range(3)]
+
+    x = torch.empty(2, 128, dtype=torch.float16, device="meta")
+    packed = torch.empty(1, dtype=torch.uint8, device="meta")
+    graph = fx_graph_cse(make_fx(block, tracing_mode="real")(x, packed).graph)
+    names = [str(node.target) for node in graph.nodes if node.op == "call_function"]
+    assert sum("quantize_cuda" in name for name in names) == 1
 
 
 def two_level(n: int, k: int, spec: QSpec, dtype: torch.dtype) -> QWeight:

@@ -66,8 +66,8 @@ def linears(monkeypatch, request):
         monkeypatch.setattr(cuda, "linear", _linear)
 
 
-def _linear(x, packed, bias, grid, outliers=None):
-    return cuda._linear(x, packed, bias, *grid.fields(), outliers)
+def _linear(x, packed, bias, grid, outliers=None, scale=None):
+    return cuda._linear(x, packed, bias, *grid.fields(), outliers, scale[0] if scale else None)
 
 
 # --- the choice -----------------------------------------------------------------------------------
@@ -214,7 +214,12 @@ def test_a_stopped_run_goes_on_there_and_not_elsewhere(gpu, tmp_path, monkeypatc
 # --- models in memory -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", [W4, Scheme(QSpec(8, None), ActSpec(outliers=6.0))], ids=str)
+ACTIVATIONS = ActSpec(outliers=6.0), ActSpec(dynamic=False)
+
+
+@pytest.mark.parametrize(
+    "scheme", [W4, *(Scheme(QSpec(8, None), how) for how in ACTIVATIONS)], ids=str
+)
 def test_a_model_that_is_there_is_quantized_there(linears, gpu, scheme):
     ids = torch.randint(2, tiny.VOCAB, (4, 48), generator=torch.Generator().manual_seed(0))
     here, there = tiny.model("llama"), tiny.model("llama").to("cuda")
@@ -224,6 +229,8 @@ def test_a_model_that_is_there_is_quantized_there(linears, gpu, scheme):
     for name, layer in there.named_modules():
         if isinstance(layer, QuantLinear):
             assert layer.grid is not None and layer.packed.is_cuda
+            assert (layer.input_scale is not None) == scheme.static
+            assert layer.static_scale == here.get_submodule(name).static_scale
             ours = here.get_submodule(name).qweight().codes
             assert (layer.qweight().codes.cpu() == ours).double().mean() >= 0.95
     with torch.no_grad():

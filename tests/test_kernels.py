@@ -57,7 +57,7 @@ def linear(x: torch.Tensor, packed: torch.Tensor, n: int, bias: torch.Tensor | N
     _core.linear(
         x.data_ptr(), x.shape[0], x.shape[1], x.stride(0), DTYPES.index(x.dtype),
         packed.data_ptr(), packed.numel(), 0 if bias is None else bias.data_ptr(),
-        y.data_ptr(), n, n,
+        y.data_ptr(), n, n, 0,
     )  # fmt: skip
     return y
 
@@ -295,12 +295,16 @@ def test_linear_refuses():
     needs(torch.float32)
     q, x = small(), torch.ones(2, 64)
     packed, y = pack(q, None), torch.empty(2, 32)
-    good = [x.data_ptr(), 2, 64, 64, 0, packed.data_ptr(), packed.numel(), 0, y.data_ptr(), 32, 32]
+    good = [
+        x.data_ptr(), 2, 64, 64, 0, packed.data_ptr(), packed.numel(), 0, y.data_ptr(), 32, 32, 0,
+    ]  # fmt: skip
     _core.linear(*good)
+    scale = torch.tensor([0.5])
     bad = {
         0: (0, x.data_ptr() + 1), 1: (-1, 2**40), 2: (63, 65, 0), 3: (63, -1, 2**40), 4: (3, -1),
         5: (packed.data_ptr() + 1, x.data_ptr() // 64 * 64), 6: (0, 127, packed.numel() - 1),
         7: (2,), 8: (0, y.data_ptr() + 2), 9: (31, 33), 10: (31, -5, 2**33),
+        11: (scale.data_ptr(),),
     }  # fmt: skip
     for position, values in bad.items():
         for value in values:

@@ -37,11 +37,11 @@ float sum_chunk(const void* x, int64_t begin, int64_t end) {
   return part[0];
 }
 
-// Symmetric int8 with one scale per token: scale = absmax / 127.5, code = rint(x / scale), at
-// most 127. The largest value takes code -128 where it is negative.
+// Symmetric int8: code = rint(x / scale), from -128 to 127. given: the scale, or nullptr for
+// absmax / 127.5, by which the largest value takes code -128 where it is negative.
 template <class Load>
-void quantize_token(const tersor_spec& s, const Prepared& p, const void* x, int8_t flip,
-                    int8_t* codes, float* scale, int32_t* sums) {
+void quantize_token(const tersor_spec& s, const Prepared& p, const void* x, const float* given,
+                    int8_t flip, int8_t* codes, float* scale, int32_t* sums) {
   // Among the bit patterns of absolute values NaN > infinity > any number: none of them is lost.
   uint32_t top = 0;
   for (int64_t i = 0; i < s.k; ++i) {
@@ -49,7 +49,7 @@ void quantize_token(const tersor_spec& s, const Prepared& p, const void* x, int8
     top = bits > top ? bits : top;
   }
   const bool finite = top < 0x7f800000u;
-  const float step = bits_to_float(top) / 127.5f;
+  const float step = given ? *given : bits_to_float(top) / 127.5f;
   *scale = finite ? step : bits_to_float(0x7fc00000u);  // NaN in, NaN out
   const float divisor = step > 0 ? step : 1.0f;
   for (int64_t c = 0; c < p.chunks; ++c) {
@@ -89,11 +89,11 @@ inline void prepare_codes(const tersor_args* a, int64_t begin, int64_t end, int8
     auto* sums = reinterpret_cast<int32_t*>(work + p.sums_at) + token * p.chunks;
     const void* x = token_of(*a, token);
     if (a->dtype == TERSOR_F32)
-      quantize_token<LoadF32>(a->spec, p, x, flip, codes, scale, sums);
+      quantize_token<LoadF32>(a->spec, p, x, a->x_scale, flip, codes, scale, sums);
     else if (a->dtype == TERSOR_BF16)
-      quantize_token<LoadBF16>(a->spec, p, x, flip, codes, scale, sums);
+      quantize_token<LoadBF16>(a->spec, p, x, a->x_scale, flip, codes, scale, sums);
     else
-      quantize_token<LoadF16>(a->spec, p, x, flip, codes, scale, sums);
+      quantize_token<LoadF16>(a->spec, p, x, a->x_scale, flip, codes, scale, sums);
   }
 }
 

@@ -38,7 +38,8 @@ struct LinearArgs {
   int* arrived;         // one for each tile, zero before and after
   // Where x is int8:
   const float* x_scales;  // [m]
-  const int32_t* x_sums;  // [groups][token_tiles * tokens of a tile]: of x, in every group
+  const int32_t* x_sums;  // [groups][x_rows]: of x, in every group; whole tiles of tokens
+  int64_t x_rows;
   // Where some columns of x stay in 16 bits (outliers.cuh):
   const uint64_t* outliers;  // [steps], a bit for each column
   const void* exact;         // x as the caller has it; rows begin at 16 bytes
@@ -56,18 +57,18 @@ struct CodebookArgs : LinearArgs {
 constexpr int kQuantizeThreads = 256;  // of the kernel that takes QuantizeArgs
 constexpr int kQuantizeShared = kQuantizeThreads / 32 * 4;
 
-// Activations as int8: x / scale rounded to nearest even, from -128 to 127, with the scale
-// absmax / 127.5 of its token. Written are the columns of whole steps, and `rows` tokens, so that
-// kernels need not look where x ends.
+// Activations as int8 (layout_int8.h): x / scale rounded to nearest even, from -128 to 127. Written
+// are the columns of whole steps, and `rows` tokens, so that kernels need not look where x ends.
 struct QuantizeArgs {
   Shape w;        // whose groups are summed
   const void* x;  // [m, k]
   int64_t ldx;    // in elements
   int32_t m, rows;
-  int8_t* codes;             // [rows, steps * 64], in the order of quantize.cuh
-  float* scales;             // [rows]
-  int32_t* sums;             // [groups, rows]
-  const uint64_t* outliers;  // [steps], for the kernel that leaves columns out
+  const float* scale;  // [1], of all tokens, or nullptr for absmax / 127.5 of each
+  int8_t* codes;
+  float* scales;
+  int32_t* sums;
+  const uint64_t* outliers;  // for the kernel that leaves columns out
 };
 
 constexpr int kOutlierThreads = 256;  // of the kernel that takes OutlierArgs

@@ -63,22 +63,36 @@ void dequantize(const Spec& spec, const void* packed, int64_t begin, int64_t end
 // dequantizes, and multiplies with the library of its own. outliers: some columns of x may stay in
 // 16 bits beside int8 ones.
 std::string serves(const Spec& spec, int64_t m, int32_t dtype, int device, bool outliers);
+// The capture into a graph that the stream is in, or 0: what was launched before it is not in the
+// graph.
+uint64_t capture(Target target);
 // Of the workspace of any call on a device, at 128 bytes; what is in it before and after is
 // nothing.
 size_t workspace_bytes(int device);
-// Of the memory that a call needs for itself, at 128 bytes: where the activations are int8.
-size_t scratch_bytes(const Spec& spec, int64_t m, int32_t dtype, int device, bool outliers);
-// Of what find_outliers writes about k columns: a bit for each, and whole words of 64.
-size_t outlier_bytes(int64_t k);
-// Which columns of x [m, k] hold a finite value beyond the threshold. dtype: of 16 bits; rows begin
-// at 16 bytes, and k is a multiple of 16.
-void find_outliers(const void* x, int64_t m, int64_t k, int64_t ldx, int32_t dtype, float threshold,
-                   void* outliers, Target target);
+
+// Activations [m, k] of 16 bits, whose rows begin at 16 bytes, that are to be int8 (layout_int8.h):
+// for all weights with that k and g.
+struct Activations {
+  const void* x;
+  int64_t m, k, g, ldx;
+  int32_t dtype;       // enum tersor_dtype
+  const float* scale;  // [1], of all tokens, or nullptr for one of each token's own
+  float outliers;      // columns with a finite value beyond this stay in 16 bits; 0: none
+};
+// Of such activations as int8, at 128 bytes.
+size_t quantized_bytes(int64_t m, int64_t k, int64_t g);
+void quantize(const Activations& from, void* quantized, Target target);
+
+// Some tokens of them, for a call: `first` is a multiple of 64.
+struct Quantized {
+  const void* quantized;  // or nullptr, where a weight takes activations of 16 bits
+  int64_t m, first;       // of all tokens
+  bool outliers;
+};
+
 // y = x * dequantize(W)^T + bias, or false where no kernel serves. Rows of x begin at 16 bytes.
-// args.workspace and scratch as above; args.spec is that of the weight. outliers: of find_outliers,
-// the columns that stay in 16 bits where activations are int8; nullptr: none.
-bool linear(const Spec& spec, const tersor_args& args, const void* outliers, void* scratch,
-            Target target);
+// args.workspace as above; args.spec is that of the weight.
+bool linear(const Spec& spec, const tersor_args& args, const Quantized& int8, Target target);
 
 // Of the column solver (solve/solve.h): the grids of a weight, and one block of columns.
 void search_grid(const GridArgs& args, Target target);

@@ -117,7 +117,7 @@ struct MmaGemm {
     if constexpr (Product::kCorrects) {
       constexpr int kPerGroup = kTokens * 4 / 16;
       if (thread() < a.w.groups_per_step * kPerGroup) {
-        const int64_t row = int64_t{group + thread() / kPerGroup} * a.token_tiles * kTokens;
+        const int64_t row = (group + thread() / kPerGroup) * a.x_rows;
         copy_async(stage + kXSums + thread() * 16,
                    a.x_sums + row + first_token + thread() % kPerGroup * 4);
       }

@@ -22,13 +22,11 @@ void pack(const Spec&, const tersor_view&, void*, Target) { refuse(); }
 void unpack(const Spec&, const void*, const tersor_view&, Target) { refuse(); }
 void dequantize(const Spec&, const void*, int64_t, int64_t, void*, int32_t, Target) { refuse(); }
 std::string serves(const Spec&, int64_t, int32_t, int, bool) { refuse(); }
+uint64_t capture(Target) { refuse(); }
 size_t workspace_bytes(int) { refuse(); }
-size_t scratch_bytes(const Spec&, int64_t, int32_t, int, bool) { refuse(); }
-size_t outlier_bytes(int64_t) { refuse(); }
-void find_outliers(const void*, int64_t, int64_t, int64_t, int32_t, float, void*, Target) {
-  refuse();
-}
-bool linear(const Spec&, const tersor_args&, const void*, void*, Target) { refuse(); }
+size_t quantized_bytes(int64_t, int64_t, int64_t) { refuse(); }
+void quantize(const Activations&, void*, Target) { refuse(); }
+bool linear(const Spec&, const tersor_args&, const Quantized&, Target) { refuse(); }
 void search_grid(const GridArgs&, Target) { refuse(); }
 void solve_block(const SolveArgs&, Target) { refuse(); }
 

@@ -14,6 +14,7 @@
 #include "cuda/arguments.h"
 #include "cuda/cuda.h"
 #include "cuda/kernels.h"
+#include "cuda/layout_int8.h"
 #include "dispatch.h"
 
 namespace tersor::cuda {
@@ -203,19 +204,6 @@ Plan plan(const CodebookSpec& spec, int64_t m, int32_t dtype, int number) {
   return plan(shape(spec).w, m, dtype, number, 4, Sort::codebook);
 }
 
-// Where int8 activations lie in the memory that a caller has for them.
-struct Scratch {
-  int32_t rows;
-  int64_t scales_at, sums_at;
-  size_t bytes;
-
-  Scratch(const Plan& plan, const Shape& w) : rows(plan.token_tiles * plan.gemm->tokens) {
-    scales_at = round_up(int64_t{rows} * w.steps * kBlock, kSection);
-    sums_at = scales_at + round_up(int64_t{rows} * 4, kSection);
-    bytes = static_cast<size_t>(sums_at + int64_t{rows} * w.groups * 4);
-  }
-};
-
 // Tells the memory engine where x is; nothing is launched.
 TensorMap tensor_map(const tersor_args& call, int32_t tokens) {
   static const auto encode = [] {
@@ -345,30 +333,37 @@ size_t workspace_bytes(int number) {
   return most;
 }
 
-size_t scratch_bytes(const Spec& spec, int64_t m, int32_t dtype, int number, bool outliers) {
-  const Plan chosen = plan(spec, m, dtype, number, outliers);
-  return chosen.gemm && takes_int8(chosen.gemm->sort) ? Scratch(chosen, shape(spec)).bytes : 0;
+size_t quantized_bytes(int64_t m, int64_t k, int64_t g) {
+  return static_cast<size_t>(Int8Layout(m, k, g).bytes);
 }
 
-size_t outlier_bytes(int64_t k) { return static_cast<size_t>(round_up(k, kBlock) / 8); }
-
-void find_outliers(const void* x, int64_t m, int64_t k, int64_t ldx, int32_t dtype, float threshold,
-                   void* outliers, Target target) {
-  const OutlierArgs args{x,
-                         ldx,
-                         static_cast<int32_t>(m),
-                         static_cast<int32_t>(k),
-                         threshold,
-                         static_cast<uint64_t*>(outliers)};
+void quantize(const Activations& from, void* quantized, Target target) {
+  const Int8Layout at(from.m, from.k, from.g);
+  auto* begin = static_cast<uint8_t*>(quantized);
+  QuantizeArgs args{};
+  args.w = at.w;
+  args.x = from.x, args.ldx = from.ldx;
+  args.m = static_cast<int32_t>(from.m), args.rows = static_cast<int32_t>(at.rows);
+  args.scale = from.scale;
+  args.codes = reinterpret_cast<int8_t*>(begin);
+  args.scales = reinterpret_cast<float*>(begin + at.scales_at);
+  args.sums = reinterpret_cast<int32_t*>(begin + at.sums_at);
   const Current current(target.device);
-  launch(outlier_kernel(dtype), static_cast<int>(round_up(k, kBlock) / kBlock), kOutlierThreads,
-         kOutlierShared, &args, target);
+  const bool apart = from.outliers > 0;
+  if (apart) {
+    auto* found = reinterpret_cast<uint64_t*>(begin + at.outliers_at);
+    const OutlierArgs columns{from.x,        from.ldx, args.m, static_cast<int32_t>(from.k),
+                              from.outliers, found};
+    launch(outlier_kernel(from.dtype), at.w.steps, kOutlierThreads, kOutlierShared, &columns,
+           target);
+    args.outliers = found;
+  }
+  launch(apart ? quantize_others_kernel(from.dtype) : quantize_kernel(from.dtype), args.rows,
+         kQuantizeThreads, kQuantizeShared, &args, target);
 }
 
-namespace {
-
-// The number of the capture into a graph that a stream of the current device is in, or 0.
-uint64_t capture_of(Target target) {
+uint64_t capture(Target target) {
+  const Current current(target.device);
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   unsigned long long id = 0;
 #if CUDART_VERSION >= 13000
@@ -380,6 +375,8 @@ uint64_t capture_of(Target target) {
 #endif
   return status == cudaStreamCaptureStatusNone ? 0 : id;
 }
+
+namespace {
 
 // Lets this thread allocate while a stream is captured: nothing of it goes into the graph.
 class Relaxed {
@@ -412,7 +409,7 @@ int* counters(Target target) {
   static std::mutex mutex;
   static std::map<std::tuple<int, void*, uint64_t>, int*> all;
   const std::lock_guard<std::mutex> lock(mutex);
-  int*& found = all[{target.device, target.stream, capture_of(target)}];
+  int*& found = all[{target.device, target.stream, capture(target)}];
   if (!found) found = new_counters();
   return found;
 }
@@ -434,9 +431,8 @@ void describe(LinearArgs& args, const Call& call, const Plan& chosen, Target tar
 
 }  // namespace
 
-bool linear(const Spec& spec, const tersor_args& call, const void* outliers, void* scratch,
-            Target target) {
-  const Plan chosen = plan(spec, call.m, call.dtype, target.device, outliers != nullptr);
+bool linear(const Spec& spec, const tersor_args& call, const Quantized& int8, Target target) {
+  const Plan chosen = plan(spec, call.m, call.dtype, target.device, int8.outliers);
   if (!chosen.gemm) return false;
   LinearArgs args{};
   args.w = shape(spec);
@@ -450,22 +446,17 @@ bool linear(const Spec& spec, const tersor_args& call, const void* outliers, voi
     given = &boxed;
   }
   if (takes_int8(chosen.gemm->sort)) {
-    const Scratch room(chosen, args.w);
-    auto* begin = static_cast<uint8_t*>(scratch);
-    QuantizeArgs tokens{};
-    tokens.w = args.w;
-    tokens.x = call.x, tokens.ldx = call.ldx;
-    tokens.m = args.m, tokens.rows = room.rows;
-    tokens.codes = reinterpret_cast<int8_t*>(begin);
-    tokens.scales = reinterpret_cast<float*>(begin + room.scales_at);
-    tokens.sums = reinterpret_cast<int32_t*>(begin + room.sums_at);
-    tokens.outliers = args.outliers = static_cast<const uint64_t*>(outliers);
+    const Int8Layout at(int8.m, spec.k, spec.g);
+    // The rows that the tiles of this kernel read are there.
+    if (int64_t{chosen.token_tiles} * chosen.gemm->tokens > at.rows - int8.first) return false;
+    const auto* begin = static_cast<const uint8_t*>(int8.quantized);
     args.exact = call.x, args.ld_exact = call.ldx;
-    launch(outliers ? quantize_others_kernel(call.dtype) : quantize_kernel(call.dtype), room.rows,
-           kQuantizeThreads, kQuantizeShared, &tokens, target);
-    args.x = tokens.codes, args.ldx = int64_t{args.w.steps} * kBlock;
-    args.x_scales = tokens.scales, args.x_sums = tokens.sums;
-    args.w.k = static_cast<int32_t>(args.ldx);  // whole steps: what is beyond k is zero
+    args.x = begin + int8.first * at.columns, args.ldx = at.columns;
+    args.x_scales = reinterpret_cast<const float*>(begin + at.scales_at) + int8.first;
+    args.x_sums = reinterpret_cast<const int32_t*>(begin + at.sums_at) + int8.first;
+    args.x_rows = at.rows;
+    args.outliers = reinterpret_cast<const uint64_t*>(begin + at.outliers_at);
+    args.w.k = static_cast<int32_t>(at.columns);  // whole steps: what is beyond k is zero
   }
   launch(chosen.gemm->function, chosen.partition.workers, chosen.gemm->threads, chosen.gemm->shared,
          given, target);

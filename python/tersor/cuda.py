@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tersor import _core
+from tersor import _core, cuda_calls, cuda_int8
+from tersor.activations import rounded
 from tersor.errors import TersorError
 from tersor.kernels import (
     DTYPES,
@@ -130,7 +131,8 @@ def serving(m: int, grid: Grid, dtype: torch.dtype) -> str:
 
 def kernel(m: int, grid: Grid, dtype: torch.dtype, device: torch.device) -> str:
     """The name of the kernel that serves m tokens of the dtype on a device, or ""."""
-    found: str = _core.cuda_serves(_weight(*grid.fields()), m, dtype_code(dtype), _place(device)[0])
+    number = cuda_calls.place(device)[0]
+    found: str = _core.cuda_serves(_weight(*grid.fields()), m, dtype_code(dtype), number)
     return found
 
 
@@ -167,12 +169,6 @@ def _levels(q: QWeight) -> tuple[Tensor, Tensor] | None:
 
 
 # --- CUDA order and back --------------------------------------------------------------------------
-
-
-def _place(device: torch.device) -> tuple[int, int]:
-    """The number of a device, and its current stream."""
-    stream = torch.cuda.current_stream(device)
-    return stream.device_index, stream.cuda_stream
 
 
 def pack_weight(
@@ -218,7 +214,7 @@ def _pack(
     _core.cuda_pack(
         weight, codes.data_ptr(), 0 if scales is None else scales.data_ptr(),
         0 if zeros is None else zeros.data_ptr(), packed.data_ptr(), packed.numel(),
-        *_place(codes.device),
+        *cuda_calls.place(codes.device),
     )  # fmt: skip
     return packed
 
@@ -236,7 +232,8 @@ def unpack_weight(packed: Tensor, grid: Grid, spec: QSpec) -> QWeight:
         zeros = torch.empty(grid.n, groups, dtype=torch.uint8, device=packed.device)
     _core.cuda_unpack(
         _weight(*grid.fields()), packed.data_ptr(), packed.numel(), codes.data_ptr(),
-        scales.data_ptr(), 0 if zeros is None else zeros.data_ptr(), *_place(packed.device),
+        scales.data_ptr(), 0 if zeros is None else zeros.data_ptr(),
+        *cuda_calls.place(packed.device),
     )  # fmt: skip
     if grid.two_level:
         scales, zeros = scales * zeros, None  # exact, in the dtype of the scales
@@ -248,7 +245,7 @@ def unpack_values(packed: Tensor, grid: Grid) -> Tensor:
     w = torch.empty(grid.n, grid.k, dtype=DTYPES[grid.scale_dtype], device=packed.device)
     _core.cuda_unpack(
         _weight(*grid.fields()), packed.data_ptr(), packed.numel(), w.data_ptr(), 0, 0,
-        *_place(packed.device),
+        *cuda_calls.place(packed.device),
     )  # fmt: skip
     return w
 
@@ -258,7 +255,7 @@ def dequantize(packed: Tensor, grid: Grid, begin: int, end: int, dtype: torch.dt
     w = torch.empty(end - begin, grid.k, dtype=dtype, device=packed.device)
     _core.cuda_dequantize(
         _weight(*grid.fields()), packed.data_ptr(), packed.numel(), begin, end, w.data_ptr(),
-        dtype_code(dtype), *_place(packed.device),
+        dtype_code(dtype), *cuda_calls.place(packed.device),
     )  # fmt: skip
     return w
 
@@ -266,40 +263,31 @@ def dequantize(packed: Tensor, grid: Grid, begin: int, end: int, dtype: torch.dt
 # --- the operator ---------------------------------------------------------------------------------
 
 
-def _workspace(device: int) -> Tensor:
-    """Memory for the partial sums of a call; of a graph that is captured, in its own pool."""
-    return torch.empty(_core.cuda_workspace_bytes(device), dtype=torch.uint8, device=device)
-
-
-def _rows(x: Tensor, k: int) -> Tensor:
-    """x [..., k] as a matrix whose rows begin at 16 bytes."""
-    matrix = rows_of(x, k)
-    unit = 16 // x.element_size()
-    if matrix.data_ptr() % 16 or (matrix.shape[0] > 1 and matrix.stride(0) % unit):
-        matrix = matrix.clone(memory_format=torch.contiguous_format)
-    return matrix
-
-
 def _linear(
     x: Tensor, packed: Tensor, bias: Tensor | None,
     n: int, k: int, g: int, bits: int, asymmetric: bool, scale_dtype: int, activation: int,
     sparse: bool, two_level: bool, outliers: float | None = None,
+    input_scale: Tensor | None = None, quantized: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    matrix, m = _rows(x, k), x.numel() // k
+    matrix, m = cuda_calls.rows(x, k), x.numel() // k
     y = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
     if m == 0:
         return y
     grid = Grid(n, k, g, bits, asymmetric, scale_dtype, activation, sparse, two_level)
     rows = y.view(m, n)
     if x.dtype != torch.float32:
-        beyond = None if outliers is None else _find_outliers(matrix, outliers)
+        if activation and quantized is None:
+            quantized = cuda_int8.quantize(matrix, g, outliers, input_scale)
+        apart = outliers is not None
         # With outliers a tile has half as many rows, and there are only so many tiles.
-        tokens = min(m, _TOKENS if beyond is None else _TOKENS // 2) if activation else m
-        parts = [slice(begin, min(begin + tokens, m)) for begin in range(0, m, tokens)]
-        if all(_call(matrix[part], packed, bias, grid, rows[part], beyond) for part in parts):
+        tokens = min(m, _TOKENS // 2 if apart else _TOKENS) if activation else m
+        if all(
+            _call(matrix, packed, bias, grid, rows, begin, min(begin + tokens, m), quantized, apart)
+            for begin in range(0, m, tokens)
+        ):
             return y
     if activation:
-        matrix = _rounded(matrix, ActSpec(outliers=outliers))
+        matrix = rounded(matrix, ActSpec(outliers=outliers), input_scale)
     for part in _slabs(n, k, matrix.element_size()):
         w = dequantize(packed, grid, part.start, part.stop, matrix.dtype)
         if bias is None:
@@ -309,47 +297,24 @@ def _linear(
     return y
 
 
-def _find_outliers(x: Tensor, threshold: float) -> Tensor:
-    """A bit for each column of x [m, k], of all tokens, however many go into one product."""
-    m, k = x.shape
-    beyond = torch.empty(_core.cuda_outlier_bytes(k), dtype=torch.uint8, device=x.device)
-    _core.cuda_find_outliers(
-        x.data_ptr(), m, k, x.stride(0) if m > 1 else k, dtype_code(x.dtype), threshold,
-        beyond.data_ptr(), beyond.numel(), *_place(x.device),
-    )  # fmt: skip
-    return beyond
-
-
 def _call(
-    x: Tensor, packed: Tensor, bias: Tensor | None, grid: Grid, y: Tensor, beyond: Tensor | None
-) -> bool:
-    """x [m, k] -> y [m, n], or False where no kernel serves. beyond: of _find_outliers."""
-    weight, m, code = _weight(*grid.fields()), x.shape[0], dtype_code(x.dtype)
-    device, stream = _place(x.device)
-    workspace = _workspace(device)
-    scratch = None
-    apart = beyond is not None
-    if grid.activation and (size := _core.cuda_scratch_bytes(weight, m, code, device, apart)):
-        scratch = torch.empty(size, dtype=torch.uint8, device=x.device)
+    x: Tensor, packed: Tensor, bias: Tensor | None, grid: Grid, y: Tensor, begin: int, end: int,
+    quantized: Tensor | None, apart: bool,
+) -> bool:  # fmt: skip
+    """Tokens [begin, end) of x [m, k] -> those of y [m, n], or False where no kernel serves.
+    quantized: all of x as int8; apart: some columns of it may be in 16 bits."""
+    weight, (m, k) = _weight(*grid.fields()), x.shape
+    stride = x.stride(0) if m > 1 else k
+    device, stream = cuda_calls.place(x.device)
+    workspace = cuda_calls.workspace(device)
     served: bool = _core.cuda_linear(
-        weight, packed.data_ptr(), packed.numel(), x.data_ptr(), m,
-        x.stride(0) if m > 1 else grid.k, code, 0 if bias is None else bias.data_ptr(),
-        y.data_ptr(), grid.n, workspace.data_ptr(), workspace.numel(),
-        0 if scratch is None else scratch.data_ptr(), 0 if scratch is None else scratch.numel(),
-        0 if beyond is None else beyond.data_ptr(), 0 if beyond is None else beyond.numel(),
-        device, stream,
+        weight, packed.data_ptr(), packed.numel(), x.data_ptr() + begin * stride * 2, end - begin,
+        stride, dtype_code(x.dtype), 0 if bias is None else bias.data_ptr(),
+        y.data_ptr() + begin * grid.n * 2, grid.n, workspace.data_ptr(), workspace.numel(),
+        0 if quantized is None else quantized.data_ptr(),
+        0 if quantized is None else quantized.numel(), m, begin, apart, device, stream,
     )  # fmt: skip
     return served
-
-
-def _rounded(x: Tensor, activation: ActSpec) -> Tensor:
-    """The float32 values that int8 activations stand for, as kernel.h defines them, and beside them
-    the columns that stay as they are; x [m, k]."""
-    kept, x = activation.kept(x), x.float()
-    rest = x if kept is None else x.masked_fill(kept, 0)
-    scale = rest.abs().amax(1, keepdim=True) / 127.5
-    codes = (rest / torch.where(scale > 0, scale, 1)).round().clamp(-128, 127)
-    return codes * scale if kept is None else torch.where(kept, x, codes * scale)
 
 
 def _slabs(n: int, k: int, element: int) -> list[slice]:
@@ -361,6 +326,7 @@ def _linear_fake(
     x: Tensor, packed: Tensor, bias: Tensor | None,
     n: int, k: int, g: int, bits: int, asymmetric: bool, scale_dtype: int, activation: int,
     sparse: bool, two_level: bool, outliers: float | None = None,
+    input_scale: Tensor | None = None, quantized: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     return x.new_empty((*x.shape[:-1], n))
 
@@ -400,7 +366,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (packed,) = ctx.saved_tensors
-    return torch.ops.tersor.linear_cuda_backward(grad, packed, *ctx.grid), *(None,) * (_FIELDS + 3)
+    return torch.ops.tersor.linear_cuda_backward(grad, packed, *ctx.grid), *(None,) * (_FIELDS + 5)
 
 
 _GRID = (
@@ -414,7 +380,8 @@ define_operator(
     _backward_fake,
 )
 define_operator(
-    f"linear_cuda(Tensor x, Tensor packed, Tensor? bias, {_GRID}, float? outliers=None) -> Tensor",
+    f"linear_cuda(Tensor x, Tensor packed, Tensor? bias, {_GRID}, float? outliers=None, "
+    "Tensor? input_scale=None, Tensor? quantized=None) -> Tensor",
     "CUDA",
     _linear,
     _linear_fake,
@@ -423,14 +390,26 @@ define_backward("linear_cuda", _save_for_backward, _backward)
 
 
 def linear(
-    x: Tensor, packed: Tensor, bias: Tensor | None, grid: Grid, outliers: float | None = None
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    grid: Grid,
+    outliers: float | None = None,
+    scale: tuple[Tensor, float] | None = None,
 ) -> Tensor:
     """x [..., k] @ dequantize(W).T + bias -> [..., n], all on one device. x: float16, bfloat16 or
-    float32; bias: float32 [n] or None; outliers: of int8 activations (see ActSpec)."""
+    float32; bias: float32 [n] or None; outliers: of int8 activations (see ActSpec); scale: of
+    static ones, as a float32 [1] on the device, and as a number."""
     if x.device != packed.device:
         raise TersorError(f"the input is on {x.device}, the layer on {packed.device}; move one")
     if x.dim() == 0 or x.shape[-1] != grid.k:
         raise TersorError(f"the layer takes inputs [..., {grid.k}], not {list(x.shape)}")
     dtype_code(x.dtype)
-    y: Tensor = torch.ops.tersor.linear_cuda(x, packed, bias, *grid.fields(), outliers)
+    tensor = scale[0] if scale else None
+    quantized = None
+    if grid.activation and x.dtype != torch.float32:
+        quantized = cuda_int8.latest.of(x, grid.g, outliers, scale)
+    y: Tensor = torch.ops.tersor.linear_cuda(
+        x, packed, bias, *grid.fields(), outliers, tensor, quantized
+    )
     return y

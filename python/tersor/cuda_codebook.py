@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tersor import _core, cuda
+from tersor import _core, cuda, cuda_calls
 from tersor.adapters.codebook import VALUES, Codebook, CodebookWeight, scale_shapes
 from tersor.errors import TersorError
 from tersor.kernels import DTYPES, define_backward, define_operator, dtype_code, rows_of
@@ -88,7 +88,7 @@ def pack_weight(q: CodebookWeight) -> Tensor:
     packed = torch.zeros(weight.bytes, dtype=torch.uint8, device=device)
     _core.cuda_codebook_pack(
         weight, codes.data_ptr(), scales.data_ptr(), _address(steps), _address(q.mean),
-        packed.data_ptr(), packed.numel(), *cuda._place(device),
+        packed.data_ptr(), packed.numel(), *cuda_calls.place(device),
     )  # fmt: skip
     return packed
 
@@ -103,7 +103,7 @@ def unpack_weight(packed: Tensor, spec: Codebook, shape: tuple[int, int]) -> Cod
     _core.cuda_codebook_unpack(
         _weight(*Blocks.of(shape, spec).fields()), packed.data_ptr(), packed.numel(),
         q.packed.data_ptr(), q.scales.data_ptr(), _address(q.steps), _address(q.mean),
-        *cuda._place(packed.device),
+        *cuda_calls.place(packed.device),
     )  # fmt: skip
     return q
 
@@ -114,7 +114,7 @@ def dequantize(packed: Tensor, blocks: Blocks, begin: int, end: int, dtype: torc
     w = torch.empty(end - begin, blocks.k, dtype=made, device=packed.device)
     _core.cuda_codebook_dequantize(
         _weight(*blocks.fields()), packed.data_ptr(), packed.numel(), begin, end, w.data_ptr(),
-        dtype_code(made), *cuda._place(packed.device),
+        dtype_code(made), *cuda_calls.place(packed.device),
     )  # fmt: skip
     return w.to(dtype)
 
@@ -149,9 +149,9 @@ def _linear(
 
 def _call(x: Tensor, packed: Tensor, bias: Tensor | None, blocks: Blocks, y: Tensor) -> bool:
     """x [..., k] -> y [m, n], or False where no kernel serves."""
-    matrix = cuda._rows(x, blocks.k)
-    m, (device, stream) = matrix.shape[0], cuda._place(x.device)
-    workspace = cuda._workspace(device)
+    matrix = cuda_calls.rows(x, blocks.k)
+    m, (device, stream) = matrix.shape[0], cuda_calls.place(x.device)
+    workspace = cuda_calls.workspace(device)
     wide = None if bias is None else bias.to(torch.float32).contiguous()
     served: bool = _core.cuda_codebook_linear(
         _weight(*blocks.fields()), packed.data_ptr(), packed.numel(), matrix.data_ptr(), m,

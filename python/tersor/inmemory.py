@@ -102,6 +102,11 @@ def _compress(
             f"{solver.name} needs inputs to calibrate on; pass token ids as `calibration`, or use "
             f"{other}, which needs none"
         )
+    if scheme is not None and scheme.static and not inputs:
+        raise TersorError(
+            "static scales of activations come of inputs; pass token ids as `calibration`, or use "
+            "ActSpec(), which needs none"
+        )
     with walking(model, inputs, ignore) as walk:
         scope = walk.scope
         check_inputs(model, scope.linears, scheme.weight if scheme else None, solver.sparsity)
@@ -125,9 +130,11 @@ def _compress(
             walk.advance(block)
             for each in solved:
                 if scheme is not None and isinstance(each.weight, QWeight):
-                    layer = install(model, each.name, each.weight, scheme)
+                    layer = install(model, each.name, each.weight, scheme, each.input_scale)
                     packed = FORMATS[layer.format].pack(each.weight.to(CPU))
                     each.report.bytes = sum(tensor.nbytes for tensor in packed.values())
+                    if each.input_scale is not None:
+                        each.report.bytes += each.input_scale.nbytes
                 report.layers.append(each.report)
                 if each.departure:
                     report.departures[each.name] = each.departure
@@ -166,9 +173,16 @@ def _not_plain(model: nn.Module) -> str | None:
     return None
 
 
-def install(model: nn.Module, name: str, weight: QWeight, scheme: Scheme) -> QuantLinear:
+def install(
+    model: nn.Module,
+    name: str,
+    weight: QWeight,
+    scheme: Scheme,
+    input_scale: Tensor | None = None,
+) -> QuantLinear:
     """Puts a QuantLinear with that weight in the place of a linear, with its bias and hooks."""
     linear = model.get_submodule(name)
-    layer = QuantLinear(weight, linear.bias, scheme.activation, linear.weight.dtype)
+    dtype = linear.weight.dtype
+    layer = QuantLinear(weight, linear.bias, scheme.activation, dtype, input_scale=input_scale)
     replace_linear(model, linear, layer)
     return layer

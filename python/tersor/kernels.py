@@ -265,7 +265,12 @@ def rows_of(x: Tensor, k: int) -> Tensor:
 
 
 def _linear(
-    x: Tensor, packed: Tensor, bias: Tensor | None, n: int, outliers: float | None = None
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    n: int,
+    outliers: float | None = None,
+    input_scale: Tensor | None = None,
 ) -> Tensor:
     k = packed_spec(packed)["k"]
     matrix = rows_of(x, k)
@@ -280,14 +285,19 @@ def _linear(
         y.data_ptr(), n, n,
     )  # fmt: skip
     if outliers is None:
-        _core.linear(*call)
+        _core.linear(*call, 0 if input_scale is None else input_scale.data_ptr())
     else:
         _core.linear_outliers(*call, outliers)
     return y
 
 
 def _linear_fake(
-    x: Tensor, packed: Tensor, bias: Tensor | None, n: int, outliers: float | None = None
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    n: int,
+    outliers: float | None = None,
+    input_scale: Tensor | None = None,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], n))
 
@@ -319,7 +329,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     # Weights and bias are frozen. Where activations are quantized in the call, their rounding
     # counts as the identity (the straight-through estimator of Bengio et al., 2013).
     (packed,) = ctx.saved_tensors
-    return torch.ops.tersor.linear_backward(grad, packed, ctx.k), *(None,) * 4
+    return torch.ops.tersor.linear_backward(grad, packed, ctx.k), *(None,) * 5
 
 
 define_operator(
@@ -329,7 +339,8 @@ define_operator(
     _linear_backward_fake,
 )
 define_operator(
-    "linear(Tensor x, Tensor packed, Tensor? bias, int n, float? outliers=None) -> Tensor",
+    "linear(Tensor x, Tensor packed, Tensor? bias, int n, float? outliers=None, "
+    "Tensor? input_scale=None) -> Tensor",
     "CPU",
     _linear,
     _linear_fake,

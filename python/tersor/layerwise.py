@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor import kernels
+from tersor.activations import scale_of
 from tersor.calibrate import GramStats, capture
 from tersor.devices import CPU, described
 from tersor.errors import TersorError
@@ -20,6 +21,10 @@ from tersor.solvers import PRUNERS, SOLVERS
 from tersor.sparsity import Sparsity
 from tersor.two_level import check_two_level
 
+STATIC_NEEDS = (
+    "static scales of activations need text to calibrate on; give --calibration FILE, or use "
+    "--activations int8, which needs none"
+)
 ROWS = 1024  # of a weight that are in float32 at a time
 
 
@@ -165,13 +170,17 @@ def settings_of(
 def _settings_of(treatment: Treatment) -> dict[str, Any]:
     scheme, solver = treatment.scheme, treatment.solver
     activation = scheme.activation if scheme else None
-    kept = {"outliers": activation.outliers} if activation and activation.outliers else {}
+    more: dict[str, Any] = {}
+    if activation and activation.outliers:
+        more["outliers"] = activation.outliers
+    if activation and not activation.dynamic:
+        more["dynamic"] = False
     return {
         "bits": scheme.weight.bits if scheme else None,
         "group": scheme.weight.group if scheme else None,
         "symmetric": scheme.weight.symmetric if scheme else None,
         "activations": activation.bits if activation else None,
-        **kept,
+        **more,
         "method": solver.name,
         **asdict(solver),
     }
@@ -188,12 +197,14 @@ def machine() -> dict[str, Any]:
 @dataclass(frozen=True)
 class Solved:
     """A compressed linear. weight: its codes, or without a grid its values. departure: why it was
-    not treated as asked, or None."""
+    not treated as asked, or None. input_scale: of static activations, [1] in the dtype of the
+    scales of the weight."""
 
     name: str
     weight: QWeight | Tensor
     report: LayerReport
     departure: str | None
+    input_scale: Tensor | None = None
 
 
 def compress_block(
@@ -209,17 +220,20 @@ def compress_block(
     treatments: of each of them, by name. passes: gives the forward passes of the calibration text
     through the block, as the block is when they are made; None where there is no text.
     """
+    widest: Tensor | None = None  # of all inputs of the block so far
     for taps in block.rounds(sequential):
         stats: dict[str, GramStats] = {}
         if passes is not None:
             with timings.stage("observe"):
                 stats = capture({tap[0]: model.get_submodule(tap[0]) for tap in taps}, passes())
+            peaks = [each.peak for each in stats.values()]
+            widest = torch.stack(peaks if widest is None else [widest, *peaks]).amax(0)
         for tap in taps:
             seen = stats.pop(tap[0], None)  # freed before the next one is factored
             for name in tap:
                 with timings.stage("solve"):
                     linear = model.get_submodule(name)
-                    solved = compress_linear(name, linear, seen, treatments[name])
+                    solved = compress_linear(name, linear, seen, treatments[name], widest)
                 yield solved
 
 
@@ -235,12 +249,14 @@ def compress_linear(
     linear: nn.Linear,
     stats: GramStats | None,
     treatment: Treatment,
+    peak: Tensor | None = None,
     in_place: bool = True,
 ) -> Solved:
     """Solves for the linear's weight and puts what comes of it in its place.
 
     stats: of the linear's input; None or without a token where there are none, and then a solver
     that needs them gives way to another one, which is a departure.
+    peak: of the inputs of other linears, for static scales of one that no token reached.
     in_place: False leaves the linear as it is.
     Raises TersorError naming the layer where the weight cannot be solved.
     """
@@ -268,7 +284,21 @@ def compress_linear(
     if seen is not None and hasattr(solver, "damp"):  # others do not factor what it is about
         report.notes += seen.notes
         departure = seen.departure
-    return Solved(name, q, report, departure)
+    scale = None
+    if scheme is not None and scheme.static:
+        assert isinstance(q, QWeight)
+        if seen is None:
+            departure = departure or "no calibration token reached it; its input_scale is a guess"
+        scale = _input_scale(seen.peak if seen else peak, q.scales)
+    return Solved(name, q, report, departure, scale)
+
+
+def _input_scale(peak: Tensor | None, like: Tensor) -> Tensor:
+    """[1] in the dtype of `like`; 1 where all inputs were zero."""
+    if peak is None:
+        raise TersorError(STATIC_NEEDS)
+    scale = scale_of(peak).to(like)
+    return torch.where(scale > 0, scale, 1)
 
 
 def _replace(

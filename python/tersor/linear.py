@@ -25,6 +25,8 @@ class QuantLinear(PackedLinear):
     activation: quantize the inputs in the call (ActSpec()), or use them as they are (None). With
         ActSpec(outliers=6.0) columns of the input with larger values stay in 16 bits (LLM.int8());
         this is a setting of the layer, which its state dict does not hold.
+    input_scale: of static activations (ActSpec(dynamic=False)), one positive number in a
+        floating-point tensor, which is saved in its dtype.
     dtype: the floating-point dtype of the layer, in which the bias is rounded and saved; by
         default that of the bias, or of the scales. Inputs may have any of the three dtypes, and
         outputs have the dtype of the input.
@@ -47,6 +49,7 @@ class QuantLinear(PackedLinear):
         activation: ActSpec | None = None,
         dtype: torch.dtype | None = None,
         format: str | None = None,
+        input_scale: Tensor | None = None,
     ) -> None:
         dtype = dtype or (qweight.scales if bias is None else bias).dtype
         super().__init__(qweight.n, qweight.k, dtype)
@@ -57,6 +60,9 @@ class QuantLinear(PackedLinear):
             raise TersorError(f"format must be one of {', '.join(FORMATS)}, not {self.format}")
         self.register_buffer("order", None, persistent=False)
         self._set_weight(qweight)
+        self._saved_scale = torch.float32
+        if self.scheme.static or input_scale is not None:
+            self._set_scale(input_scale)
         if bias is not None:
             self._set_bias(bias)
 
@@ -67,6 +73,7 @@ class QuantLinear(PackedLinear):
 
         if not isinstance(linear, nn.Linear):
             raise TersorError(f"from_linear takes an nn.Linear, not {type(linear).__name__}")
+        scheme.refuse_static("from_linear sees no inputs")
         with torch.no_grad():
             qweight = RTN()(linear.weight, None, scheme.weight)
             return cls(qweight, linear.bias, scheme.activation, linear.weight.dtype)
@@ -143,6 +150,25 @@ class QuantLinear(PackedLinear):
             return cuda.unpack_weight(self.packed, self.grid, self.spec)
         return unpack_weight(self.packed, self.spec)
 
+    def _set_scale(self, scale: Tensor | None) -> None:
+        """None: on meta, until one is loaded."""
+        if not self.scheme.static:
+            raise TersorError("input_scale is of static activations; give ActSpec(dynamic=False)")
+        if scale is None and self.packed.is_meta:
+            scale = torch.empty(1, device="meta")
+        if scale is None or scale.numel() != 1 or not scale.is_floating_point():
+            given = "none" if scale is None else f"{scale.dtype} {list(scale.shape)}"
+            raise TersorError(f"input_scale must be one floating-point number, not {given}")
+        self._saved_scale = scale.dtype
+        if not scale.is_meta:
+            self.static_scale = float(scale)
+            if not 0 < self.static_scale <= torch.finfo(torch.float32).max:
+                raise TersorError(
+                    f"input_scale must be positive and finite, not {self.static_scale:g}"
+                )
+        scale = scale.detach().reshape(1).to(self.packed.device, torch.float32, copy=True)
+        self.input_scale = scale
+
     def _move(self, device: torch.device) -> None:
         if "meta" in (device.type, self.packed.device.type):
             super()._move(device)
@@ -151,18 +177,25 @@ class QuantLinear(PackedLinear):
     # --- saving and loading -----------------------------------------------------------------
 
     def _names(self) -> tuple[str, ...]:
-        return FORMATS[self.format].tensors
+        static = ("input_scale",) if self.scheme.static else ()
+        return FORMATS[self.format].tensors + static
 
     def _needs(self, name: str) -> bool:
         return name not in _OPTIONAL or (name == "weight_zero_point" and not self.spec.symmetric)
 
     def _portable(self) -> dict[str, Tensor]:
-        return FORMATS[self.format].pack(self.qweight() if self._awaited is None else self._awaited)
+        weight = self.qweight() if self._awaited is None else self._awaited
+        tensors = FORMATS[self.format].pack(weight)
+        if self.input_scale is not None:
+            tensors["input_scale"] = self.input_scale.to(self._saved_scale)
+        return tensors
 
     def _take(self, tensors: dict[str, Tensor]) -> None:
         """Scales keep the dtype that they come in."""
         q = self._checked(FORMATS[self.format].unpack(tensors, self.spec))
         self._set_weight(q if self.packed.is_meta else q.to(self.packed.device))
+        if self.scheme.static:
+            self._set_scale(tensors["input_scale"])
 
     def _checked(self, q: QWeight) -> QWeight:
         if (q.n, q.k) != (self.out_features, self.in_features):

@@ -257,6 +257,11 @@ def _check_outliers(checkpoint: Checkpoint, outliers: float | None) -> None:
     ActSpec(outliers=outliers)
     quantized = "quantization_config" in checkpoint.config
     groups = parse_config(checkpoint.config).groups if quantized else ()
+    if outliers is not None and any(group.scheme.static for group in groups):
+        raise TersorError(
+            f"{checkpoint.folder} has static scales of activations, which outliers do not go with; "
+            "leave outliers out"
+        )
     if outliers is not None and not any(group.scheme.activation for group in groups):
         raise TersorError(
             f"{checkpoint.folder} has no int8 activations beside which outliers could stay in 16 "
@@ -378,18 +383,21 @@ def _quant_linear(
 ) -> QuantLinear:
     format = FORMATS[group.format]
     tensors = {name.rpartition(".")[2]: checkpoint.load(name) for name in names}
-    bias = tensors.pop("bias", None)
+    bias, scale = tensors.pop("bias", None), tensors.pop("input_scale", None)
+    zero = tensors.pop("input_zero_point", None)
     strange = sorted(set(tensors) - set(format.tensors))
     n, k = each.linear.out_features, each.linear.in_features
     try:
         if strange:
             raise TersorError(f"{strange[0]} is no tensor of {format.name}")
+        if zero is not None and bool((zero != 0).any()):
+            raise TersorError("input_zero_point is not zero; kernels take symmetric activations")
         if (bias is None) != (each.linear.bias is None):
             raise TersorError(f"the bias is {'missing' if bias is None else 'one too many'}")
         q = format.unpack(tensors, group.scheme.weight)
         if (q.n, q.k) != (n, k):
             raise TersorError(f"the weight is {q.n} x {q.k}, config.json asks for {n} x {k}")
-        return QuantLinear(q, bias, group.scheme.activation, dtype, format.name)
+        return QuantLinear(q, bias, group.scheme.activation, dtype, format.name, scale)
     except TersorError as error:
         raise TersorError(f"{each.name}: {error}") from error
 

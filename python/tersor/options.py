@@ -189,7 +189,12 @@ def add_grid(sub: argparse.ArgumentParser) -> None:
         help="columns that share a scale, or 'row'; default: 128, or row for W8A8",
     )
     add("--asymmetric", action="store_true", help="store a zero point for each group")
-    add("--activations", choices=("int8",), help="quantize activations too, in the call")
+    add(
+        "--activations",
+        choices=("int8", "int8-static"),
+        help="quantize activations too: int8 with a scale for each token, found in the call; "
+        "int8-static with one that calibration finds",
+    )
 
 
 def add_text(

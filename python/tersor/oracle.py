@@ -17,6 +17,7 @@ def oracle(
     bias: Tensor | None = None,
     activation: ActSpec | None = None,
     weight_eps: float = 0.0,
+    input_scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x @ dequantize(q).T + bias in float64, and the error that a right implementation may have.
 
@@ -30,7 +31,7 @@ def oracle(
     meets k sums, one scale per group and a few single roundings (two scales, the zero point, the
     bias). A kernel may subtract the zero point after the sum, so a code counts as code + zero.
     Then one rounding to the dtype of the result. `weight_eps` is for a kernel that rounds the
-    dequantized weight to 16 bits before it multiplies.
+    dequantized weight to 16 bits before it multiplies; `input_scale` is that of static activations.
     """
     if isinstance(q, Tensor):
         weight, groups, largest = q.double(), 1, 1.0
@@ -43,7 +44,7 @@ def oracle(
     if activation is not None:
         kept = activation.kept(x)
         rest = values if kept is None else values.masked_fill(kept, 0)
-        rest, uncertain = _quantize_tokens(rest)
+        rest, uncertain = _quantize_tokens(rest, input_scale)
         values = rest if kept is None else torch.where(kept, values, rest)
         slack = uncertain @ weight.abs().T
     product = values @ weight.T
@@ -73,17 +74,20 @@ def _grid_values(q: QWeight) -> tuple[Tensor, Tensor]:
     return (q.codes.double() - zeros) * scales, (q.codes.double() + zeros) * scales.abs()
 
 
-def _quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
+def _quantize_tokens(x: Tensor, given: float | None) -> tuple[Tensor, Tensor]:
     """What int8 activations stand for, [m, k], and by how much float32 arithmetic may move each.
 
-    A token's scale is absmax / 127.5; codes are rounded half to even, at most 127. In float32 the
-    quotient is off by up to four roundings, so that a value this close to half a step may go
-    either way. Where absmax / 127.5 is a power of two nothing is rounded: ties must go to even.
+    A token's scale is absmax / 127.5, or the one given; codes are rounded half to even, from -128
+    to 127. In float32 the quotient is off by up to four roundings, so that a value this close to
+    half a step may go either way. Where the scale is a power of two nothing is rounded: ties must
+    go to even.
     """
     absmax = x.abs().amax(dim=1, keepdim=True)
     scale = torch.where(absmax > 0, absmax / 127.5, torch.ones_like(absmax))
+    if given is not None:
+        scale = torch.full_like(scale, given)
     steps = x / scale
-    codes = torch.round(steps).clamp(max=127)  # half to even
+    codes = torch.round(steps).clamp(-128, 127)  # half to even
     exact = torch.frexp(scale).mantissa == 0.5
     distance = (steps - torch.floor(steps) - 0.5).abs()
     close = (distance <= 128 * 4 * torch.finfo(torch.float32).eps / 2) & ~exact

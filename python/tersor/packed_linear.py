@@ -29,6 +29,8 @@ class PackedLinear(nn.Module, ABC):
     packed: Tensor  # uint8, kernel order; empty until a weight is loaded
     bias: Tensor | None  # float32, holding values of self.dtype
     columns: Tensor | None  # int64 [k]: the column of x for each column of the packed weight
+    input_scale: Tensor | None  # float32 [1]: of int8 activations, where it is static
+    static_scale: float = 0.0  # the same, here
     grid: cuda.Grid | None = None  # of the packed weight, where it is on a GPU
 
     def __init__(self, n: int, k: int, dtype: torch.dtype) -> None:
@@ -36,7 +38,7 @@ class PackedLinear(nn.Module, ABC):
         self.in_features, self.out_features = k, n
         self.dtype = dtype
         dtype_code(dtype)
-        for name in ("packed", "bias", "columns"):
+        for name in ("packed", "bias", "columns", "input_scale"):
             self.register_buffer(name, None, persistent=False)
 
     @property
@@ -64,14 +66,16 @@ class PackedLinear(nn.Module, ABC):
         """x: float32, bfloat16 or float16 [..., k] -> [..., n] of the same dtype."""
         if self._buffers["columns"] is not None:
             x = self._permuted(x)
+        scale = self._buffers["input_scale"]
         if self.grid is not None:
-            return cuda.linear(x, self.packed, self.bias, self.grid, self.outliers)
+            static = None if scale is None else (scale, self.static_scale)
+            return cuda.linear(x, self.packed, self.bias, self.grid, self.outliers, static)
         eager = not torch.compiler.is_compiling() and type(x) is Tensor
         if not eager or x.requires_grad or not x.is_cpu:
             if not self.packed.numel() and not x.is_meta:
                 self._refuse()
             n, outliers = self.out_features, self.outliers
-            return torch.ops.tersor.linear(x, self.packed, self.bias, n, outliers)
+            return torch.ops.tersor.linear(x, self.packed, self.bias, n, outliers, scale)
         # Eager inference calls the kernel itself: the operator would cost some microseconds more,
         # and so would nn.Module's lookup of its buffers, or an array object for each argument.
         packed, bias = self._buffers["packed"], self._buffers["bias"]
@@ -89,7 +93,7 @@ class PackedLinear(nn.Module, ABC):
             0 if bias is None else bias.data_ptr(), y.data_ptr(), n, n,
         )  # fmt: skip
         if (outliers := self.outliers) is None:
-            _core.linear(*call)
+            _core.linear(*call, 0 if scale is None else scale.data_ptr())
         else:
             _core.linear_outliers(*call, outliers)
         return y
@@ -125,9 +129,11 @@ class PackedLinear(nn.Module, ABC):
         dtype_code(probe.dtype)
         if probe.device != self.packed.device:
             self._move(probe.device)
-        bias = self.bias
+        bias, scale = self.bias, self.input_scale
         super()._apply(fn, recurse)
         self.dtype = probe.dtype
+        if scale is not None and self._buffers["input_scale"].dtype != scale.dtype:
+            self.input_scale = scale.to(probe.device)  # no dtype applies to it
         if bias is not None and self.bias is not None and self.bias.dtype != torch.float32:
             self._set_bias(bias)
         return self

@@ -22,6 +22,8 @@ from tersor.formats import FORMATS, quantization_config
 from tersor.formats.config import default_format
 from tersor.layerwise import (
     EVERY,
+    STATIC_NEEDS,
+    Solved,
     Solver,
     Treatment,
     check_arguments,
@@ -33,7 +35,7 @@ from tersor.layerwise import (
 )
 from tersor.models.arch import spellings
 from tersor.progress import Progress
-from tersor.qweight import QWeight, Scheme
+from tersor.qweight import Scheme
 from tersor.report import LayerReport, Report, Timings, versions
 from tersor.runs import Run, describe, identity, text_windows
 from tersor.scope import BlockScope, Scope, assign, check_inputs, settle
@@ -202,7 +204,7 @@ def _compress(
             check_inputs(source.model, linears, spec, each.solver.sparsity)
     if calibration is not None:
         check_shared(scope, own)
-    windows = _windows(source, [each.solver for each in own.values()], calibration)
+    windows = _windows(source, list(own.values()), calibration)
     settings = settings_of(treatments, ignore, sequential, source.device)
     if any(each.solver.sparsity for each in own.values()):
         settings["allocation"] = allocation
@@ -273,12 +275,14 @@ def _architecture(source: Source, quantized: bool) -> str:
 
 
 def _windows(
-    source: Source, solvers: Sequence[Solver], calibration: Calibration | None
+    source: Source, treatments: Sequence[Treatment], calibration: Calibration | None
 ) -> Tensor | None:
     """The token ids, int64 [samples, seq_len], or None where there is no text and need be none."""
     if calibration is not None:
         return text_windows(source, calibration)
-    solver = next((each for each in solvers if each.needs is not None), None)
+    if any(each.scheme and each.scheme.static for each in treatments):
+        raise TersorError(STATIC_NEEDS)
+    solver = next((each.solver for each in treatments if each.solver.needs is not None), None)
     if solver is not None:
         other = f"use --method {'magnitude' if solver.sparsity else 'rtn'}, which needs none"
         if solver.name == "magnitude":
@@ -367,7 +371,7 @@ class _Run(Run):
             for solved in compress_block(
                 model, block, self.treatments, passes, self.sequential, timings
             ):
-                solved.report.bytes = self._add(solved.name, solved.weight.to(CPU))
+                solved.report.bytes = self._add(solved)
                 layers.append(solved.report)
                 if solved.departure:
                     departures[solved.name] = solved.departure
@@ -392,8 +396,9 @@ class _Run(Run):
             flow.forget(number)
         _core.trim_memory()
 
-    def _add(self, name: str, weight: QWeight | Tensor) -> int:
+    def _add(self, solved: Solved) -> int:
         """Puts the tensors of a compressed linear into the block's file; returns their bytes."""
+        name, weight = solved.name, solved.weight.to(CPU)
         place = self.source.where[f"{name}.weight"]
         if isinstance(weight, Tensor):
             stored = self.source.as_stored(f"{name}.weight", weight)
@@ -403,6 +408,8 @@ class _Run(Run):
         assert scheme is not None  # or there would be no codes
         stem = place.saved_as.removesuffix("weight")
         packed = FORMATS[default_format(scheme)].pack(weight)
+        if solved.input_scale is not None:
+            packed["input_scale"] = solved.input_scale.to(CPU)
         for local, tensor in packed.items():
             self.writer.add(stem + local, tensor)
         return sum(tensor.nbytes for tensor in packed.values())

@@ -62,10 +62,12 @@ class QSpec:
 
 @dataclass(frozen=True)
 class ActSpec:
-    """How activations enter the product: bits=8 is int8, one scale per token, absmax / 127.5
-    and codes -128 to 127 as in compressed-tensors,
-    computed in the call.
+    """How activations enter the product: bits=8 is int8, codes -128 to 127 as in
+    compressed-tensors.
 
+    dynamic: True has a scale for each token, its absmax / 127.5, found in the call. False has one
+        for all that a linear reads ("static"), found by calibration and kept with the weight:
+        quantizing is cheaper, values beyond what calibration saw are cut off, and an error larger.
     outliers: LLM.int8() (Dettmers et al., arXiv:2208.07339): the columns of the input that hold a
         finite |value| beyond this in any token of the call stay in 16 bits (6.0 is usual), and
         only the others are int8, with scales that do not see them. The result of a token depends
@@ -79,10 +81,13 @@ class ActSpec:
 
     bits: int = 8
     outliers: float | None = None
+    dynamic: bool = True
 
     def __post_init__(self) -> None:
         if self.bits != 8:
             raise TersorError(f"activations can be quantized to 8 bits, not {self.bits}")
+        if not isinstance(self.dynamic, bool):
+            raise TersorError(f"dynamic is True or False, not {self.dynamic!r}")
         if self.outliers is not None and not (
             isinstance(self.outliers, (int, float))
             and _FLOAT32.tiny <= self.outliers <= _FLOAT32.max
@@ -90,6 +95,12 @@ class ActSpec:
             raise TersorError(
                 f"outliers is the positive number beyond which columns stay in 16 bits, such as "
                 f"6.0, or None, not {self.outliers!r}"
+            )
+
+        if self.outliers is not None and not self.dynamic:
+            raise TersorError(
+                "outliers are kept apart from scales of each token; leave them out, or "
+                "dynamic=False"
             )
 
     def kept(self, x: Tensor) -> Tensor | None:
@@ -110,12 +121,26 @@ class Scheme:
     weight: QSpec
     activation: ActSpec | None = None
 
+    @property
+    def static(self) -> bool:
+        """Whether activations have a scale that calibration finds."""
+        return self.activation is not None and not self.activation.dynamic
+
+    def refuse_static(self, what: str) -> None:
+        """TersorError where it is, for what has no scales of activations to give."""
+        if self.static:
+            raise TersorError(
+                f"{what}, which static scales of activations come of; use dynamic ones "
+                "(--activations int8), or tersor quantize"
+            )
+
     def __str__(self) -> str:
         if self.activation is None:
             return f"W{self.weight.bits}A16"
         outliers = self.activation.outliers
         kept = "" if outliers is None else f", outliers beyond {outliers:g}"
-        return f"W{self.weight.bits}A{self.activation.bits}{kept}"
+        static = " static" if self.static else ""
+        return f"W{self.weight.bits}A{self.activation.bits}{static}{kept}"
 
 
 @dataclass

@@ -114,12 +114,12 @@ class Quantize(Step):
 
     @property
     def reads_text(self) -> bool:
-        return self._solver().needs is not None
+        return self._solver().needs is not None or self._scheme().static
 
     def call(self) -> tuple[Callable[..., Report], dict[str, Any]]:
         from tersor.pipeline import quantize_checkpoint
 
-        scheme = scheme_of(self.bits, self.group, self.asymmetric, self.activations)
+        scheme = self._scheme()
         rest = {"ignore": self.ignore, "sequential": self.sequential, "device": self.device}
         return quantize_checkpoint, {"scheme": scheme, "method": self._solver(), **rest}
 
@@ -127,9 +127,12 @@ class Quantize(Step):
         from tersor.layerwise import Treatment
 
         self.refuse_codes(state)
-        scheme = scheme_of(self.bits, self.group, self.asymmetric, self.activations)
+        scheme = self._scheme()
         Treatment(self._solver(), scheme)  # refuses what does not go together
         return replace(state, quantized=scheme, by=self.name)
+
+    def _scheme(self) -> Scheme:
+        return scheme_of(self.bits, self.group, self.asymmetric, self.activations)
 
     def _solver(self) -> Solver:
         names = ("act_order", "damp", "clip", "two_level")
@@ -167,7 +170,9 @@ class Prune(Step):
 
     @property
     def reads_text(self) -> bool:
-        return self._solver().needs is not None or self.allocation == "owl"
+        scheme = self._scheme()
+        static = scheme is not None and scheme.static
+        return static or self._solver().needs is not None or self.allocation == "owl"
 
     def call(self) -> tuple[Callable[..., Report], dict[str, Any]]:
         from tersor.pipeline import prune_checkpoint
@@ -412,6 +417,9 @@ class DropExperts(Surgery):
         return drop_experts
 
 
+ACTIVATIONS = {"int8": ActSpec(), "int8-static": ActSpec(dynamic=False)}
+
+
 def scheme_of(
     bits: int,
     group: int | str | None = None,
@@ -421,16 +429,19 @@ def scheme_of(
     """The scheme of settings as people write them.
 
     group: columns that share a scale, or "row"; None is 128, or the row where both weights and
-        activations have 8 bits. activations: "int8", or None.
+        activations have 8 bits. activations: one of ACTIVATIONS, or None for 16 bits.
     """
-    if activations not in (None, "int8"):
-        raise TersorError(f"activations can be int8, not {activations!r}; leave it out for 16 bits")
+    if activations is not None and activations not in ACTIVATIONS:
+        raise TersorError(
+            f"activations can be {' or '.join(ACTIVATIONS)}, not {activations!r}; leave it out for "
+            "16 bits"
+        )
     if isinstance(group, str) and group != "row":
         raise TersorError(f"group is a number of columns or row, not {group!r}")
     if group is None:
         group = "row" if bits == 8 and activations else 128
     spec = QSpec(bits, None if group == "row" else group, symmetric=not asymmetric)  # type: ignore[arg-type]
-    return Scheme(spec, ActSpec() if activations else None)
+    return Scheme(spec, ACTIVATIONS[activations] if activations else None)
 
 
 def solver_of(

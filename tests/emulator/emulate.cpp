@@ -3,6 +3,7 @@
 
 #include "cuda/gemm_mma.cuh"
 #include "cuda/gemm_wgmma.cuh"
+#include "cuda/layout_int8.h"
 #include "cuda/outliers.cuh"
 #include "cuda/pack.cuh"
 #include "cuda/pack_codebook.cuh"
@@ -69,28 +70,27 @@ void sparse(const LinearArgs& a, int tokens, const Run& run) {
   emulator::fail("there is no such kernel");
 }
 
+// A call's tokens from `first` on, of those that quantize() was given.
+struct Quantized {
+  const uint8_t* memory;
+  Int8Layout at;
+  int64_t first;
+};
+
 template <class Product, int kTokens, int kBlocks, bool kOutliers = false>
-void int8(LinearArgs a, const Run& run) {
-  using T = typename Product::Result;
+void int8(LinearArgs a, const Quantized& q, const Run& run) {
   using Kernel = MmaGemm<Product, kTokens, kBlocks, kOutliers>;
-  const int rows = (a.m + kTokens - 1) / kTokens * kTokens, columns = a.w.steps * kBlock;
-  std::vector<int8_t> room(size_t(rows) * columns + 16, 0x55);
-  int8_t* codes = room.data() + (16 - reinterpret_cast<uintptr_t>(room.data()) % 16) % 16;
-  std::vector<float> scales(rows, NAN);
-  std::vector<int32_t> sum_room(size_t(rows) * a.w.groups + 4, 0x55555555);
-  int32_t* sums =
-      sum_room.data() + (16 - reinterpret_cast<uintptr_t>(sum_room.data()) % 16) % 16 / 4;
-  const QuantizeArgs q{a.w, a.x, a.ldx, a.m, rows, codes, scales.data(), sums, a.outliers};
-  emulator::launch(rows, kQuantizeThreads, kQuantizeShared, {}, run.seed, run.eager,
-                   [&] { quantize_body<Bits<T>, kOutliers>(q); });
-  const Region exact = region(a.x, ((a.m - 1) * a.ldx + a.w.k) * 2);
+  std::vector<Region> readable = {region(q.memory, q.at.rows * q.at.columns),
+                                  region(q.memory + q.at.sums_at, q.at.rows * q.at.w.groups * 4)};
+  if (kOutliers) readable.push_back(region(a.x, ((a.m - 1) * a.ldx + a.w.k) * 2));
   a.exact = a.x, a.ld_exact = a.ldx;
-  a.x = codes, a.ldx = columns, a.x_scales = scales.data(), a.x_sums = sums;
-  a.w.k = columns;
-  gemm<Kernel>(
-      a, run, [&] { Kernel::run(a); },
-      {region(codes, int64_t{rows} * columns), region(sums, int64_t{4} * rows * a.w.groups),
-       kOutliers ? exact : Region{nullptr, nullptr}});
+  a.x = q.memory + q.first * q.at.columns, a.ldx = q.at.columns;
+  a.x_scales = reinterpret_cast<const float*>(q.memory + q.at.scales_at) + q.first;
+  a.x_sums = reinterpret_cast<const int32_t*>(q.memory + q.at.sums_at) + q.first;
+  a.x_rows = q.at.rows;
+  a.outliers = reinterpret_cast<const uint64_t*>(q.memory + q.at.outliers_at);
+  a.w.k = static_cast<int32_t>(q.at.columns);
+  gemm<Kernel>(a, run, [&] { Kernel::run(a); }, readable);
 }
 
 template <class T, int kBits, int kTokens>
@@ -120,25 +120,26 @@ CodebookShape codebook_shape(const int64_t* s) {
 }
 
 template <class T, int kBits>
-void gemm(const LinearArgs& a, const std::string& kind, int tokens, const Run& run) {
+void gemm(const LinearArgs& a, const Quantized& q, const std::string& kind, int tokens,
+          const Run& run) {
   using Product = FloatProduct<T, kBits>;
   using Int8 = Int8Product<T, kBits>;
   if (kind == "mma" && tokens == 8) return mma<Product, 8, 1>(a, run);
   if (kind == "mma" && tokens == 16) return mma<Product, 16, 1>(a, run);
   if (kind == "mma" && tokens == 32) return mma<Product, 32, 2>(a, run);
   if (kind == "mma" && tokens == 64) return mma<Product, 64, 1>(a, run);
-  if (kind == "int8" && tokens == 8) return int8<Int8, 8, 1>(a, run);
-  if (kind == "int8" && tokens == 16) return int8<Int8, 16, 1>(a, run);
-  if (kind == "int8" && tokens == 32) return int8<Int8, 32, 2>(a, run);
-  if (kind == "int8" && tokens == 64) return int8<Int8, 64, 2>(a, run);
-  if (kind == "outliers" && tokens == 8) return int8<Int8, 8, 1, true>(a, run);
-  if (kind == "outliers" && tokens == 16) return int8<Int8, 16, 1, true>(a, run);
-  if (kind == "outliers" && tokens == 32) return int8<Int8, 32, 2, true>(a, run);
-  if (kind == "outliers" && tokens == 64) return int8<Int8, 64, 1, true>(a, run);
-  if (kind == "rows" && tokens == 8) return int8<RowProduct<T, kBits>, 8, 1>(a, run);
-  if (kind == "rows" && tokens == 16) return int8<RowProduct<T, kBits>, 16, 1>(a, run);
-  if (kind == "rows" && tokens == 32) return int8<RowProduct<T, kBits>, 32, 2>(a, run);
-  if (kind == "rows" && tokens == 64) return int8<RowProduct<T, kBits>, 64, 2>(a, run);
+  if (kind == "int8" && tokens == 8) return int8<Int8, 8, 1>(a, q, run);
+  if (kind == "int8" && tokens == 16) return int8<Int8, 16, 1>(a, q, run);
+  if (kind == "int8" && tokens == 32) return int8<Int8, 32, 2>(a, q, run);
+  if (kind == "int8" && tokens == 64) return int8<Int8, 64, 2>(a, q, run);
+  if (kind == "outliers" && tokens == 8) return int8<Int8, 8, 1, true>(a, q, run);
+  if (kind == "outliers" && tokens == 16) return int8<Int8, 16, 1, true>(a, q, run);
+  if (kind == "outliers" && tokens == 32) return int8<Int8, 32, 2, true>(a, q, run);
+  if (kind == "outliers" && tokens == 64) return int8<Int8, 64, 1, true>(a, q, run);
+  if (kind == "rows" && tokens == 8) return int8<RowProduct<T, kBits>, 8, 1>(a, q, run);
+  if (kind == "rows" && tokens == 16) return int8<RowProduct<T, kBits>, 16, 1>(a, q, run);
+  if (kind == "rows" && tokens == 32) return int8<RowProduct<T, kBits>, 32, 2>(a, q, run);
+  if (kind == "rows" && tokens == 64) return int8<RowProduct<T, kBits>, 64, 2>(a, q, run);
   if (kind == "wgmma" && tokens == 64) return wgmma<T, kBits, 64>(a, run);
   if (kind == "wgmma" && tokens == 128) return wgmma<T, kBits, 128>(a, run);
   emulator::fail("there is no kernel " + kind);
@@ -188,18 +189,63 @@ void dequantize(const int64_t* s, int scale_dtype, const uint8_t* packed, int64_
   });
 }
 
-// outliers: of find_outliers, for the kind "outliers".
-void linear_outliers(const int64_t* s, int scale_dtype, const uint8_t* packed, const uint16_t* x,
-                     uint16_t* y, const float* bias, int m, int64_t ldx, int64_t ldy, int dtype,
-                     const char* kind, int tokens, int resident, unsigned seed, int eager,
-                     const uint64_t* outliers) {
+int64_t quantized_bytes(int64_t m, int64_t k, int64_t g) { return Int8Layout(m, k, g).bytes; }
+
+}  // extern "C"
+
+namespace {
+
+template <class T>
+void quantize_as(const QuantizeArgs& q, float outliers, uint64_t* found, unsigned seed,
+                 bool eager) {
+  QuantizeArgs a = q;
+  a.outliers = found;
+  const auto run = [&](auto body) {
+    emulator::launch(a.rows, kQuantizeThreads, kQuantizeShared, {}, seed, eager, body);
+  };
+  if (outliers <= 0) return run([&] { quantize_body<Bits<T>>(a); });
+  const OutlierArgs o{a.x, a.ldx, a.m, a.w.k, outliers, found};
+  emulator::launch(a.w.steps, kOutlierThreads, kOutlierShared,
+                   {region(a.x, ((a.m - 1) * a.ldx + a.w.k) * 2)}, seed, false,
+                   [&] { find_outliers_body<T>(o); });
+  run([&] { quantize_body<Bits<T>, true>(a); });
+}
+
+}  // namespace
+
+extern "C" {
+
+// room: tokens that the memory is for, m or more. outliers: 0 for none; scale: or nullptr.
+void quantize(const uint16_t* x, int m, int64_t room, int64_t k, int64_t g, int64_t ldx, int dtype,
+              float outliers, const float* scale, uint8_t* quantized, unsigned seed, int eager) {
+  const Int8Layout at(room, k, g);
+  const QuantizeArgs a{at.w,
+                       x,
+                       ldx,
+                       m,
+                       static_cast<int32_t>(at.rows),
+                       scale,
+                       reinterpret_cast<int8_t*>(quantized),
+                       reinterpret_cast<float*>(quantized + at.scales_at),
+                       reinterpret_cast<int32_t*>(quantized + at.sums_at),
+                       nullptr};
+  auto* found = reinterpret_cast<uint64_t*>(quantized + at.outliers_at);
+  dtype == TERSOR_F16 ? quantize_as<Half>(a, outliers, found, seed, eager != 0)
+                      : quantize_as<Bfloat>(a, outliers, found, seed, eager != 0);
+}
+
+// quantized: of quantize(), for the kinds that take int8: tokens from `first` on.
+void linear(const int64_t* s, int scale_dtype, const uint8_t* packed, const uint16_t* x,
+            uint16_t* y, const float* bias, int m, int64_t ldx, int64_t ldy, int dtype,
+            const char* kind, int tokens, int resident, unsigned seed, int eager,
+            const uint8_t* quantized, int64_t room, int64_t first) {
   LinearArgs a{};
   a.w = shape(s);
   a.scale_dtype = scale_dtype;
   a.packed = packed;
   a.x = x, a.y = y, a.bias = bias;
   a.ldx = ldx, a.ldy = ldy, a.m = m;
-  a.outliers = outliers;
+  const Quantized q{quantized, Int8Layout(room, a.w.k, a.w.g), first};
   const Run run{resident, seed, eager != 0};
   const bool half = dtype == TERSOR_F16;
   if (a.w.sparse && a.w.bits == 16)
@@ -207,9 +253,9 @@ void linear_outliers(const int64_t* s, int scale_dtype, const uint8_t* packed, c
   else if (a.w.sparse)
     half ? sparse<Half, 4>(a, tokens, run) : sparse<Bfloat, 4>(a, tokens, run);
   else if (a.w.bits == 4)
-    half ? gemm<Half, 4>(a, kind, tokens, run) : gemm<Bfloat, 4>(a, kind, tokens, run);
+    half ? gemm<Half, 4>(a, q, kind, tokens, run) : gemm<Bfloat, 4>(a, q, kind, tokens, run);
   else
-    half ? gemm<Half, 8>(a, kind, tokens, run) : gemm<Bfloat, 8>(a, kind, tokens, run);
+    half ? gemm<Half, 8>(a, q, kind, tokens, run) : gemm<Bfloat, 8>(a, q, kind, tokens, run);
 }
 
 // s: n, k, g, doubled.
@@ -256,22 +302,6 @@ void codebook_linear(const int64_t* s, const uint8_t* packed, const float* value
   a.mean = reinterpret_cast<const float*>(packed + shape.mean_at);
   const Run run{resident, seed, eager != 0};
   dtype == TERSOR_F16 ? codebook<Half>(a, tokens, run) : codebook<Bfloat>(a, tokens, run);
-}
-
-void linear(const int64_t* s, int scale_dtype, const uint8_t* packed, const uint16_t* x,
-            uint16_t* y, const float* bias, int m, int64_t ldx, int64_t ldy, int dtype,
-            const char* kind, int tokens, int resident, unsigned seed, int eager) {
-  linear_outliers(s, scale_dtype, packed, x, y, bias, m, ldx, ldy, dtype, kind, tokens, resident,
-                  seed, eager, nullptr);
-}
-
-void find_outliers(const uint16_t* x, int m, int k, int64_t ldx, int dtype, float threshold,
-                   uint64_t* outliers, unsigned seed) {
-  const OutlierArgs a{x, ldx, m, k, threshold, outliers};
-  emulator::launch(
-      (k + kBlock - 1) / kBlock, kOutlierThreads, kOutlierShared,
-      {region(x, ((m - 1) * ldx + k) * 2)}, seed, false,
-      [&] { dtype == TERSOR_F16 ? find_outliers_body<Half>(a) : find_outliers_body<Bfloat>(a); });
 }
 
 // Of each worker the first step; of each step its worker, and the slot of that worker for its tile.

@@ -138,6 +138,8 @@ def loftq_model(
     check_settings(config)
     check_free(model)
     check_model(model)
+    if isinstance(to, Scheme):
+        to.refuse_static("loftq_model sets no scales of inputs")
     solver = _solver(to, method)
     inputs = read_inputs(model, calibration)
     needs = "gptq" if solver is not None and solver.needs is not None else None

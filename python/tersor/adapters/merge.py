@@ -249,7 +249,9 @@ def _requantized(
         solver = replace(solver, two_level=True)
     # In the dtype of the scales, which a solver gives the scales that it finds.
     q: Any = solver(wanted.to(before.scales.dtype), seen, base.spec)
-    return QuantLinear(q, bias, base.activation, base.dtype, base.format), solver.name
+    scale = base.input_scale
+    layer = QuantLinear(q, bias, base.activation, base.dtype, base.format, scale)
+    return layer, solver.name
 
 
 def _two_level(q: QWeight) -> bool:
@@ -262,7 +264,8 @@ def _rebuilt(base: nn.Module, bias: Tensor) -> nn.Module:
     if isinstance(base, NF4Linear):
         return NF4Linear(base.nf4_weight(), bias, base.dtype)
     assert isinstance(base, QuantLinear)
-    return QuantLinear(base.qweight(), bias, base.activation, base.dtype, base.format)
+    scale = base.input_scale
+    return QuantLinear(base.qweight(), bias, base.activation, base.dtype, base.format, scale)
 
 
 def _dense_weight(layer: nn.Module) -> Tensor:

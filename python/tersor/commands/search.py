@@ -18,9 +18,9 @@ def search(args: argparse.Namespace) -> None:
         raise TersorError("a search measures what it finds on text; give --calibration FILE")
 
     from tersor.kernels import thread_count
-    from tersor.qweight import ActSpec
     from tersor.search import Differentiable, Effort, Space, search_checkpoint
     from tersor.sparsity import Sparsity
+    from tersor.steps import ACTIVATIONS
 
     thread_count()  # or TersorError
     zeros = [*map(Sparsity.parse, args.pattern), *map(Sparsity, args.sparsity)]
@@ -28,7 +28,7 @@ def search(args: argparse.Namespace) -> None:
         bits=tuple(args.bits),
         group=None if args.group == "row" else args.group or "auto",
         symmetric=not args.asymmetric,
-        activations=(ActSpec() if args.activations else None,),
+        activations=(ACTIVATIONS[args.activations] if args.activations else None,),
         sparsities=tuple(zeros),
         methods=tuple(args.method),
         granularity=args.granularity,

@@ -119,9 +119,9 @@ def _write_group(
             "num_bits": scheme.activation.bits,
             "type": "int",
             "symmetric": True,
-            "strategy": "token",
+            "strategy": "tensor" if scheme.static else "token",
             "group_size": None,
-            "dynamic": True,
+            "dynamic": not scheme.static,
         }
     return {
         "targets": list(targets),
@@ -298,22 +298,20 @@ def _read_weights(where: str, args: Any) -> QSpec:
 def _read_activations(where: str, args: Any) -> ActSpec | None:
     if args is None:
         return None
-    wanted = {
-        "num_bits": (8, 8),
-        "type": ("int", "int"),
-        "symmetric": (True, True),
-        "strategy": ("token", "tensor"),
-        "dynamic": (True, False),
-    }
     if not isinstance(args, Mapping):
-        args = {}
-    got = {key: args.get(key, default) for key, (_, default) in wanted.items()}
-    if any(got[key] != value for key, (value, _) in wanted.items()):
-        _refuse(
-            f"{where}: " + ", ".join(f"{key} {value!r}" for key, value in got.items()),
-            "8-bit int, symmetric, one dynamic scale per token",
-        )
-    return ActSpec(8)
+        _refuse(f"{where} {args!r}", "a mapping")
+    defaults = {
+        "num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False,
+    }  # fmt: skip
+    got = {key: args.get(key, default) for key, default in defaults.items()}
+    for strategy, dynamic in (("token", True), ("tensor", False)):
+        known = {**defaults, "strategy": strategy, "dynamic": dynamic}
+        if got == known and all(type(got[key]) is type(known[key]) for key in known):
+            return ActSpec(dynamic=dynamic)
+    _refuse(
+        f"{where}: " + ", ".join(f"{key} {value!r}" for key, value in got.items()),
+        "8-bit int, symmetric, one dynamic scale per token or one static scale",
+    )
 
 
 def _read_format(name: str, format: Any, config: Mapping[str, Any], scheme: Scheme) -> str:

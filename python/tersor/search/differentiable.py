@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tersor.activations import rounded
 from tersor.errors import TersorError
 from tersor.qweight import ActSpec
 from tersor.search.costs import Costs
-from tersor.search.problem import round_tokens
 from tersor.search.solutions import Solutions
 from tersor.search.space import Candidate, Choice, Unit
 
@@ -118,7 +118,7 @@ class Mixture(nn.Module):
         if self.activation is not None:
             share = (self.shares * self.rounded).sum()
             # As if rounding were the identity, for gradients (Bengio et al., 2013).
-            x = x + share * (round_tokens(x.detach(), self.activation) - x.detach())
+            x = x + share * (rounded(x.detach(), self.activation).to(x.dtype) - x.detach())
         bias = self._buffers["bias"]
         return F.linear(x, weight, bias)
 

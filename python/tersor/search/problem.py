@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tersor.activations import rounded
 from tersor.errors import TersorError
 from tersor.evaluate import CHUNK
 from tersor.qweight import ActSpec
@@ -158,21 +159,8 @@ def divergence(reference: Tensor, logits: Tensor) -> float:
     return total
 
 
-def round_tokens(x: Tensor, activation: ActSpec) -> Tensor:
-    """What the inputs of a linear stand for once they are quantized in the call (see ActSpec);
-    computed in float32, in the dtype of x."""
-    half = 2 ** (activation.bits - 1)
-    kept, values = activation.kept(x), x.float()
-    if kept is not None:
-        values = values.masked_fill(kept, 0)
-    step = values.abs().amax(-1, keepdim=True) / (half - 0.5)
-    step = torch.where(step > 0, step, 1.0)
-    rounded = ((values / step).round().clamp(-half, half - 1) * step).to(x.dtype)
-    return rounded if kept is None else torch.where(kept, x, rounded)
-
-
 def _rounding(activation: ActSpec) -> Any:
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return round_tokens(args[0], activation), *args[1:]
+        return rounded(args[0], activation).to(args[0].dtype), *args[1:]
 
     return hook

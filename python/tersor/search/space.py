@@ -144,6 +144,11 @@ class Space:
                 "outliers is how a layer runs, which no folder of a search can hold; leave it out, "
                 "and give it to tersor.load"
             )
+        if any(each is not None and not each.dynamic for each in self.activations):
+            raise TersorError(
+                "a search compares dynamic int8 activations; choose among those, then quantize "
+                "with static ones"
+            )
         for wanted, known, what in (
             (self.bits, SOLVERS, "quantize"),
             (self.sparsities, PRUNERS, "prune"),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from tersor.activations import rounded
 from tersor.errors import TersorError
 from tersor.qweight import ActSpec, QSpec, QWeight
 from tersor.solvers.rtn import round_to_grid
@@ -110,29 +111,21 @@ class _Rounding(torch.autograd.Function):
 
 
 def fake_quantize_activation(x: Tensor, activation: ActSpec | None = None) -> Tensor:
-    """x [..., k] rounded as the kernels of 8-bit activations round it (see ActSpec): each token to
-    codes -128 to 127 of the scale absmax / 127.5, in float32. The gradient passes as it is.
+    """x [..., k] rounded as the kernels of 8-bit activations round it (see ActSpec), with a scale
+    for each token, in float32. The gradient passes as it is.
     activation: says which columns stay as they are; by default none."""
-    kept = None if activation is None else activation.kept(x)
-    if kept is None:
-        quantized: Tensor = _TokenRounding.apply(x)
-        return quantized
-    return torch.where(kept, x, _TokenRounding.apply(x.masked_fill(kept, 0)))
+    quantized: Tensor = _InputRounding.apply(x, activation or ActSpec())
+    return quantized
 
 
-class _TokenRounding(torch.autograd.Function):
+class _InputRounding(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        rows = x.float()
-        top = rows.abs().amax(-1, keepdim=True)
-        # A tensor: by a number, some devices multiply with its reciprocal.
-        scale = top / torch.full_like(top, 127.5)
-        codes = (rows / torch.where(scale > 0, scale, 1)).round_().clamp_(-128, 127)
-        return codes.mul_(scale).to(x.dtype)
+    def forward(ctx: Any, x: Tensor, activation: ActSpec) -> Tensor:
+        return rounded(x, activation).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
 
 
 class FakeQuantize(nn.Module):

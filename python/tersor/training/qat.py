@@ -122,6 +122,7 @@ class QuantizationTraining(TrainerCallback):
                 "scales that learn leave the two-level grid of their start; give scales='fixed', "
                 "or a solver without two_level"
             )
+        scheme.refuse_static("quantization-aware training measures no inputs")
         self.scheme, self.scales, self.scale_dtype = scheme, scales, scale_dtype
         self.include, self.ignore = include, ignore
         self.model: nn.Module | None = None
