@@ -6,7 +6,8 @@ Large language models have such channels; the demo model (trained first where th
 is too small, so they are made, without changing what it computes: a few channels of the norms in
 front of attention and MLP are multiplied by a power of two, and the columns of the linears that
 read them divided by it. One scale for a token then leaves few codes for all its other channels.
-Both models in W8A16, W8A8 and W8A8 with outliers beyond 6 (one scale per row, rounded to nearest):
+The models in W8A16, W8A8 with static and with dynamic scales, and W8A8 with outliers beyond 6 (one
+scale per row, rounded to nearest):
 how far they are from the original on text that it was not trained on. What W8A16 loses is the
 weights' part: small columns in a row of large ones have few codes too.
 Writes bench/results/outliers.json. No times are measured.
@@ -27,6 +28,7 @@ from torch import nn
 import machine
 import tersor
 from tersor import ActSpec, QSpec, Scheme, demo
+from tersor.calibrate import load_tokenizer
 from tersor.demo_model import demo_model
 from tersor.evaluate import evaluate
 
@@ -37,6 +39,7 @@ READERS = {  # linears that read a norm, in a block of Llama's
 }
 SCHEMES = {
     "W8A16": Scheme(QSpec(8, None)),
+    "W8A8 static": Scheme(QSpec(8, None), ActSpec(dynamic=False)),
     "W8A8": Scheme(QSpec(8, None), ActSpec()),
     "LLM.int8()": Scheme(QSpec(8, None), ActSpec(outliers=6.0)),
 }
@@ -101,6 +104,11 @@ def main() -> None:
     source = demo_model()
     windows = demo.held_out_windows(source)["code"]
     windows = windows[: 8 if quick else WINDOWS]
+    samples = 16 if quick else demo.SAMPLES  # for static scales
+    calibration = tersor.Calibration(
+        (str(source.calibration),), samples=samples, seq_len=demo.WINDOW
+    )
+    text = calibration.windows(load_tokenizer(source.folder))
     rows = []
     for factor in FACTORS:
         models: dict[str, Any] = {"original": demo.original(source)}
@@ -109,7 +117,7 @@ def main() -> None:
         shares = {}
         for name, scheme in SCHEMES.items():
             models[name] = copy.deepcopy(changed)
-            tersor.swap_linears(models[name], scheme)
+            tersor.quantize_model(models[name], text, scheme=scheme, method="rtn")
             shares[name] = count_columns(models[name])
         models["rewritten"] = changed
         found = evaluate(models, windows, baseline="original")

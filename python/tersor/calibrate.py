@@ -237,7 +237,6 @@ class GramStats:
         self.notes: list[str] = []
         self.departure: str | None = None
         self._total = torch.zeros(k, dtype=torch.float64, device=device)
-        self._peak = torch.zeros((), device=device)
         self._gram = torch.zeros(k, k, device=device)
         self._half = False  # whether only blocks on and above the diagonal are up to date
         self._factor: Factor | None = None
@@ -257,11 +256,6 @@ class GramStats:
     def mean(self) -> Tensor:
         """Σ x / tokens, float64 [k], whatever was done to H; zeros where there was no token."""
         return self._total / max(1, self.tokens)
-
-    @property
-    def peak(self) -> Tensor:
-        """The largest absolute value seen, float32 [1]."""
-        return self._peak.view(1)
 
     @property
     def diagonal(self) -> Tensor:
@@ -298,16 +292,12 @@ class GramStats:
             _add_product(self._gram[i:j, i:], rows[:, i:j].T, rows[:, i:])
         self._half = True
         self._total += rows.sum(0, dtype=torch.float32)
-        if rows.numel():
-            peak = torch.linalg.vector_norm(rows, torch.inf)
-            self._peak = torch.maximum(self._peak, peak.float())
         self.tokens += rows.shape[0]
 
     def merge(self, other: GramStats) -> None:
         """Adds what another has seen, before either is factored."""
         self._gram += other._gram
         self._total += other._total
-        self._peak = torch.maximum(self._peak, other._peak)
         self._half = self._half or other._half
         self.tokens += other.tokens
 

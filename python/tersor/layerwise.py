@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor import kernels
-from tersor.activations import scale_of
+from tersor.activations import StaticStats
 from tersor.calibrate import GramStats, capture
 from tersor.devices import CPU, described
 from tersor.errors import TersorError
@@ -220,20 +220,25 @@ def compress_block(
     treatments: of each of them, by name. passes: gives the forward passes of the calibration text
     through the block, as the block is when they are made; None where there is no text.
     """
-    widest: Tensor | None = None  # of all inputs of the block so far
+    static = any(each.scheme and each.scheme.static for each in treatments.values())
+    widest = torch.ones(0)  # of the scales of inputs so far
     for taps in block.rounds(sequential):
         stats: dict[str, GramStats] = {}
         if passes is not None:
             with timings.stage("observe"):
-                stats = capture({tap[0]: model.get_submodule(tap[0]) for tap in taps}, passes())
-            peaks = [each.peak for each in stats.values()]
-            widest = torch.stack(peaks if widest is None else [widest, *peaks]).amax(0)
+                linears = {tap[0]: model.get_submodule(tap[0]) for tap in taps}
+                stats = capture(linears, passes(), StaticStats if static else GramStats)
         for tap in taps:
             seen = stats.pop(tap[0], None)  # freed before the next one is factored
+            scale = widest
+            if isinstance(seen, StaticStats) and seen.tokens:
+                with timings.stage("solve"):
+                    scale = seen.scale()
+                widest = torch.cat([widest, scale]).amax(0, keepdim=True)
             for name in tap:
                 with timings.stage("solve"):
                     linear = model.get_submodule(name)
-                    solved = compress_linear(name, linear, seen, treatments[name], widest)
+                    solved = compress_linear(name, linear, seen, treatments[name], scale)
                 yield solved
 
 
@@ -249,14 +254,14 @@ def compress_linear(
     linear: nn.Linear,
     stats: GramStats | None,
     treatment: Treatment,
-    peak: Tensor | None = None,
+    scale: Tensor | None = None,
     in_place: bool = True,
 ) -> Solved:
     """Solves for the linear's weight and puts what comes of it in its place.
 
     stats: of the linear's input; None or without a token where there are none, and then a solver
     that needs them gives way to another one, which is a departure.
-    peak: of the inputs of other linears, for static scales of one that no token reached.
+    scale: of static activations, [1]; where no token reached the linear that of another one.
     in_place: False leaves the linear as it is.
     Raises TersorError naming the layer where the weight cannot be solved.
     """
@@ -284,21 +289,16 @@ def compress_linear(
     if seen is not None and hasattr(solver, "damp"):  # others do not factor what it is about
         report.notes += seen.notes
         departure = seen.departure
-    scale = None
-    if scheme is not None and scheme.static:
-        assert isinstance(q, QWeight)
-        if seen is None:
-            departure = departure or "no calibration token reached it; its input_scale is a guess"
-        scale = _input_scale(seen.peak if seen else peak, q.scales)
-    return Solved(name, q, report, departure, scale)
-
-
-def _input_scale(peak: Tensor | None, like: Tensor) -> Tensor:
-    """[1] in the dtype of `like`; 1 where all inputs were zero."""
-    if peak is None:
-        raise TersorError(STATIC_NEEDS)
-    scale = scale_of(peak).to(like)
-    return torch.where(scale > 0, scale, 1)
+    if scheme is None or not scheme.static:
+        return Solved(name, q, report, departure)
+    assert isinstance(q, QWeight)
+    if scale is None or not scale.numel():
+        raise TersorError(f"{name}: {STATIC_NEEDS}")
+    if seen is None:
+        guess = "its input_scale is a guess: no calibration token reached it"
+        departure = f"{departure}; {guess}" if departure else guess
+    least = torch.finfo(q.scales.dtype).tiny
+    return Solved(name, q, report, departure, scale.clamp(min=least).to(q.scales))
 
 
 def _replace(
