@@ -63,12 +63,13 @@ def multiples(q: Any) -> Any:
     return q
 
 
-def int8(x: Tensor, threshold: float = float("inf")) -> Tensor:
+def int8(x: Tensor, threshold: float = float("inf"), scale: Tensor | None = None) -> Tensor:
     """The values that int8 activations stand for, float64 [m, k]; columns with a larger one than
-    the threshold stay as they are."""
+    the threshold stay as they are. scale: of static ones."""
     beyond = (x.float().abs() > threshold).any(0)
     rest = x.float().masked_fill(beyond, 0)
-    scale = rest.abs().amax(1, keepdim=True) / 127.5
+    if scale is None:
+        scale = rest.abs().amax(1, keepdim=True) / 127.5
     codes = (rest / torch.where(scale > 0, scale, 1)).round().clamp(-128, 127)
     return torch.where(beyond, x.double(), codes.double() * scale.double())
 
@@ -91,13 +92,18 @@ def cases(n: int, k: int) -> Iterator[Case]:
     from tersor.kernels import PATTERN
     from tersor.oracle import random_qweight, random_values
 
-    def case(q: Any, activation: Any = None, name: str = "", **rest: Any) -> Case:
-        layer = QuantLinear(q, activation=activation).to("cuda")
+    def case(
+        q: Any, activation: Any = None, name: str = "", scale: Any = None, **rest: Any
+    ) -> Case:
+        layer = QuantLinear(q, activation=activation, input_scale=scale).to("cuda")
         w = layer.qweight().dequantize(torch.float64)
         return Case(name or str(layer.scheme), layer, w, **rest)
 
     def outlying(x: Tensor) -> Tensor:
         return int8(x, 2.5)
+
+    def fixed(x: Tensor) -> Tensor:
+        return int8(x, scale=torch.tensor(0.013, device=x.device))
 
     for spec in (QSpec(4, 32), QSpec(4, 64, False), QSpec(4, 128), QSpec(4, None, False),
                  QSpec(8, 32, False), QSpec(8, 128), QSpec(8, None)):  # fmt: skip
@@ -105,6 +111,8 @@ def cases(n: int, k: int) -> Iterator[Case]:
             continue
         yield case(weight(n, k, spec))
         yield case(weight(n, k, spec), ActSpec(), meant=int8, dense=None)
+        static, scale = ActSpec(dynamic=False), torch.tensor(0.013)
+        yield case(weight(n, k, spec), static, scale=scale, meant=fixed, dense=None)
         mixed = ActSpec(outliers=2.5)
         yield case(weight(n, k, spec), mixed, "LLM.int8()", meant=outlying, dense=None)
         if spec.bits == 4 and spec.symmetric:
@@ -203,20 +211,28 @@ def copies_of(layer: Any, tensor: str) -> list[Any]:
 
 
 def each_layer(layers: list[Any]) -> Engine:
+    """On a tensor of its own each, so that none finds x as int8 that another one made of it."""
+    return lambda x: [lambda layer=layer: layer(x.view_as(x)) for layer in layers]
+
+
+def sharing(layers: list[Any]) -> Engine:
+    """The first makes int8 of x for all, as the first of those that read it does in a model."""
     return lambda x: [lambda layer=layer: layer(x) for layer in layers]
 
 
 def ours(n: int, k: int, dtype: torch.dtype) -> dict[str, Engine]:
     from tersor import NF4, ActSpec, QSpec, QuantLinear, SparseLinear, use_sparse
 
-    w4, w8, int8_ = QSpec(4, GROUP), QSpec(8, GROUP), ActSpec()
+    w4, w8, row, int8_ = QSpec(4, GROUP), QSpec(8, GROUP), QSpec(8, None), ActSpec()
+    static, scale = ActSpec(dynamic=False), torch.tensor(0.03)
     use_sparse("never")
     made = {
         "W4": QuantLinear(random_weight(n, k, w4)),
         "W8": QuantLinear(random_weight(n, k, w8)),
         "W4A8": QuantLinear(random_weight(n, k, w4), activation=int8_),
         "W4A8 two-level": QuantLinear(multiples(random_weight(n, k, w4)), activation=int8_),
-        "W8A8 row": QuantLinear(random_weight(n, k, QSpec(8, None)), activation=int8_),
+        "W8A8 row": QuantLinear(random_weight(n, k, row), activation=int8_),
+        "W8A8 static": QuantLinear(random_weight(n, k, row), None, static, input_scale=scale),
     }
     use_sparse("always")
     made["W4 2:4"] = QuantLinear(random_weight(n, k, w4, sparse=True))
@@ -224,8 +240,9 @@ def ours(n: int, k: int, dtype: torch.dtype) -> dict[str, Engine]:
     use_sparse("auto")
     engines = {name: each_layer(copies_of(layer, "packed")) for name, layer in made.items()}
     engines["NF4"] = each_layer(copies_of(codebook_layer(n, k, NF4(64)), "ordered"))
+    engines["W8A8 shared"] = sharing(copies_of(made["W8A8 row"], "packed"))
     outliers = ActSpec(outliers=6.0)
-    mixed = QuantLinear(random_weight(n, k, QSpec(8, None)), activation=outliers)
+    mixed = QuantLinear(random_weight(n, k, row), activation=outliers)
     engines["LLM.int8()"] = with_outliers(copies_of(mixed, "packed"))
     return {f"tersor {name}": engine for name, engine in engines.items()}
 
@@ -242,7 +259,7 @@ def with_outliers(layers: list[Any]) -> Engine:
         x = x.clone()
         x[:, ::512] *= 20
         x[0, ::512] = 20
-        return [lambda layer=layer: layer(x) for layer in layers]
+        return [lambda layer=layer: layer(x.view_as(x)) for layer in layers]
 
     return calls
 
@@ -410,6 +427,8 @@ RATIOS = {  # a peer's seconds over ours
     "W4A8": ("torch", "tersor W4A8"),
     "two-level": ("torch", "tersor W4A8 two-level"),
     "W8A8": ("torch", "tersor W8A8 row"),
+    "static": ("torch", "tersor W8A8 static"),
+    "x shared": ("torch", "tersor W8A8 shared"),
     "W8A8 / int8": ("torch int8", "tersor W8A8 row"),
     "LLM.int8()": ("bitsandbytes LLM.int8()", "tersor LLM.int8()"),
     "NF4": ("torch", "tersor NF4"),

@@ -25,7 +25,8 @@ _choice = "auto"
 def use_sparse(choice: str) -> None:
     """Which kernel serves weights of the pattern that are loaded from now on, or moved to another
     device: "auto" measures both there, once for each shape, on one token, and takes the faster;
-    "always" and "never" do not measure.
+    "always" and "never" do not measure. 16-bit weights are measured when they are swapped
+    (swap_sparse_linears), and stay what they are when they are moved.
 
     The two add in another order, so that results with 16-bit activations may differ in the last
     bits between a process that chose one and a process that chose the other; and with bfloat16

@@ -43,10 +43,10 @@ def quantized_call(
     x: Tensor, q: QWeight, activation: ActSpec | None, pattern: tuple[int, int]
 ) -> tuple[Call, Tensor]:
     """x [m, k] by a quantized weight, on the device of x."""
+    outliers = activation.outliers if activation else None
     if x.is_cuda:
         grid = cuda.Grid.of(q, activation, bool(pattern[1]))
-        return _on_gpu(x, grid), cuda.pack_weight(q, x.device, activation, grid.sparse)
-    outliers = activation.outliers if activation else None
+        return _on_gpu(x, grid, outliers), cuda.pack_weight(q, x.device, activation, grid.sparse)
     return _native(x, q.n, outliers), pack_weight(q, activation, pattern)
 
 
@@ -71,8 +71,9 @@ def _native(x: Tensor, n: int, outliers: float | None = None) -> Call:
     return call
 
 
-def _on_gpu(x: Tensor, grid: cuda.Grid) -> Call:
-    return lambda weight: cuda.linear(x, weight, None, grid)
+def _on_gpu(x: Tensor, grid: cuda.Grid, outliers: float | None = None) -> Call:
+    # A new tensor each time, so that each call makes int8 of it.
+    return lambda weight: cuda.linear(x.detach(), weight, None, grid, outliers)
 
 
 def _copies(weight: Tensor) -> list[Tensor]:
