@@ -208,11 +208,11 @@ def test_an_input_is_quantized_once_for_all_that_read_it(monkeypatch):
     """As long as it is the same, in the same place: of a stream, a capture, a grid and a scale."""
     made, place, capture = [], [0, 7], [0]
 
-    def operator(x, g, outliers, input_scale):
+    def quantize(x, g, outliers, input_scale):
         made.append(x.clone())
         return torch.zeros(1)
 
-    monkeypatch.setattr(cuda_int8, "_operator", operator)
+    monkeypatch.setattr(cuda_int8, "quantize", quantize)
     monkeypatch.setattr(cuda_calls, "place", lambda device: tuple(place))
     monkeypatch.setattr(cuda_int8, "_core", SimpleNamespace(cuda_capture=lambda *at: capture[0]))
     monkeypatch.setattr(Tensor, "is_cuda", True)

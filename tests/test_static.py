@@ -277,7 +277,7 @@ def test_saved_again_and_opened_by_transformers(static: Path, tmp_path: Path) ->
     arguments = linear.quantization_scheme.input_activations
     assert not arguments.dynamic and "tensor" in str(arguments.strategy).lower()
     name = "model.layers.0.self_attn.q_proj"
-    assert float(linear.input_scale) == layers(model)[name].static_scale
+    assert linear.input_scale.item() == layers(model)[name].static_scale
 
 
 def test_transformers_computes_the_same(tmp_path: Path) -> None:

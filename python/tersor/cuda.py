@@ -27,6 +27,7 @@ from tersor.kernels import (
     define_backward,
     define_operator,
     dtype_code,
+    is_eager,
     keeps_pattern,
     recentre,
     rows_of,
@@ -263,30 +264,27 @@ def dequantize(packed: Tensor, grid: Grid, begin: int, end: int, dtype: torch.dt
 # --- the operator ---------------------------------------------------------------------------------
 
 
-def _linear(
-    x: Tensor, packed: Tensor, bias: Tensor | None,
-    n: int, k: int, g: int, bits: int, asymmetric: bool, scale_dtype: int, activation: int,
-    sparse: bool, two_level: bool, outliers: float | None = None,
-    input_scale: Tensor | None = None, quantized: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    matrix, m = cuda_calls.rows(x, k), x.numel() // k
-    y = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
+def _product(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    grid: Grid,
+    outliers: float | None = None,
+    input_scale: Tensor | None = None,
+    quantized: Tensor | None = None,
+) -> Tensor:
+    """quantized: x as int8, if it is that already (cuda_int8)."""
+    n, k, m = grid.n, grid.k, x.numel() // grid.k
+    y = x.new_empty((*x.shape[:-1], n))
     if m == 0:
         return y
-    grid = Grid(n, k, g, bits, asymmetric, scale_dtype, activation, sparse, two_level)
-    rows = y.view(m, n)
     if x.dtype != torch.float32:
-        if activation and quantized is None:
-            quantized = cuda_int8.quantize(matrix, g, outliers, input_scale)
-        apart = outliers is not None
-        # With outliers a tile has half as many rows, and there are only so many tiles.
-        tokens = min(m, _TOKENS // 2 if apart else _TOKENS) if activation else m
-        if all(
-            _call(matrix, packed, bias, grid, rows, begin, min(begin + tokens, m), quantized, apart)
-            for begin in range(0, m, tokens)
-        ):
+        if grid.activation and quantized is None:
+            quantized = cuda_int8.quantize(x, grid.g, outliers, input_scale)
+        if _served(x, packed, bias, grid, quantized, outliers is not None, y):
             return y
-    if activation:
+    matrix, rows = rows_of(x, k), y.view(m, n)
+    if grid.activation:
         matrix = rounded(matrix, ActSpec(outliers=outliers), input_scale)
     for part in _slabs(n, k, matrix.element_size()):
         w = dequantize(packed, grid, part.start, part.stop, matrix.dtype)
@@ -297,24 +295,45 @@ def _linear(
     return y
 
 
-def _call(
-    x: Tensor, packed: Tensor, bias: Tensor | None, grid: Grid, y: Tensor, begin: int, end: int,
-    quantized: Tensor | None, apart: bool,
-) -> bool:  # fmt: skip
-    """Tokens [begin, end) of x [m, k] -> those of y [m, n], or False where no kernel serves.
-    quantized: all of x as int8; apart: some columns of it may be in 16 bits."""
-    weight, (m, k) = _weight(*grid.fields()), x.shape
-    stride = x.stride(0) if m > 1 else k
+def _served(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    grid: Grid,
+    quantized: Tensor | None,
+    apart: bool,
+    y: Tensor,
+) -> bool:
+    """x [..., k] of 16 bits -> y [..., n], or False where no kernel serves. apart: some columns may
+    be in 16 bits beside those of `quantized`."""
+    (rows, stride), m = cuda_calls.rows(x, grid.k), x.numel() // grid.k
+    weight, code = _weight(*grid.fields()), dtype_code(x.dtype)
     device, stream = cuda_calls.place(x.device)
     workspace = cuda_calls.workspace(device)
-    served: bool = _core.cuda_linear(
-        weight, packed.data_ptr(), packed.numel(), x.data_ptr() + begin * stride * 2, end - begin,
-        stride, dtype_code(x.dtype), 0 if bias is None else bias.data_ptr(),
-        y.data_ptr() + begin * grid.n * 2, grid.n, workspace.data_ptr(), workspace.numel(),
-        0 if quantized is None else quantized.data_ptr(),
-        0 if quantized is None else quantized.numel(), m, begin, apart, device, stream,
-    )  # fmt: skip
-    return served
+    # With outliers a tile has half as many rows, and there are only so many tiles.
+    tokens = m if not grid.activation else _TOKENS // 2 if apart else _TOKENS
+    for begin in range(0, m, tokens):
+        served: bool = _core.cuda_linear(
+            weight, packed.data_ptr(), packed.numel(),
+            rows.data_ptr() + begin * stride * 2, min(tokens, m - begin), stride, code,
+            0 if bias is None else bias.data_ptr(), y.data_ptr() + begin * grid.n * 2, grid.n,
+            workspace.data_ptr(), workspace.numel(),
+            0 if quantized is None else quantized.data_ptr(),
+            0 if quantized is None else quantized.numel(), m, begin, apart, device, stream,
+        )  # fmt: skip
+        if not served:
+            return False
+    return True
+
+
+def _linear(
+    x: Tensor, packed: Tensor, bias: Tensor | None,
+    n: int, k: int, g: int, bits: int, asymmetric: bool, scale_dtype: int, activation: int,
+    sparse: bool, two_level: bool, outliers: float | None = None,
+    input_scale: Tensor | None = None, quantized: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    grid = Grid(n, k, g, bits, asymmetric, scale_dtype, activation, sparse, two_level)
+    return _product(x, packed, bias, grid, outliers, input_scale, quantized)
 
 
 def _slabs(n: int, k: int, element: int) -> list[slice]:
@@ -409,6 +428,8 @@ def linear(
     quantized = None
     if grid.activation and x.dtype != torch.float32:
         quantized = cuda_int8.latest.of(x, grid.g, outliers, scale)
+    if x.is_cuda and is_eager(x):
+        return _product(x, packed, bias, grid, outliers, tensor, quantized)
     y: Tensor = torch.ops.tersor.linear_cuda(
         x, packed, bias, *grid.fields(), outliers, tensor, quantized
     )

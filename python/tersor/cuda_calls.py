@@ -20,10 +20,13 @@ def workspace(device: int) -> Tensor:
     return torch.empty(_core.cuda_workspace_bytes(device), dtype=torch.uint8, device=device)
 
 
-def rows(x: Tensor, k: int) -> Tensor:
-    """x [..., k] as a matrix whose rows begin at 16 bytes."""
+def rows(x: Tensor, k: int) -> tuple[Tensor, int]:
+    """Memory with the rows of x [..., k], each from 16 bytes on, and the elements from one to the
+    next. The memory is x itself where it can be."""
+    if x.is_contiguous() and x.data_ptr() % 16 == 0 and not x.is_neg():
+        return x, k
     matrix = rows_of(x, k)
     unit = 16 // x.element_size()
     if matrix.data_ptr() % 16 or (matrix.shape[0] > 1 and matrix.stride(0) % unit):
         matrix = matrix.clone(memory_format=torch.contiguous_format)
-    return matrix
+    return matrix, matrix.stride(0) if matrix.shape[0] > 1 else k

@@ -22,7 +22,14 @@ from torch import Tensor
 from tersor import _core, cuda, cuda_calls
 from tersor.adapters.codebook import VALUES, Codebook, CodebookWeight, scale_shapes
 from tersor.errors import TersorError
-from tersor.kernels import DTYPES, define_backward, define_operator, dtype_code, rows_of
+from tersor.kernels import (
+    DTYPES,
+    define_backward,
+    define_operator,
+    dtype_code,
+    is_eager,
+    rows_of,
+)
 
 
 @dataclass(frozen=True)
@@ -126,18 +133,13 @@ def _address(tensor: Tensor | None) -> int:
 # --- the operator ---------------------------------------------------------------------------------
 
 
-def _linear(
-    x: Tensor, packed: Tensor, bias: Tensor | None,
-    n: int, k: int, g: int, doubled: bool, values: str,
-) -> Tensor:  # fmt: skip
-    m = x.numel() // k
-    y = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
-    if m == 0:
+def _product(x: Tensor, packed: Tensor, bias: Tensor | None, blocks: Blocks) -> Tensor:
+    n, k, m = blocks.n, blocks.k, x.numel() // blocks.k
+    y = x.new_empty((*x.shape[:-1], n))
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    if m == 0 or (half and _served(x, packed, bias, blocks, y)):
         return y
-    blocks, rows = Blocks(n, k, g, doubled, values), y.view(m, n)
-    if x.dtype in (torch.float16, torch.bfloat16) and _call(x, packed, bias, blocks, rows):
-        return y
-    matrix = rows_of(x, k)
+    matrix, rows = rows_of(x, k), y.view(m, n)
     for part in cuda._slabs(n, k, matrix.element_size()):
         w = dequantize(packed, blocks, part.start, part.stop, matrix.dtype)
         if bias is None:
@@ -147,18 +149,25 @@ def _linear(
     return y
 
 
-def _call(x: Tensor, packed: Tensor, bias: Tensor | None, blocks: Blocks, y: Tensor) -> bool:
-    """x [..., k] -> y [m, n], or False where no kernel serves."""
-    matrix = cuda_calls.rows(x, blocks.k)
-    m, (device, stream) = matrix.shape[0], cuda_calls.place(x.device)
+def _served(x: Tensor, packed: Tensor, bias: Tensor | None, blocks: Blocks, y: Tensor) -> bool:
+    """x [..., k] -> y [..., n], or False where no kernel serves."""
+    (rows, stride), m = cuda_calls.rows(x, blocks.k), x.numel() // blocks.k
+    device, stream = cuda_calls.place(x.device)
     workspace = cuda_calls.workspace(device)
     wide = None if bias is None else bias.to(torch.float32).contiguous()
     served: bool = _core.cuda_codebook_linear(
-        _weight(*blocks.fields()), packed.data_ptr(), packed.numel(), matrix.data_ptr(), m,
-        matrix.stride(0) if m > 1 else blocks.k, dtype_code(x.dtype), _address(wide),
+        _weight(*blocks.fields()), packed.data_ptr(), packed.numel(), rows.data_ptr(), m,
+        stride, dtype_code(x.dtype), _address(wide),
         y.data_ptr(), blocks.n, workspace.data_ptr(), workspace.numel(), device, stream,
     )  # fmt: skip
     return served
+
+
+def _linear(
+    x: Tensor, packed: Tensor, bias: Tensor | None,
+    n: int, k: int, g: int, doubled: bool, values: str,
+) -> Tensor:  # fmt: skip
+    return _product(x, packed, bias, Blocks(n, k, g, doubled, values))
 
 
 def _linear_fake(
@@ -223,5 +232,9 @@ def linear(x: Tensor, packed: Tensor, bias: Tensor | None, blocks: Blocks) -> Te
     [n] or None, of any floating-point dtype."""
     if x.device != packed.device:
         raise TersorError(f"the input is on {x.device}, the layer on {packed.device}; move one")
+    if x.dim() == 0 or x.shape[-1] != blocks.k:
+        raise TersorError(f"the layer takes inputs [..., {blocks.k}], not {list(x.shape)}")
+    if x.is_cuda and is_eager(x):
+        return _product(x, packed, bias, blocks)
     y: Tensor = torch.ops.tersor.codebook_cuda(x, packed, bias, *blocks.fields())
     return y

@@ -18,11 +18,11 @@ def quantize(
 ) -> Tensor:
     """x [..., k] of 16 bits as int8 (csrc/cuda/layout_int8.h), for weights in groups of g."""
     k = x.shape[-1]
-    matrix, m = cuda_calls.rows(x, k), x.numel() // k
+    (rows, stride), m = cuda_calls.rows(x, k), x.numel() // k
     quantized = torch.empty(_quantized_bytes(m, k, g), dtype=torch.uint8, device=x.device)
     if m:
         _core.cuda_quantize(
-            matrix.data_ptr(), m, k, g, matrix.stride(0) if m > 1 else k, dtype_code(x.dtype),
+            rows.data_ptr(), m, k, g, stride, dtype_code(x.dtype),
             outliers or 0.0, 0 if input_scale is None else input_scale.data_ptr(),
             quantized.data_ptr(), quantized.numel(), *cuda_calls.place(x.device),
         )  # fmt: skip
@@ -58,11 +58,6 @@ define_operator(
 )
 
 
-def _operator(x: Tensor, g: int, outliers: float | None, input_scale: Tensor | None) -> Tensor:
-    made: Tensor = torch.ops.tersor.quantize_cuda(x, g, outliers, input_scale)
-    return made
-
-
 class _Latest(threading.local):
     """The last input that was quantized in this thread, for as long as it lives. Linears that read
     the same one (query, key and value; gate and up) come one after the other: the first of them
@@ -77,15 +72,17 @@ class _Latest(threading.local):
     ) -> Tensor:
         """scale: that of all tokens, on the device and here."""
         tensor, number = scale or (None, None)
-        plain = type(x) is Tensor and x.is_cuda and not x.is_inference()
-        if torch.compiler.is_compiling() or not plain:
-            # Equal calls in a graph become one; what is written to an inference tensor is not seen.
-            return _operator(x.detach(), g, outliers, tensor)
+        if torch.compiler.is_compiling() or type(x) is not Tensor or not x.is_cuda:
+            # Equal calls in a graph become one.
+            made: Tensor = torch.ops.tersor.quantize_cuda(x.detach(), g, outliers, tensor)
+            return made
+        if x.is_inference():  # what is written to it would not be seen
+            return quantize(x, g, outliers, tensor)
         device, stream = cuda_calls.place(x.device)
         capture = _core.cuda_capture(device, stream)  # a graph must hold what it reads
         key = (x._version, g, outliers, number, device, stream, capture)
         if self.x is None or self.x() is not x or self.key != key:
-            self.quantized, self.key = _operator(x.detach(), g, outliers, tensor), key
+            self.quantized, self.key = quantize(x.detach(), g, outliers, tensor), key
             self.x = weakref.ref(x, self._forget)
         assert self.quantized is not None
         return self.quantized

@@ -253,6 +253,13 @@ def define_backward(
     )
 
 
+def is_eager(x: Tensor) -> bool:
+    """Whether a product of x may be computed at once, without the operator, which costs some ten
+    microseconds: nothing is compiled or traced, and no gradient asked for."""
+    plain = type(x) is Tensor and not x.requires_grad
+    return plain and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+
+
 def rows_of(x: Tensor, k: int) -> Tensor:
     """x [..., k] as a matrix [m, k] whose rows are contiguous and do not overlap; a view where
     possible. TersorError where x is not that wide."""

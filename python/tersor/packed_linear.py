@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tersor import _core, cuda
 from tersor.errors import TersorError
-from tersor.kernels import DTYPES, dtype_code, rows_of
+from tersor.kernels import DTYPES, dtype_code, is_eager, rows_of
 
 _DTYPE_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
 
@@ -70,8 +70,7 @@ class PackedLinear(nn.Module, ABC):
         if self.grid is not None:
             static = None if scale is None else (scale, self.static_scale)
             return cuda.linear(x, self.packed, self.bias, self.grid, self.outliers, static)
-        eager = not torch.compiler.is_compiling() and type(x) is Tensor
-        if not eager or x.requires_grad or not x.is_cpu:
+        if not is_eager(x) or not x.is_cpu:
             if not self.packed.numel() and not x.is_meta:
                 self._refuse()
             n, outliers = self.out_features, self.outliers
