@@ -211,13 +211,15 @@ def copies_of(layer: Any, tensor: str) -> list[Any]:
 
 
 def each_layer(layers: list[Any]) -> Engine:
-    """On a tensor of its own each, so that none finds x as int8 that another one made of it."""
-    return lambda x: [lambda layer=layer: layer(x.view_as(x)) for layer in layers]
+    return lambda x: [lambda layer=layer: layer(x) for layer in layers]
 
 
 def sharing(layers: list[Any]) -> Engine:
     """The first makes int8 of x for all, as the first of those that read it does in a model."""
-    return lambda x: [lambda layer=layer: layer(x) for layer in layers]
+    from tersor.cuda_int8 import share
+
+    share(layers)
+    return each_layer(layers)
 
 
 def ours(n: int, k: int, dtype: torch.dtype) -> dict[str, Engine]:
@@ -259,7 +261,7 @@ def with_outliers(layers: list[Any]) -> Engine:
         x = x.clone()
         x[:, ::512] *= 20
         x[0, ::512] = 20
-        return [lambda layer=layer: layer(x.view_as(x)) for layer in layers]
+        return [lambda layer=layer: layer(x) for layer in layers]
 
     return calls
 

@@ -12,6 +12,7 @@ from torch import nn
 import tersor
 import tiny
 from tersor import ActSpec, QSpec, QuantLinear, Scheme, TersorError, _core, cuda
+from tersor.cuda_int8 import share
 from tersor.oracle import oracle, random_qweight
 from tersor.solvers import RTN
 from tersor.sparse_linear import SparseLinear
@@ -232,6 +233,7 @@ def test_an_input_that_several_linears_read_is_quantized_once():
         QuantLinear(random_qweight(256, 512, spec, torch.bfloat16, seed), None, how).to("cuda")
         for seed in range(3)
     ]
+    share(made)
     x = inputs(5, 512, torch.bfloat16).cuda()
     expected = [each(x.clone()) for each in made]
     assert all(torch.equal(each(x), y) for each, y in zip(made, expected, strict=True))

@@ -3,15 +3,12 @@ and the CPU as the device."""
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch._functorch.compile_utils import fx_graph_cse
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch import nn
 
 import emulated
 from tersor import (
@@ -19,7 +16,6 @@ from tersor import (
     QSpec,
     QuantLinear,
     TersorError,
-    _core,
     cli,
     cuda,
     cuda_calls,
@@ -202,72 +198,6 @@ def test_outliers(calls, dtype, monkeypatch):
         y = cuda._linear(x, packed, None, *fields, 6.0)
         assert bool(((y.double() - expected).abs() <= room).all())
     assert calls == ([] if dtype == torch.float32 else [64, 64, 12])
-
-
-def test_an_input_is_quantized_once_for_all_that_read_it(monkeypatch):
-    """As long as it is the same, in the same place: of a stream, a capture, a grid and a scale."""
-    made, place, capture = [], [0, 7], [0]
-
-    def quantize(x, g, outliers, input_scale):
-        made.append(x.clone())
-        return torch.zeros(1)
-
-    monkeypatch.setattr(cuda_int8, "quantize", quantize)
-    monkeypatch.setattr(cuda_calls, "place", lambda device: tuple(place))
-    monkeypatch.setattr(cuda_int8, "_core", SimpleNamespace(cuda_capture=lambda *at: capture[0]))
-    monkeypatch.setattr(Tensor, "is_cuda", True)
-    latest = cuda_int8._Latest()
-
-    def asked(x, g=64, outliers=None, scale=None):
-        before = len(made)
-        found = latest.of(x, g, outliers, scale)
-        assert found is latest.of(x, g, outliers, scale) or x.is_inference()
-        return len(made) - before
-
-    x = torch.ones(2, 64, requires_grad=True)
-    assert asked(x) == 1 and asked(x) == 0 and not made[0].requires_grad
-    with torch.no_grad():
-        x.add_(1)  # another value
-    assert asked(x) == 1 and bool((made[-1] == 2).all())
-    half, other = (torch.tensor([0.5]), 0.5), (torch.tensor([0.5]), 0.5)
-    assert asked(x, 32) == 1 and asked(x, 32, 6.0) == 1 and asked(x, 32, None, half) == 1
-    assert asked(x, 32, None, other) == 0 and asked(x, 32, None, (half[0], 0.25)) == 1
-    for change, back in (((place, 1, 8), 7), ((place, 0, 1), 0), ((capture, 0, 5), 0)):
-        which, at, value = change
-        assert asked(x) == 1
-        which[at] = value
-        assert asked(x) == 1
-        which[at] = back
-    assert asked(x) == 1 and asked(torch.ones(2, 64)) == 1 and asked(x) == 1
-    kept = weakref.ref(latest.quantized)
-    del x
-    assert kept() is None and latest.x is None  # nothing is kept beyond the input
-    with torch.inference_mode():
-        assert asked(torch.ones(2, 64)) == 2  # what is written to it would not be seen
-
-
-@pytest.mark.skipif(not cuda.built(), reason="this build has no CUDA kernels")
-def test_both_sides_know_how_long_int8_activations_are(library):
-    long = emulated.ctypes.c_int64
-    for m in (1, 8, 9, 16, 17, 33, 64, 65, 1000):
-        for k, g in ((16, 16), (32, 32), (64, 32), (208, 208), (4096, 128), (192, 64), (160, 32)):
-            size = cuda_int8._quantized_bytes(m, k, g)
-            assert size == _core.cuda_quantized_bytes(m, k, g)
-            assert size == library.quantized_bytes(long(m), long(k), long(g))
-
-
-def test_equal_calls_in_a_graph_become_one():
-    """What torch.compile does with a graph in which several linears read one input."""
-    grid = cuda.Grid(64, 128, 64, 8, False, 1, 1)
-
-    def block(x, packed):
-        return [cuda.linear(x, packed, None, grid) for _ in range(3)]
-
-    x = torch.empty(2, 128, dtype=torch.float16, device="meta")
-    packed = torch.empty(1, dtype=torch.uint8, device="meta")
-    graph = fx_graph_cse(make_fx(block, tracing_mode="real")(x, packed).graph)
-    names = [str(node.target) for node in graph.nodes if node.op == "call_function"]
-    assert sum("quantize_cuda" in name for name in names) == 1
 
 
 def two_level(n: int, k: int, spec: QSpec, dtype: torch.dtype) -> QWeight:

@@ -66,7 +66,7 @@ def linears(monkeypatch, request):
         monkeypatch.setattr(cuda, "linear", _linear)
 
 
-def _linear(x, packed, bias, grid, outliers=None, scale=None):
+def _linear(x, packed, bias, grid, outliers=None, scale=None, shared=None):
     return cuda._linear(x, packed, bias, *grid.fields(), outliers, scale[0] if scale else None)
 
 

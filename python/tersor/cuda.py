@@ -415,21 +415,26 @@ def linear(
     grid: Grid,
     outliers: float | None = None,
     scale: tuple[Tensor, float] | None = None,
+    shared: tuple[object, cuda_int8.Shared] | None = None,
 ) -> Tensor:
     """x [..., k] @ dequantize(W).T + bias -> [..., n], all on one device. x: float16, bfloat16 or
     float32; bias: float32 [n] or None; outliers: of int8 activations (see ActSpec); scale: of
-    static ones, as a float32 [1] on the device, and as a number."""
+    static ones, as a float32 [1] on the device, and as a number; shared: who calls, and what it
+    shares with others that read x."""
     if x.device != packed.device:
         raise TersorError(f"the input is on {x.device}, the layer on {packed.device}; move one")
     if x.dim() == 0 or x.shape[-1] != grid.k:
         raise TersorError(f"the layer takes inputs [..., {grid.k}], not {list(x.shape)}")
     dtype_code(x.dtype)
-    tensor = scale[0] if scale else None
-    quantized = None
-    if grid.activation and x.dtype != torch.float32:
-        quantized = cuda_int8.latest.of(x, grid.g, outliers, scale)
+    tensor, quantized = scale[0] if scale else None, None
+    int8 = grid.activation and x.dtype != torch.float32
     if x.is_cuda and is_eager(x):
+        if int8 and shared is not None:
+            user, others = shared
+            quantized = others.of(user, x, grid.g, outliers, scale)
         return _product(x, packed, bias, grid, outliers, tensor, quantized)
+    if int8:  # of its own, so that equal ones in a graph become one
+        quantized = torch.ops.tersor.quantize_cuda(x.detach(), grid.g, outliers, tensor)
     y: Tensor = torch.ops.tersor.linear_cuda(
         x, packed, bias, *grid.fields(), outliers, tensor, quantized
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -58,38 +59,66 @@ define_operator(
 )
 
 
-class _Latest(threading.local):
-    """The last input that was quantized in this thread, for as long as it lives. Linears that read
-    the same one (query, key and value; gate and up) come one after the other: the first of them
-    quantizes it for all."""
+@dataclass(frozen=True)
+class _Made:
+    """x as int8: of which tensor, when and where, and which linears have had it."""
 
-    key: tuple[Any, ...] | None = None
-    x: weakref.ref[Tensor] | None = None
-    quantized: Tensor | None = None
+    x: weakref.ref[Tensor]
+    key: tuple[Any, ...]
+    quantized: Tensor
+    users: set[int]
+
+
+class Shared:
+    """For the linears of a tap, which read one input: it is made int8 by the first that is called,
+    for all. Nothing is kept beyond the last of them, or the input's own life.
+
+    Whether it is the same input is told by the tensor itself, its version, and that no linear asks
+    for it twice, since not everything that writes to a tensor counts as a version.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._made: _Made | None = None  # replaced as a whole: other threads may be here too
 
     def of(
-        self, x: Tensor, g: int, outliers: float | None, scale: tuple[Tensor, float] | None
+        self,
+        user: object,
+        x: Tensor,
+        g: int,
+        outliers: float | None,
+        scale: tuple[Tensor, float] | None,
     ) -> Tensor:
-        """scale: that of all tokens, on the device and here."""
+        """x [..., k] of 16 bits on a GPU as int8. user: the linear that asks; scale: that of all
+        tokens, on the device and here."""
         tensor, number = scale or (None, None)
-        if torch.compiler.is_compiling() or type(x) is not Tensor or not x.is_cuda:
-            # Equal calls in a graph become one.
-            made: Tensor = torch.ops.tersor.quantize_cuda(x.detach(), g, outliers, tensor)
-            return made
-        if x.is_inference():  # what is written to it would not be seen
-            return quantize(x, g, outliers, tensor)
         device, stream = cuda_calls.place(x.device)
         capture = _core.cuda_capture(device, stream)  # a graph must hold what it reads
-        key = (x._version, g, outliers, number, device, stream, capture)
-        if self.x is None or self.x() is not x or self.key != key:
-            self.quantized, self.key = quantize(x.detach(), g, outliers, tensor), key
-            self.x = weakref.ref(x, self._forget)
-        assert self.quantized is not None
-        return self.quantized
+        version = None if x.is_inference() else x._version
+        key = (version, g, outliers, number, device, stream, capture)
+        made = self._made
+        if made is None or made.x() is not x or made.key != key or id(user) in made.users:
+            quantized = quantize(x.detach(), g, outliers, tensor)
+            made = self._made = _Made(weakref.ref(x, self._forget), key, quantized, set())
+        made.users.add(id(user))
+        if len(made.users) == self.count:
+            self._made = None
+        return made.quantized
 
     def _forget(self, gone: weakref.ref[Tensor]) -> None:
-        if self.x is gone:
-            self.key = self.x = self.quantized = None
+        made = self._made
+        if made is not None and made.x is gone:
+            self._made = None
+
+    def __reduce__(self) -> tuple[type[Shared], tuple[int]]:
+        return Shared, (self.count,)  # for copies of a layer: what was made stays here
 
 
-latest = _Latest()
+def share(layers: Sequence[Any]) -> None:
+    """Lets the linears of a tap share their input as int8. layers: PackedLinears and others, of
+    which those with int8 activations do."""
+    able = [each for each in layers if getattr(each, "activation", None) is not None]
+    if len(able) > 1:
+        shared = Shared(len(able))
+        for layer in able:
+            layer.shared = shared

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tersor import cuda
+from tersor.cuda_int8 import share
 from tersor.devices import CPU
 from tersor.errors import TersorError
 from tersor.formats import FORMATS
@@ -138,6 +139,8 @@ def _compress(
                 report.layers.append(each.report)
                 if each.departure:
                     report.departures[each.name] = each.departure
+            for tap in block.taps:
+                share([model.get_submodule(name) for name in tap])
     return report
 
 

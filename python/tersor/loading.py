@@ -25,6 +25,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from tersor import cuda
 from tersor.checkpoint import Checkpoint
+from tersor.cuda_int8 import share
 from tersor.errors import TersorError
 from tersor.formats import FORMATS, parse_config
 from tersor.formats.config import FormatConfig, Group
@@ -41,6 +42,7 @@ from tersor.models import (
     plain_linears,
     same_name,
     stored,
+    taps_of,
 )
 from tersor.models.arch import Arch
 from tersor.qweight import ActSpec
@@ -304,6 +306,7 @@ class _Absent(nn.Module):
 class _Deferred:
     found: FoundArch
     linears: dict[str, _Linear]  # by path in the model
+    taps: list[list[str]]  # those among them that read one input
 
     def owners(self) -> set[str]:
         """Paths, in the model and in the files, that all tensors of deferred linears are under.
@@ -344,10 +347,15 @@ def _defer(model: nn.Module, checkpoint: Checkpoint) -> _Deferred:
             group = None
         if group is not None or id(module) not in native:
             linears[path] = _Linear(module, name, group)
+    taps = [
+        [f"{path}.{local}" for local in tap.linears if f"{path}.{local}" in linears]
+        for path, block in (found.blocks(model) if found.arch.blocks else ())
+        for tap in taps_of(found.arch, block)
+    ]
     for path in linears:
         _replace(model, path, _Absent())
     _check_no_orphans(names, linears.values())
-    return _Deferred(found, linears)
+    return _Deferred(found, linears, taps)
 
 
 def _complete(model: Any, deferred: _Deferred, checkpoint: Checkpoint) -> set[str]:
@@ -373,6 +381,8 @@ def _complete(model: Any, deferred: _Deferred, checkpoint: Checkpoint) -> set[st
             where[name] = found
             used.add(found.name)
         fill(model, where, where, checkpoint, dtype)
+    for tap in deferred.taps:
+        share([model.get_submodule(path) for path in tap])
     for parameter in model.parameters():  # fill leaves them frozen, from_pretrained does not
         parameter.requires_grad_(parameter.is_floating_point())
     return used

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from tersor import _core, cuda
+from tersor import _core, cuda, cuda_int8
 from tersor.errors import TersorError
 from tersor.kernels import DTYPES, dtype_code, is_eager, rows_of
 
@@ -32,6 +32,7 @@ class PackedLinear(nn.Module, ABC):
     input_scale: Tensor | None  # float32 [1]: of int8 activations, where it is static
     static_scale: float = 0.0  # the same, here
     grid: cuda.Grid | None = None  # of the packed weight, where it is on a GPU
+    shared: cuda_int8.Shared | None = None  # with linears that read the same input
 
     def __init__(self, n: int, k: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -69,7 +70,8 @@ class PackedLinear(nn.Module, ABC):
         scale = self._buffers["input_scale"]
         if self.grid is not None:
             static = None if scale is None else (scale, self.static_scale)
-            return cuda.linear(x, self.packed, self.bias, self.grid, self.outliers, static)
+            shared = None if self.shared is None else (self, self.shared)
+            return cuda.linear(x, self.packed, self.bias, self.grid, self.outliers, static, shared)
         if not is_eager(x) or not x.is_cpu:
             if not self.packed.numel() and not x.is_meta:
                 self._refuse()

@@ -72,8 +72,7 @@ def _native(x: Tensor, n: int, outliers: float | None = None) -> Call:
 
 
 def _on_gpu(x: Tensor, grid: cuda.Grid, outliers: float | None = None) -> Call:
-    # A new tensor each time, so that each call makes int8 of it.
-    return lambda weight: cuda.linear(x.detach(), weight, None, grid, outliers)
+    return lambda weight: cuda.linear(x, weight, None, grid, outliers)
 
 
 def _copies(weight: Tensor) -> list[Tensor]:

@@ -251,6 +251,7 @@ def _requantized(
     q: Any = solver(wanted.to(before.scales.dtype), seen, base.spec)
     scale = base.input_scale
     layer = QuantLinear(q, bias, base.activation, base.dtype, base.format, scale)
+    layer.shared = base.shared
     return layer, solver.name
 
 
@@ -265,7 +266,9 @@ def _rebuilt(base: nn.Module, bias: Tensor) -> nn.Module:
         return NF4Linear(base.nf4_weight(), bias, base.dtype)
     assert isinstance(base, QuantLinear)
     scale = base.input_scale
-    return QuantLinear(base.qweight(), bias, base.activation, base.dtype, base.format, scale)
+    layer = QuantLinear(base.qweight(), bias, base.activation, base.dtype, base.format, scale)
+    layer.shared = base.shared
+    return layer
 
 
 def _dense_weight(layer: nn.Module) -> Tensor:
