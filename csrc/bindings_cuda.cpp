@@ -306,7 +306,6 @@ void tersor::bind_cuda(nb::module_ m) {
   m.def("cuda_pack", ::pack);  // not that of tersor, which packs for the CPU
   m.def("cuda_unpack", ::unpack);
   m.def("cuda_dequantize", dequantize);
-  m.def("cuda_quantized_bytes", cuda::quantized_bytes, "m"_a, "k"_a, "g"_a);
   m.def("cuda_capture",
         [](int device, uintptr_t stream) { return cuda::capture(target(device, stream)); });
   m.def("cuda_quantize", quantize);

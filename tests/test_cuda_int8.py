@@ -19,7 +19,6 @@ from tersor import (
     QSpec,
     QuantLinear,
     Scheme,
-    _core,
     cuda,
     cuda_calls,
     cuda_int8,
@@ -108,13 +107,11 @@ def test_who_shares(kind, tmp_path):
     assert all(getattr(each, "shared", None) is None for each in plain.modules())
 
 
-@pytest.mark.skipif(not cuda.built(), reason="this build has no CUDA kernels")
 def test_both_sides_know_how_long_int8_activations_are(library):
     long = emulated.ctypes.c_int64
     for m in (1, 8, 9, 16, 17, 33, 64, 65, 1000):
         for k, g in ((16, 16), (32, 32), (64, 32), (208, 208), (4096, 128), (192, 64), (160, 32)):
             size = cuda_int8._quantized_bytes(m, k, g)
-            assert size == _core.cuda_quantized_bytes(m, k, g)
             assert size == library.quantized_bytes(long(m), long(k), long(g))
 
 
