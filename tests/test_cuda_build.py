@@ -47,7 +47,8 @@ def resources(source: Path, arch: str, folder: Path) -> list[Resources]:
     ]  # fmt: skip
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     report = done.stderr + done.stdout
-    assert done.returncode == 0 and "serialized" not in report, report
+    assert done.returncode == 0, report
+    assert "serialized" not in report and "setmaxnreg" not in report, report
     found = []
     for part in re.split(r"Compiling entry function '", report)[1:]:
         stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes", part)
@@ -72,3 +73,5 @@ def test_no_kernel_spills_on_any_architecture(source, tmp_path):
             assert kernels, f"no kernel of {source.name} for {arch}"
             for kernel in kernels:
                 assert (kernel.stack, kernel.spilled) == (0, 0), (arch, kernel)
+                # A block of 384 threads starts with what setmaxnreg hands from warp to warp.
+                assert "wgmma" not in source.stem or kernel.registers == 168, kernel

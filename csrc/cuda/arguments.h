@@ -86,7 +86,7 @@ struct OutlierArgs {
 // A matrix as the memory engine sees it (CUtensorMap of the driver). Here: [rows][columns] of 16
 // bits, copied in boxes of 64 columns, 128 bytes a row; the 16 bytes c of a row stand at c ^ row %
 // 8, so that eight rows of a column lie in different banks.
-struct alignas(64) TensorMap {
+struct alignas(128) TensorMap {
   uint64_t opaque[16];
 };
 

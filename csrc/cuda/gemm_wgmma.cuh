@@ -34,6 +34,12 @@ struct WgmmaGemm {
   static constexpr int kTile = End::kTile;
   static constexpr int kPerBlock = 1;  // workers that a multiprocessor holds
 
+  // Registers of a thread that copies, and of one that multiplies. All of them must be of the block
+  // when it starts, a multiple of 8 for each thread: to take more would never end.
+  static constexpr int kGiven = 40, kTaken = 232;
+  static constexpr int kAtStart = (64 << 10) / kThreads / 8 * 8;
+  static_assert(kGroup * kGiven + kConsumers * kTaken <= kThreads * kAtStart, "they are there");
+
   static constexpr int kX = 0;
   static constexpr int kCodes = kX + kTokens * kBlock * 2;
   static constexpr int kScales = kCodes + kBlocks * block_bytes(kBits);
@@ -106,6 +112,7 @@ struct WgmmaGemm {
       load16(words + half * 4, stage + kCodes + block * block_bytes(kBits) + chunk * 16);
     }
     Zero<T, kBits> z[2];
+    pin(group[0]);
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
       const int index = a.w.groups_per_step == 2 ? q / 2 : 0;
@@ -115,16 +122,16 @@ struct WgmmaGemm {
           z[lower].set(a.w.asymmetric ? zeros[index * kBlock + row + lower * 8] : 1 << (kBits - 1));
       operands<T, kBits>(codes[q], words + q * (kBits / 4), z);
       const bool first = q == 0 ? begins : q == 2 && a.w.groups_per_step == 2;
-      products_begin();
+      products_begin(codes[q]);
       multiply_begin<T, kTokens>(group[0], codes[q], operand_of(stage + kX + q * kStrip * 2),
                                  !first);
       products_commit();
       if (q == 1 && a.w.groups_per_step == 2) {
-        products_wait<0>();
+        products_wait(group[0]);
         fold(a, scales, row, 0, sums, group);
       }
     }
-    products_wait<0>();
+    products_wait(group[0]);
     if (ends) fold(a, scales, row, a.w.groups_per_step - 1, sums, group);
   }
 
@@ -174,10 +181,10 @@ struct WgmmaGemm {
     }
     sync_block();
     if (thread() < kGroup) {
-      give_registers<40>();
+      give_registers<kGiven>();
       if (thread() == 0) produce(a, shared, begin, end);
     } else {
-      take_registers<232>();
+      take_registers<kTaken>();
       consume(a.linear, shared, begin, end);
     }
   }

@@ -93,8 +93,23 @@ TERSOR_DEVICE uint64_t operand_of(const void* at) {
   return kSwizzle128 | kStride | kUnused | (shared_address(at) & 0x3ffff) >> 4;
 }
 
-// Orders what the warps have written to registers before the products that follow.
-TERSOR_DEVICE void products_begin() {
+// To the compiler a product is done once multiply_begin is behind it: it might read the sums before
+// products_wait, or write an operand after products_begin, though these registers are the tensor
+// cores' in between. What is pinned is read before this or after it, as it stands here.
+template <int kTiles>
+TERSOR_DEVICE void pin(float (&sums)[kTiles][4]) {
+#pragma unroll
+  for (int i = 0; i < kTiles * 4; ++i) asm volatile("" : "+f"(sums[i / 4][i % 4])::"memory");
+}
+TERSOR_DEVICE void pin(uint32_t (&a)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(a[i])::"memory");
+}
+
+// Orders what the warps have done with registers before the product that follows, whose first
+// operand is `a`. Its sums are pinned where no product with them is under way.
+TERSOR_DEVICE void products_begin(uint32_t (&a)[4]) {
+  pin(a);
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #endif
@@ -104,12 +119,13 @@ TERSOR_DEVICE void products_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 #endif
 }
-// Until at most `pending` groups of products are under way; their registers are free then.
-template <int pending>
-TERSOR_DEVICE void products_wait() {
+// Until no product is under way; their registers are free then.
+template <int kTiles>
+TERSOR_DEVICE void products_wait(float (&sums)[kTiles][4]) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #endif
+  pin(sums);
 }
 
 #define TERSOR_EIGHT(d, i)                                                                    \

@@ -212,6 +212,7 @@ TensorMap tensor_map(const tersor_args& call, int32_t tokens) {
     check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
                                            cudaEnableDefault, &found),
           "the driver has no cuTensorMapEncodeTiled");
+    if (!function) throw Error("CUDA: the driver has no cuTensorMapEncodeTiled");
     return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
   }();
   CUtensorMap made;
@@ -229,7 +230,8 @@ TensorMap tensor_map(const tersor_args& call, int32_t tokens) {
     throw Error("CUDA: x cannot be described to the memory engine (error " +
                 std::to_string(status) + ")");
   TensorMap map;
-  static_assert(sizeof map == sizeof made, "the driver's own struct");
+  static_assert(sizeof map == sizeof made && alignof(TensorMap) >= alignof(CUtensorMap),
+                "the driver's own struct");
   std::memcpy(&map, &made, sizeof map);
   return map;
 }

@@ -24,6 +24,12 @@ struct BarrierState {
   }
 };
 
+// The first operand that products_begin was told of, until its product begins.
+struct Begun {
+  bool open = false;
+  uint32_t a[4];
+};
+
 struct Product {
   void (*operation)(void** lanes);
   float* d;
@@ -48,6 +54,11 @@ inline std::map<int, std::vector<int>>& named() {
 }
 inline std::vector<Product>& products() {  // of the thread at hand
   static std::vector<std::vector<Product>> all(1024);
+  return all[machine().current];
+}
+
+inline Begun& begun() {  // of the thread at hand
+  static std::vector<Begun> all(1024);
   return all[machine().current];
 }
 
@@ -177,11 +188,18 @@ void multiply_now(void** lanes) {
 
 }  // namespace emulator
 
-inline void products_begin() {}
+template <int kTiles>
+void pin(float (&)[kTiles][4]) {}
+inline void products_begin(uint32_t (&a)[4]) {
+  emulator::begun() = {true, {a[0], a[1], a[2], a[3]}};
+}
 inline void products_commit() {}
 
 template <class T, int kTokens>
 void multiply_begin(float (&sums)[kTokens / 8][4], const uint32_t (&a)[4], uint64_t b, bool add) {
+  const emulator::Begun before = std::exchange(emulator::begun(), {});
+  if (!before.open || !std::equal(a, a + 4, before.a))
+    emulator::fail("an operand of a product that was written after products_begin");
   emulator::Product mine{emulator::multiply_now<T, kTokens>, &sums[0][0], a, b, add};
   if (emulator::machine().eager)
     emulator::together(mine, mine.operation, 128);
@@ -189,10 +207,11 @@ void multiply_begin(float (&sums)[kTokens / 8][4], const uint32_t (&a)[4], uint6
     emulator::products().push_back(mine);
 }
 
-template <int pending>
-void products_wait() {
-  static_assert(pending == 0, "kernels wait for all");
+template <int kTiles>
+void products_wait(float (&sums)[kTiles][4]) {
   auto& mine = emulator::products();
+  for (const emulator::Product& each : mine)
+    if (each.d != &sums[0][0]) emulator::fail("a product has other sums than are waited for");
   for (emulator::Product& each : mine) emulator::together(each, each.operation, 128);
   mine.clear();
 }
