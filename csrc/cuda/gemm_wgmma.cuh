@@ -151,6 +151,7 @@ struct WgmmaGemm {
       const bool ends = ends_tile || next % a.w.steps_per_group == 0;
       barrier_wait(full + slot, (at - begin) / kStages % 2);
       step(a, shared + slot * kStage, block, begins, ends, sums, group);
+      fence_reads();
       sync_warp();  // every lane has read what it needs of the stage
       if (lane == 0) barrier_arrive(full + kStages + slot);
       begins = ends;

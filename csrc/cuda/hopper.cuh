@@ -82,6 +82,14 @@ TERSOR_DEVICE void copy_box(void* shared, const TensorMap* map, int row, int col
 #endif
 }
 
+// Orders what this thread has read of shared memory before copies that write there next. To the
+// memory model the engine is a proxy of its own, which no barrier holds back by itself.
+TERSOR_DEVICE void fence_reads() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
 // --- products of four warps ------------------------------------------------------------------
 
 // What the tensor cores must know of a second operand in shared memory: rows of 64 16-bit elements,

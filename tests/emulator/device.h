@@ -56,6 +56,7 @@ struct Fiber {
   Operation operation = nullptr;
   std::vector<std::vector<Copy>> groups;  // committed and not yet done, oldest first
   std::vector<Copy> open;                 // since the last commit
+  bool reads = false;                     // shared memory, since the last fence_reads
 };
 
 struct Region {
@@ -95,7 +96,10 @@ inline void check_read(const void* from, size_t bytes, size_t alignment) {
   const auto* at = static_cast<const uint8_t*>(from);
   if (reinterpret_cast<uintptr_t>(at) % alignment) fail("an address is not aligned");
   const Machine& m = machine();
-  if (at >= m.shared && at + bytes <= m.shared + m.shared_size) return;
+  if (at >= m.shared && at + bytes <= m.shared + m.shared_size) {
+    self().reads = true;
+    return;
+  }
   for (const Region& region : m.readable)
     if (at >= region.begin && at + bytes <= region.end) return;
   fail("a read outside of the arrays that the kernel was given");
@@ -132,6 +136,7 @@ inline void run_block(std::mt19937& random) {
     fiber.state = Fiber::ready;
     fiber.groups.clear();
     fiber.open.clear();
+    fiber.reads = false;
     makecontext(&fiber.context, enter, 0);
   }
   const int count = static_cast<int>(m.fibers.size());

@@ -79,7 +79,10 @@ inline void barrier_init(Barrier* at, int count) {
   emulator::barriers()[at].count = count;
 }
 inline void barrier_publish() {}
+inline void fence_reads() { emulator::self().reads = false; }
 inline void barrier_arrive(Barrier* at) {
+  if (emulator::self().reads)
+    emulator::fail("shared memory goes back to the memory engine without fence_reads");
   ++emulator::barrier(at).arrived;
   emulator::barrier(at).look();
 }
