@@ -166,7 +166,7 @@ def error(each: Case, m: int, dtype: torch.dtype, draw: torch.Generator) -> floa
     meant = each.meant(x)
     exact, terms = meant @ each.w.T, meant.abs() @ each.w.abs().T
     unit = torch.finfo(dtype).eps / 2
-    bound = (k + 10) * 2.0**-24 * terms + unit * exact.abs() + 1e-7
+    bound = (k + 10) * 2.0**-23 * terms + unit * exact.abs() + 1e-7
     if each.rounds or (each.dense is not None and m >= each.dense):
         bound += 1.01 * unit * terms
     return float(((y.double() - exact).abs() / bound).max())

@@ -33,8 +33,9 @@ def inputs(m: int, k: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
 
 
 def check(made: QuantLinear | SparseLinear, x: torch.Tensor, y: torch.Tensor) -> None:
-    """Against float64: of every sum in float32 the error is that of k additions, and the result is
-    rounded once; a weight that is dequantized to 16 bits first is rounded once more."""
+    """Against float64: of every sum in float32 the error is that of k additions, where tensor cores
+    may cut off instead of rounding, and the result is rounded once; a weight that is dequantized to
+    16 bits first is rounded once more."""
     if isinstance(made, SparseLinear):
         w = made.weight.double().cpu()
     else:
@@ -44,7 +45,7 @@ def check(made: QuantLinear | SparseLinear, x: torch.Tensor, y: torch.Tensor) ->
     terms = wide.abs() @ w.abs().T + (0 if made.bias is None else made.bias.double().cpu().abs())
     unit = torch.finfo(x.dtype).eps / 2
     through_floats = x.dtype == torch.float32 or x.shape[0] > 128
-    error = (x.shape[1] + 8) * 2.0**-24 * terms + unit * exact.abs()
+    error = (x.shape[1] + 8) * 2.0**-23 * terms + unit * exact.abs()
     if through_floats:
         error = error + unit * terms
     assert bool(((y.double().cpu() - exact).abs() <= error + 1e-7).all())

@@ -68,12 +68,16 @@ struct Epilogue {
       store16(mine + (i * kThreads + at) * 4, sums[i / kTokenTiles][i % kTokenTiles]);
     const int first = p.worker_of(tile * p.steps);
     const int last = p.worker_of(tile * p.steps + p.steps - 1);
-    fence();
+    // Between the barriers one thread speaks for all: what they have stored is seen before the
+    // count, and what others stored after it.
     sync();
-    if (at == 0) *turn = add_atomically(a.arrived + tile, 1);
+    if (at == 0) {
+      fence();
+      *turn = add_atomically(a.arrived + tile, 1);
+      fence();
+    }
     sync();
     if (*turn != last - first) return false;
-    fence();
     clear(sums);
     for (int each = first; each <= last; ++each) {
       const Sum* part = partials + int64_t{p.slot(each, tile)} * kTile;
