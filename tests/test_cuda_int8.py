@@ -111,7 +111,9 @@ def test_both_sides_know_how_long_int8_activations_are(library):
     long = emulated.ctypes.c_int64
     for m in (1, 8, 9, 16, 17, 33, 64, 65, 1000):
         for k, g in ((16, 16), (32, 32), (64, 32), (208, 208), (4096, 128), (192, 64), (160, 32)):
-            size = cuda_int8._quantized_bytes(m, k, g)
+            rows = cuda_int8._rows(m)
+            assert rows == cuda_int8._symbolic_rows(m)
+            size = cuda_int8._bytes(rows, k, g)
             assert size == library.quantized_bytes(long(m), long(k), long(g))
 
 
@@ -127,3 +129,17 @@ def test_equal_calls_in_a_graph_become_one():
     graph = fx_graph_cse(make_fx(block, tracing_mode="real")(x, packed).graph)
     names = [str(node.target) for node in graph.nodes if node.op == "call_function"]
     assert sum("quantize_cuda" in name for name in names) == 1
+
+
+def test_one_graph_serves_any_number_of_tokens():
+    grid, packed = cuda.Grid(64, 128, 64, 8, False, 1, 1), torch.empty(1, device="meta")
+
+    class Block(torch.nn.Module):
+        def forward(self, x):
+            return cuda.linear(x, packed, None, grid)
+
+    x = torch.empty(70, 128, dtype=torch.float16, device="meta")
+    tokens = torch.export.Dim("tokens", min=2, max=4096)
+    program = torch.export.export(Block(), (x,), dynamic_shapes={"x": {0: tokens}})
+    assert "quantize_cuda" in str(program.graph)
+    assert program.module()(x[:5]).shape == (5, 64)

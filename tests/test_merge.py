@@ -19,7 +19,7 @@ from reference import check_gptq_codes, damped, spread
 from tersor import ActSpec, QSpec, QuantLinear, Scheme, SparseLinear, TersorError
 from tersor.adapters.codebook import FP4, NF4, Codebook, quantize_codebook
 from tersor.adapters.lora import add_lora
-from tersor.adapters.merge import merge_lora
+from tersor.adapters.merge import _rebuilt, _requantized, merge_lora
 from tersor.adapters.nf4_linear import NF4Linear, nf4_model
 from tersor.saving import save
 from tersor.solvers import RTN
@@ -374,3 +374,15 @@ def test_saving_a_model_with_adapters_saves_its_base(tmp_path: Path) -> None:
         model.base_model.model.lm_head.modules_to_save["default"].weight.zero_()
     save(model, tmp_path / "out")
     assert torch.equal(logits(tersor.load(tmp_path / "out", torch.float32)), want)
+
+
+def test_a_static_scale_is_kept_as_it_was_saved() -> None:
+    """By a layer that is quantized again, and by one of which only the bias is another."""
+    scale = torch.tensor([0.0625], dtype=torch.bfloat16)
+    how, q = ActSpec(dynamic=False), RTN()(torch.randn(64, 64), None, QSpec(8, None))
+    base = QuantLinear(q, torch.zeros(64), how, input_scale=scale)
+    bias = torch.ones(64)
+    made, _ = _requantized(base, torch.randn(64, 64), bias, None, RTN())
+    for layer in (made, _rebuilt(base, bias)):
+        saved = layer.state_dict()["input_scale"]
+        assert saved.dtype == torch.bfloat16 and torch.equal(saved, scale)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoModelForCausalLM
 
 import tersor
@@ -31,8 +32,10 @@ from tersor import (
 from tersor.activations import StaticStats, rounded
 from tersor.calibrate import load_tokenizer, watching
 from tersor.formats import parse_config, quantization_config
+from tersor.layerwise import Treatment, compress_linear
 from tersor.oracle import assert_close, oracle, random_qweight
 from tersor.search import Space
+from tersor.solvers.rtn import RTN
 
 STATIC = ActSpec(dynamic=False)
 W8A8 = Scheme(QSpec(8, None), STATIC)
@@ -133,9 +136,32 @@ def test_a_state_dict_holds_the_scale_as_it_was() -> None:
         assert torch.equal(each(x), layer(x))
         assert torch.equal(each.state_dict()["input_scale"], state["input_scale"])
         assert each.static_scale == 0.0625
-    del state["input_scale"]
-    with pytest.raises(RuntimeError, match="input_scale"):
-        other.load_state_dict(state)
+
+
+def test_a_state_dict_with_a_bad_scale_changes_nothing() -> None:
+    def layer(seed: int) -> QuantLinear:
+        q = random_qweight(32, 64, QSpec(8, None), seed=seed)
+        return QuantLinear(q, None, STATIC, input_scale=torch.tensor([0.0625]))
+
+    kept, state = layer(0), layer(1).state_dict()
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    before = kept(x)
+    bad = {name: tensor for name, tensor in state.items() if name != "input_scale"}
+    for wrong in (bad, bad | {"input_scale": torch.zeros(1)}):
+        with pytest.raises(RuntimeError, match="input_scale"):
+            kept.load_state_dict(wrong)
+        assert torch.equal(kept(x), before) and kept.static_scale == 0.0625
+    kept.load_state_dict(state)
+    assert not torch.equal(kept(x), before)
+
+
+def test_vmap_and_make_fx_see_the_operator() -> None:
+    """Their tensors are of class Tensor too; a kernel called at once would be in no graph."""
+    q = random_qweight(32, 64, QSpec(8, None))
+    layer = QuantLinear(q, None, STATIC, input_scale=torch.tensor([0.02]))
+    x, other = torch.randn(2, 5, 3, 64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(torch.func.vmap(layer)(x), layer(x))
+    assert torch.equal(make_fx(layer)(x)(other), layer(other))
 
 
 @pytest.mark.parametrize(
@@ -147,6 +173,7 @@ def test_a_state_dict_holds_the_scale_as_it_was() -> None:
         (torch.zeros(1), "positive and finite, not 0"),
         (torch.tensor([-0.5]), "positive and finite, not -0.5"),
         (torch.tensor([float("nan")]), "positive and finite, not nan"),
+        (torch.tensor([1e-50], dtype=torch.float64), "positive and finite, not 1e-50"),
         (torch.tensor([1e300], dtype=torch.float64), r"positive and finite, not 1e\+300"),
     ],
 )
@@ -206,6 +233,15 @@ def test_a_scale_has_the_least_squared_error(kind: str) -> None:
     nothing = StaticStats(16)
     nothing.update(torch.zeros(3, 16))
     assert nothing.scale().tolist() == [1.0]
+
+
+def test_float16_holds_the_scales_of_small_inputs() -> None:
+    stats, x = StaticStats(64), torch.randn(300, 64, generator=torch.manual_seed(0)) * 1e-4
+    stats.update(x)
+    linear = nn.Linear(64, 32, dtype=torch.float16)
+    solved = compress_linear("a", linear, stats, Treatment(RTN(), W8A8), stats.scale())
+    assert solved.input_scale is not None and solved.input_scale.dtype == torch.float16
+    check_scale(float(solved.input_scale), x)
 
 
 @pytest.mark.parametrize("sequential", [False, True])
@@ -321,6 +357,33 @@ def test_experts_that_no_token_reached_have_a_scale_too(tmp_path: Path) -> None:
     scales = {n: float(t) for n, t in found.items() if n.endswith("input_scale")}
     assert len(scales) == len(report.layers) and min(scales.values()) > 0
     assert bool(logits(tersor.load(tmp_path / "q")).isfinite().all())
+
+
+def test_an_expert_has_the_largest_scale_of_its_block_whichever_comes_first(tmp_path: Path) -> None:
+    source = tiny.save(tmp_path / "m", "mixtral")
+    two = Calibration(texts=(tiny.text(),), samples=1, seq_len=2)
+    rest = {"scheme": W8A8, "method": "rtn", "calibration": two}
+    report = quantize_checkpoint(source, tmp_path / "q", ignore=["*self_attn*"], **rest)
+    found, firsts = tensors(tmp_path / "q"), set()
+    for block in ("layers.0.", "layers.1."):
+        scales = {
+            name.removesuffix(".input_scale").partition("experts")[2]: float(tensor)
+            for name, tensor in found.items()
+            if block in name and name.endswith("input_scale")
+        }
+        inside = {
+            each.name.partition("experts")[2]: each.tokens
+            for each in report.layers
+            if block in each.name
+        }
+        largest = max(scales[name] for name, seen in inside.items() if seen)
+        unreached = [name for name, seen in inside.items() if not seen]
+        assert unreached and all(scales[name] == largest for name in unreached)
+        firsts.add(next(iter(inside.values())))
+    assert 0 in firsts
+    silent = StaticStats(64)
+    with pytest.raises(TersorError, match=r"^a: no calibration token reached it, nor another"):
+        compress_linear("a", nn.Linear(64, 32), silent, Treatment(RTN(), W8A8), torch.ones(0))
 
 
 # --- what is said ---------------------------------------------------------------------------------

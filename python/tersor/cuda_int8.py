@@ -20,7 +20,7 @@ def quantize(
     """x [..., k] of 16 bits as int8 (csrc/cuda/layout_int8.h), for weights in groups of g."""
     k = x.shape[-1]
     (rows, stride), m = cuda_calls.rows(x, k), x.numel() // k
-    quantized = torch.empty(_quantized_bytes(m, k, g), dtype=torch.uint8, device=x.device)
+    quantized = torch.empty(_bytes(_rows(m), k, g), dtype=torch.uint8, device=x.device)
     if m:
         _core.cuda_quantize(
             rows.data_ptr(), m, k, g, stride, dtype_code(x.dtype),
@@ -34,14 +34,25 @@ def _quantize_fake(
     x: Tensor, g: int, outliers: float | None = None, input_scale: Tensor | None = None
 ) -> Tensor:
     k = x.shape[-1]
-    size = _quantized_bytes(x.numel() // k, k, g)
+    size = _bytes(_symbolic_rows(x.numel() // k), k, g)
     return x.new_empty((size,), dtype=torch.uint8)
 
 
-def _quantized_bytes(m: int, k: int, g: int) -> int:
-    """As csrc/cuda/layout_int8.h has it, also for numbers that are symbols."""
-    tiles = [tile for tile in (8, 16, 32) if m <= tile]
-    rows = tiles[0] if tiles else _up(m, 64)
+def _rows(m: int) -> int:
+    """Tokens of whole tiles, as csrc/cuda/layout_int8.h has them."""
+    return next((tile for tile in (8, 16, 32) if m <= tile), _up(m, 64))
+
+
+def _symbolic_rows(m: int) -> int:
+    """The same of a symbol, of which nothing is asked that a graph would then hold for alone:
+    torch.export refuses to have it narrowed, and torch.compile would make a graph for each tile."""
+    beyond = [torch.sym_min(1, (torch.sym_max(m, 1) - 1) // tile) for tile in (8, 16, 32)]
+    rows: int = 8 + 8 * beyond[0] + 16 * beyond[1] + beyond[2] * (_up(m, 64) - 32)
+    return rows
+
+
+def _bytes(rows: int, k: int, g: int) -> int:
+    """As csrc/cuda/layout_int8.h has it."""
     steps = _up(k, 64) // 64
     groups = 2 * steps if g == 32 and k > 32 else -(-steps // (_up(g, 64) // 64))
     return _up(rows * steps * 64) + _up(rows * 4) + _up(rows * groups * 4) + steps * 8

@@ -255,9 +255,15 @@ def define_backward(
 
 def is_eager(x: Tensor) -> bool:
     """Whether a product of x may be computed at once, without the operator, which costs some ten
-    microseconds: nothing is compiled or traced, and no gradient asked for."""
-    plain = type(x) is Tensor and not x.requires_grad
-    return plain and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+    microseconds: no gradient is asked for, nothing is compiled or traced, no mode sees what is
+    dispatched (make_fx), and x is not of vmap, whose tensors have no memory."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x.requires_grad:
+        return False
+    if torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
+        return False
+    transform = torch._C._functorch.peek_interpreter_stack()
+    # The operator would drop the derivatives of jvp in silence; an address is refused.
+    return transform is None or transform.key() != torch._C._functorch.TransformType.Vmap
 
 
 def rows_of(x: Tensor, k: int) -> Tensor:

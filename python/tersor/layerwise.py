@@ -25,6 +25,10 @@ STATIC_NEEDS = (
     "static scales of activations need text to calibrate on; give --calibration FILE, or use "
     "--activations int8, which needs none"
 )
+_UNREACHED = (
+    "no calibration token reached it, nor another linear of its block, and static scales of "
+    "activations come of what linears read; give more text, or use --activations int8"
+)
 ROWS = 1024  # of a weight that are in float32 at a time
 
 
@@ -228,13 +232,16 @@ def compress_block(
             with timings.stage("observe"):
                 linears = {tap[0]: model.get_submodule(tap[0]) for tap in taps}
                 stats = capture(linears, passes(), StaticStats if static else GramStats)
+        scales = {}
+        for first, each in stats.items():
+            if isinstance(each, StaticStats) and each.tokens:
+                with timings.stage("solve"):
+                    scales[first] = each.scale()
+        if scales:
+            widest = torch.cat([widest, *scales.values()]).amax(0, keepdim=True)
         for tap in taps:
             seen = stats.pop(tap[0], None)  # freed before the next one is factored
-            scale = widest
-            if isinstance(seen, StaticStats) and seen.tokens:
-                with timings.stage("solve"):
-                    scale = seen.scale()
-                widest = torch.cat([widest, scale]).amax(0, keepdim=True)
+            scale = scales.get(tap[0], widest)
             for name in tap:
                 with timings.stage("solve"):
                     linear = model.get_submodule(name)
@@ -261,7 +268,8 @@ def compress_linear(
 
     stats: of the linear's input; None or without a token where there are none, and then a solver
     that needs them gives way to another one, which is a departure.
-    scale: of static activations, [1]; where no token reached the linear that of another one.
+    scale: of static activations, [1]; where no token reached the linear the largest of others in
+        its block, and empty where there is none.
     in_place: False leaves the linear as it is.
     Raises TersorError naming the layer where the weight cannot be solved.
     """
@@ -293,11 +301,13 @@ def compress_linear(
         return Solved(name, q, report, departure)
     assert isinstance(q, QWeight)
     if scale is None or not scale.numel():
-        raise TersorError(f"{name}: {STATIC_NEEDS}")
+        raise TersorError(f"{name}: {STATIC_NEEDS if stats is None else _UNREACHED}")
     if seen is None:
         guess = "its input_scale is a guess: no calibration token reached it"
         departure = f"{departure}; {guess}" if departure else guess
-    least = torch.finfo(q.scales.dtype).tiny
+    # float16 holds smaller numbers than its smallest normal one, which is not small for a scale.
+    stored = torch.finfo(q.scales.dtype)
+    least = max(stored.tiny * stored.eps, torch.finfo(torch.float32).tiny)
     return Solved(name, q, report, departure, scale.clamp(min=least).to(q.scales))
 
 

@@ -156,18 +156,16 @@ class QuantLinear(PackedLinear):
             raise TersorError("input_scale is of static activations; give ActSpec(dynamic=False)")
         if scale is None and self.packed.is_meta:
             scale = torch.empty(1, device="meta")
-        if scale is None or scale.numel() != 1 or not scale.is_floating_point():
-            given = "none" if scale is None else f"{scale.dtype} {list(scale.shape)}"
-            raise TersorError(f"input_scale must be one floating-point number, not {given}")
+        scale = _checked_scale(scale)
         self._saved_scale = scale.dtype
         if not scale.is_meta:
-            self.static_scale = float(scale)
-            if not 0 < self.static_scale <= torch.finfo(torch.float32).max:
-                raise TersorError(
-                    f"input_scale must be positive and finite, not {self.static_scale:g}"
-                )
+            self.static_scale = float(scale.float())
         scale = scale.detach().reshape(1).to(self.packed.device, torch.float32, copy=True)
         self.input_scale = scale
+
+    def portable_scale(self) -> Tensor | None:
+        """input_scale in the dtype that it is saved in."""
+        return None if self.input_scale is None else self.input_scale.to(self._saved_scale)
 
     def _move(self, device: torch.device) -> None:
         if "meta" in (device.type, self.packed.device.type):
@@ -186,13 +184,15 @@ class QuantLinear(PackedLinear):
     def _portable(self) -> dict[str, Tensor]:
         weight = self.qweight() if self._awaited is None else self._awaited
         tensors = FORMATS[self.format].pack(weight)
-        if self.input_scale is not None:
-            tensors["input_scale"] = self.input_scale.to(self._saved_scale)
+        if (scale := self.portable_scale()) is not None:
+            tensors["input_scale"] = scale
         return tensors
 
     def _take(self, tensors: dict[str, Tensor]) -> None:
         """Scales keep the dtype that they come in."""
         q = self._checked(FORMATS[self.format].unpack(tensors, self.spec))
+        if self.scheme.static:
+            _checked_scale(tensors["input_scale"])  # before the weight is another one
         self._set_weight(q if self.packed.is_meta else q.to(self.packed.device))
         if self.scheme.static:
             self._set_scale(tensors["input_scale"])
@@ -204,6 +204,15 @@ class QuantLinear(PackedLinear):
                 "load it into a layer of its own size"
             )
         return q
+
+
+def _checked_scale(scale: Tensor | None) -> Tensor:
+    if scale is None or scale.numel() != 1 or not scale.is_floating_point():
+        given = "none" if scale is None else f"{scale.dtype} {list(scale.shape)}"
+        raise TersorError(f"input_scale must be one floating-point number, not {given}")
+    if not scale.is_meta and not 0 < float(scale.float()) <= torch.finfo(torch.float32).max:
+        raise TersorError(f"input_scale must be positive and finite, not {float(scale):g}")
+    return scale
 
 
 def _columns_by_group(order: Tensor, groups: int) -> Tensor:

@@ -249,7 +249,7 @@ def _requantized(
         solver = replace(solver, two_level=True)
     # In the dtype of the scales, which a solver gives the scales that it finds.
     q: Any = solver(wanted.to(before.scales.dtype), seen, base.spec)
-    scale = base.input_scale
+    scale = base.portable_scale()
     layer = QuantLinear(q, bias, base.activation, base.dtype, base.format, scale)
     layer.shared = base.shared
     return layer, solver.name
@@ -265,7 +265,7 @@ def _rebuilt(base: nn.Module, bias: Tensor) -> nn.Module:
     if isinstance(base, NF4Linear):
         return NF4Linear(base.nf4_weight(), bias, base.dtype)
     assert isinstance(base, QuantLinear)
-    scale = base.input_scale
+    scale = base.portable_scale()
     layer = QuantLinear(base.qweight(), bias, base.activation, base.dtype, base.format, scale)
     layer.shared = base.shared
     return layer
