@@ -230,15 +230,20 @@ def compress_block(
                 stats = capture(linears, passes(), StaticStats if static else GramStats)
         for tap in taps:
             seen = stats.pop(tap[0], None)  # freed before the next one is factored
-            scale = widest
+            scale, guess = widest, "no calibration token reached it"
             if isinstance(seen, StaticStats) and seen.tokens:
                 with timings.stage("solve"):
-                    scale = seen.scale()
-                widest = torch.cat([widest, scale]).amax(0, keepdim=True)
+                    found = seen.scale()
+                if found is None:
+                    scale = widest if widest.numel() else torch.ones(1)
+                    guess = "calibration showed it nothing but zeros"
+                else:
+                    scale, guess = found, ""
+                    widest = torch.cat([widest, scale]).amax(0, keepdim=True)
             for name in tap:
                 with timings.stage("solve"):
                     linear = model.get_submodule(name)
-                    solved = compress_linear(name, linear, seen, treatments[name], scale)
+                    solved = compress_linear(name, linear, seen, treatments[name], scale, guess)
                 yield solved
 
 
@@ -255,13 +260,15 @@ def compress_linear(
     stats: GramStats | None,
     treatment: Treatment,
     scale: Tensor | None = None,
+    guess: str = "",
     in_place: bool = True,
 ) -> Solved:
     """Solves for the linear's weight and puts what comes of it in its place.
 
     stats: of the linear's input; None or without a token where there are none, and then a solver
     that needs them gives way to another one, which is a departure.
-    scale: of static activations, [1]; where no token reached the linear that of another one.
+    scale: of static activations, [1]; where the linear's own inputs say nothing of it that of
+        another one, and then guess says why.
     in_place: False leaves the linear as it is.
     Raises TersorError naming the layer where the weight cannot be solved.
     """
@@ -294,10 +301,11 @@ def compress_linear(
     assert isinstance(q, QWeight)
     if scale is None or not scale.numel():
         raise TersorError(f"{name}: {STATIC_NEEDS}")
-    if seen is None:
-        guess = "its input_scale is a guess: no calibration token reached it"
+    if guess:
+        guess = f"its input_scale is a guess: {guess}"
         departure = f"{departure}; {guess}" if departure else guess
-    least = torch.finfo(q.scales.dtype).tiny
+    # Kernels read it as float32, where the least numbers of float16 are as exact as any others.
+    least = 2.0**-24 if q.scales.dtype == torch.float16 else torch.finfo(q.scales.dtype).tiny
     return Solved(name, q, report, departure, scale.clamp(min=least).to(q.scales))
 
 

@@ -156,16 +156,11 @@ class QuantLinear(PackedLinear):
             raise TersorError("input_scale is of static activations; give ActSpec(dynamic=False)")
         if scale is None and self.packed.is_meta:
             scale = torch.empty(1, device="meta")
-        if scale is None or scale.numel() != 1 or not scale.is_floating_point():
-            given = "none" if scale is None else f"{scale.dtype} {list(scale.shape)}"
-            raise TersorError(f"input_scale must be one floating-point number, not {given}")
+        number = _number(scale)
+        assert scale is not None
         self._saved_scale = scale.dtype
         if not scale.is_meta:
-            self.static_scale = float(scale)
-            if not 0 < self.static_scale <= torch.finfo(torch.float32).max:
-                raise TersorError(
-                    f"input_scale must be positive and finite, not {self.static_scale:g}"
-                )
+            self.static_scale = number
         scale = scale.detach().reshape(1).to(self.packed.device, torch.float32, copy=True)
         self.input_scale = scale
 
@@ -193,6 +188,8 @@ class QuantLinear(PackedLinear):
     def _take(self, tensors: dict[str, Tensor]) -> None:
         """Scales keep the dtype that they come in."""
         q = self._checked(FORMATS[self.format].unpack(tensors, self.spec))
+        if self.scheme.static:
+            _number(tensors["input_scale"])
         self._set_weight(q if self.packed.is_meta else q.to(self.packed.device))
         if self.scheme.static:
             self._set_scale(tensors["input_scale"])
@@ -204,6 +201,21 @@ class QuantLinear(PackedLinear):
                 "load it into a layer of its own size"
             )
         return q
+
+
+def _number(scale: Tensor | None) -> float:
+    """An input_scale as kernels read it, in float32; NaN on meta. TersorError for what is none."""
+    if scale is None or scale.numel() != 1 or not scale.is_floating_point():
+        given = "none" if scale is None else f"{scale.dtype} {list(scale.shape)}"
+        raise TersorError(f"input_scale must be one floating-point number, not {given}")
+    if scale.is_meta:
+        return float("nan")
+    number = float(scale.float())
+    if not 0 < number <= torch.finfo(torch.float32).max:
+        raise TersorError(
+            f"input_scale must be positive and finite in float32, not {float(scale):g}"
+        )
+    return number
 
 
 def _columns_by_group(order: Tensor, groups: int) -> Tensor:
