@@ -153,7 +153,10 @@ class QuantLinear(PackedLinear):
     def _set_scale(self, scale: Tensor | None) -> None:
         """None: on meta, until one is loaded."""
         if not self.scheme.static:
-            raise TersorError("input_scale is of static activations; give ActSpec(dynamic=False)")
+            raise TersorError(
+                "input_scale is of static activations; give ActSpec(dynamic=False), or in a "
+                "folder's config.json input_activations with strategy tensor and dynamic false"
+            )
         if scale is None and self.packed.is_meta:
             scale = torch.empty(1, device="meta")
         number = _number(scale)
@@ -207,7 +210,10 @@ def _number(scale: Tensor | None) -> float:
     """An input_scale as kernels read it, in float32; NaN on meta. TersorError for what is none."""
     if scale is None or scale.numel() != 1 or not scale.is_floating_point():
         given = "none" if scale is None else f"{scale.dtype} {list(scale.shape)}"
-        raise TersorError(f"input_scale must be one floating-point number, not {given}")
+        raise TersorError(
+            f"input_scale must be one floating-point number, not {given}; take it from the "
+            "original file, or calibrate again (tersor quantize --activations int8-static)"
+        )
     if scale.is_meta:
         return float("nan")
     number = float(scale.float())
