@@ -466,5 +466,10 @@ def test_places_without_kernels(llama):
             AutoModelForCausalLM.from_pretrained(
                 llama, quantization_config=TersorConfig(), device_map={"": place}
             )
+    if not torch.cuda.is_available():
+        with pytest.raises(TersorError, match=r"device_map with 3: (?!kernels run)"):
+            AutoModelForCausalLM.from_pretrained(
+                llama, quantization_config=TersorConfig(), device_map=3
+            )
     with pytest.raises(TersorError, match="float64; convert it"):
         tersor.load(llama, torch.float64)

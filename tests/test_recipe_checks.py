@@ -68,6 +68,12 @@ def judge(home: Path, steps: str, kind: str = "llama", strict: bool = False) -> 
             "[slice: {hidden: 0.25, multiple: 16}, shrink: {ffn: 0.3}, qat: {group: 64}]",
             "step 3, qat: group 64 does not divide",
         ),
+        (
+            "[distill, qat: {bits: 8, activations: int8-static}]",
+            "step 2, qat: quantization-aware training measures no inputs, .*activations: int8",
+        ),
+        ("[distill, quantize: {group: 32, device: tpu}]", "step 2, quantize: device is auto, cpu"),
+        ("[distill, prune: {sparsity: 0.5, device: 'cuda:99'}]", "step 2, prune: .*cuda:99"),
     ],
 )
 def test_what_a_later_step_would_refuse(home: Path, steps: str, message: str) -> None:
@@ -151,6 +157,10 @@ def test_fixes_are_settings_of_a_recipe(home: Path) -> None:
         ("[quantize: {group: 64}]", r"use group: 32 or group: row or ignore: '\*.down_proj'$"),
         ("[prune: {sparsity: 0.5, group: 32}]", "group is of a grid; add quantize: BITS, or leave"),
         ("[prune: {pattern: '2:64'}]", "use sparsity: 0.96875"),
+        (
+            "[quantize: {group: 32, two_level: true, asymmetric: true}]",
+            "leave asymmetric or two_level out$",
+        ),
     ):
         with pytest.raises(TersorError, match=fix):
             judge(home, steps)

@@ -40,16 +40,17 @@ class StaticStats(GramStats):
         patterns = x.to(torch.bfloat16).flatten().view(torch.int16).int() + _PATTERNS // 2
         self._seen += torch.bincount(patterns, minlength=_PATTERNS)
 
-    def scale(self) -> Tensor:
-        """The scale with the least squared error over all values seen, float64 [1]. Most of what is
-        gained by cutting off a few large values is finer steps for the others: on the demo model
-        this has a third of the KL divergence that the largest value's scale has."""
+    def scale(self) -> Tensor | None:
+        """The scale with the least squared error over all values seen, float64 [1]; None where none
+        but zero was. Most of what is gained by cutting off a few large values is finer steps for
+        the others: on the demo model this has a third of the KL divergence that the largest value's
+        scale has."""
         seen = self._seen.cpu()
         some = seen.nonzero().flatten()
         values = (some - _PATTERNS // 2).to(torch.int16).view(torch.bfloat16).double()
         counts, largest = seen[some].double(), values.abs().max() / 127.5
         if not largest > 0:
-            return torch.ones(1, dtype=torch.float64)
+            return None
         scales = largest * _SCALES
         errors = torch.stack([_error(values, counts, scale) for scale in scales])
         return scales[errors.argmin()].view(1)

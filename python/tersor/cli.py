@@ -259,7 +259,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--bits", type=int, default=4, choices=(2, 3, 4, 8), help="of a weight; default: 4"
     )
-    add_grid(sub)
+    add_grid(sub, static=False)
     add_teacher(sub, required=False)
     add_text(sub, bos, sequential=False)
     add_plan(sub)
@@ -314,7 +314,7 @@ def build_parser() -> argparse.ArgumentParser:
         stopped="stopped; the same command again goes on and measures nothing twice",
     )
     add_search_options(sub)
-    add_grid(sub)
+    add_grid(sub, static=False)
     add_text(sub, bos)
 
     add = command(

@@ -236,16 +236,23 @@ def compress_block(
         for first, each in stats.items():
             if isinstance(each, StaticStats) and each.tokens:
                 with timings.stage("solve"):
-                    scales[first] = each.scale()
+                    found = each.scale()
+                if found is not None:
+                    scales[first] = found
         if scales:
             widest = torch.cat([widest, *scales.values()]).amax(0, keepdim=True)
         for tap in taps:
             seen = stats.pop(tap[0], None)  # freed before the next one is factored
-            scale = scales.get(tap[0], widest)
+            scale, guess = scales.get(tap[0], widest), ""
+            if tap[0] not in scales:
+                guess = "no calibration token reached it"
+                if seen is not None and seen.tokens:
+                    guess = "calibration showed it nothing but zeros"
+                    scale = widest if widest.numel() else torch.ones(1)
             for name in tap:
                 with timings.stage("solve"):
                     linear = model.get_submodule(name)
-                    solved = compress_linear(name, linear, seen, treatments[name], scale)
+                    solved = compress_linear(name, linear, seen, treatments[name], scale, guess)
                 yield solved
 
 
@@ -262,14 +269,15 @@ def compress_linear(
     stats: GramStats | None,
     treatment: Treatment,
     scale: Tensor | None = None,
+    guess: str = "",
     in_place: bool = True,
 ) -> Solved:
     """Solves for the linear's weight and puts what comes of it in its place.
 
     stats: of the linear's input; None or without a token where there are none, and then a solver
     that needs them gives way to another one, which is a departure.
-    scale: of static activations, [1]; where no token reached the linear the largest of others in
-        its block, and empty where there is none.
+    scale: of static activations, [1]; where the linear's own inputs say nothing of it the largest
+        of others in its block, and then guess says why; empty where there is none.
     in_place: False leaves the linear as it is.
     Raises TersorError naming the layer where the weight cannot be solved.
     """
@@ -302,8 +310,8 @@ def compress_linear(
     assert isinstance(q, QWeight)
     if scale is None or not scale.numel():
         raise TersorError(f"{name}: {STATIC_NEEDS if stats is None else _UNREACHED}")
-    if seen is None:
-        guess = "its input_scale is a guess: no calibration token reached it"
+    if guess:
+        guess = f"its input_scale is a guess: {guess}"
         departure = f"{departure}; {guess}" if departure else guess
     # float16 holds smaller numbers than its smallest normal one, which is not small for a scale.
     stored = torch.finfo(q.scales.dtype)

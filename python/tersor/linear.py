@@ -153,13 +153,17 @@ class QuantLinear(PackedLinear):
     def _set_scale(self, scale: Tensor | None) -> None:
         """None: on meta, until one is loaded."""
         if not self.scheme.static:
-            raise TersorError("input_scale is of static activations; give ActSpec(dynamic=False)")
+            raise TersorError(
+                "input_scale is of static activations; give ActSpec(dynamic=False), or in a "
+                "folder's config.json input_activations with strategy tensor and dynamic false"
+            )
         if scale is None and self.packed.is_meta:
             scale = torch.empty(1, device="meta")
-        scale = _checked_scale(scale)
+        number = _number(scale)
+        assert scale is not None
         self._saved_scale = scale.dtype
         if not scale.is_meta:
-            self.static_scale = float(scale.float())
+            self.static_scale = number
         scale = scale.detach().reshape(1).to(self.packed.device, torch.float32, copy=True)
         self.input_scale = scale
 
@@ -192,7 +196,7 @@ class QuantLinear(PackedLinear):
         """Scales keep the dtype that they come in."""
         q = self._checked(FORMATS[self.format].unpack(tensors, self.spec))
         if self.scheme.static:
-            _checked_scale(tensors["input_scale"])  # before the weight is another one
+            _number(tensors["input_scale"])  # before the weight is another one
         self._set_weight(q if self.packed.is_meta else q.to(self.packed.device))
         if self.scheme.static:
             self._set_scale(tensors["input_scale"])
@@ -206,13 +210,22 @@ class QuantLinear(PackedLinear):
         return q
 
 
-def _checked_scale(scale: Tensor | None) -> Tensor:
+def _number(scale: Tensor | None) -> float:
+    """An input_scale as kernels read it, in float32; NaN on meta. TersorError for what is none."""
     if scale is None or scale.numel() != 1 or not scale.is_floating_point():
         given = "none" if scale is None else f"{scale.dtype} {list(scale.shape)}"
-        raise TersorError(f"input_scale must be one floating-point number, not {given}")
-    if not scale.is_meta and not 0 < float(scale.float()) <= torch.finfo(torch.float32).max:
-        raise TersorError(f"input_scale must be positive and finite, not {float(scale):g}")
-    return scale
+        raise TersorError(
+            f"input_scale must be one floating-point number, not {given}; take it from the "
+            "original file, or calibrate again (tersor quantize --activations int8-static)"
+        )
+    if scale.is_meta:
+        return float("nan")
+    number = float(scale.float())
+    if not 0 < number <= torch.finfo(torch.float32).max:
+        raise TersorError(
+            f"input_scale must be positive and finite in float32, not {float(scale):g}"
+        )
+    return number
 
 
 def _columns_by_group(order: Tensor, groups: int) -> Tensor:

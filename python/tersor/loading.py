@@ -242,7 +242,8 @@ class TersorQuantizer(HfQuantizer):
 def _device(place: Any) -> torch.device:
     """A place of a device_map; TersorError where there are no kernels for it."""
     try:
-        device = torch.device("cpu" if place is None else place)
+        named = f"cuda:{place}" if type(place) is int else place  # torch may know no GPU
+        device = torch.device("cpu" if place is None else named)
     except (RuntimeError, TypeError):
         device = torch.device("meta")
     reason = cuda.unavailable(device) if device.type == "cuda" else None

@@ -180,7 +180,8 @@ def add_search_options(sub: argparse.ArgumentParser) -> None:
     add("--differentiable", action="store_true", help="train logits in place of trials")
 
 
-def add_grid(sub: argparse.ArgumentParser) -> None:
+def add_grid(sub: argparse.ArgumentParser, static: bool = True) -> None:
+    """static: whether the command can find static scales of activations."""
     add = sub.add_argument
     add(
         "--group",
@@ -191,9 +192,9 @@ def add_grid(sub: argparse.ArgumentParser) -> None:
     add("--asymmetric", action="store_true", help="store a zero point for each group")
     add(
         "--activations",
-        choices=("int8", "int8-static"),
-        help="quantize activations too: int8 with a scale for each token, found in the call; "
-        "int8-static with one that calibration finds",
+        choices=("int8", "int8-static") if static else ("int8",),
+        help="quantize activations too: int8 with a scale for each token, found in the call"
+        + "; int8-static with one that calibration finds" * static,
     )
 
 
@@ -326,8 +327,11 @@ def temperature(text: str) -> float:
 
 
 def positive(text: str) -> float:
-    value = temperature(text)
-    if not value:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"give a positive number, not {text!r}")
     return value
 

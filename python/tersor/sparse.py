@@ -33,7 +33,8 @@ def use_sparse(choice: str) -> None:
     activations between a few tokens and many.
     """
     if choice not in CHOICES:
-        raise TersorError(f"use_sparse takes one of {', '.join(CHOICES)}, not {choice!r}")
+        given = repr(choice) if isinstance(choice, str) else type(choice).__name__
+        raise TersorError(f"use_sparse takes one of {', '.join(CHOICES)}, not {given}")
     global _choice
     _choice = choice
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tersor.calibrate import DEFAULT_SEQ_LEN, Calibration, digest, load_tokenizer
 from tersor.corpus import read_text
+from tersor.devices import find_device
 from tersor.errors import TersorError
 from tersor.evaluate import check_vocabulary, position_limit, text_windows
 from tersor.pipeline import check_allocation
@@ -168,6 +169,8 @@ def _linears(step: Step, source: Source, strict: bool) -> None:
     sparsity = settings.get("sparsity") or getattr(method, "sparsity", None)
     if method is not None and "allocation" in settings:
         check_allocation(method, settings["allocation"])
+    if "device" in settings:
+        find_device(settings["device"])
     scope = settle(source.model, source.found, getattr(step, "ignore", ()))
     if strict and (qat is not None or not isinstance(step, Train)):
         refuse_departures(scope.departures)
@@ -232,4 +235,6 @@ def _as_settings(message: str, step: Any) -> str:
         name = found[1].replace("-", "_")
         return name + found[2].replace(" ", ": ") if name in known else found[0]
 
-    return re.sub(r"--([a-z][a-z-]*)( (?!is |out\b|them\b|changes )(?=[\w'])|)", setting, message)
+    return re.sub(
+        r"--([a-z][a-z-]*)( (?!is |or |out\b|them\b|changes )(?=[\w'])|)", setting, message
+    )

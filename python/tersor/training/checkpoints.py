@@ -36,7 +36,7 @@ from tersor.sparsity import Sparsity
 from tersor.surgery.smaller import is_pruned
 from tersor.training.losses import Distillation
 from tersor.training.plan import Plan, plan_settings
-from tersor.training.qat import QuantizationTraining
+from tersor.training.qat import QuantizationTraining, check_scheme
 from tersor.training.resuming import NoneAtTheEnd, discard_unfinished, last_checkpoint
 
 # In what torch's archives and safetensors say where a file cannot be written.
@@ -69,6 +69,7 @@ class QAT:
         ):
             if getattr(self, name) not in known:
                 raise TersorError(f"{name} is {' or '.join(known)}, not {getattr(self, name)!r}")
+        check_scheme(self.scheme)
 
 
 def train_checkpoint(

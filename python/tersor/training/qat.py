@@ -110,8 +110,7 @@ class QuantizationTraining(TrainerCallback):
         include: Sequence[str] = (),
         ignore: Sequence[str] = (),
     ) -> None:
-        if not isinstance(scheme, Scheme):
-            raise TersorError(f"scheme is a Scheme(QSpec(...)), not {scheme!r}")
+        check_scheme(scheme)
         if scales not in SCALES:
             raise TersorError(f"scales are {' or '.join(SCALES)}, not {scales!r}")
         if scale_dtype not in (None, *LEAST):
@@ -122,7 +121,6 @@ class QuantizationTraining(TrainerCallback):
                 "scales that learn leave the two-level grid of their start; give scales='fixed', "
                 "or a solver without two_level"
             )
-        scheme.refuse_static("quantization-aware training measures no inputs")
         self.scheme, self.scales, self.scale_dtype = scheme, scales, scale_dtype
         self.include, self.ignore = include, ignore
         self.model: nn.Module | None = None
@@ -299,6 +297,13 @@ class QuantizationTraining(TrainerCallback):
         if self.model is None:
             raise TersorError("the training is on no model; attach(model) first")
         return self.linears
+
+
+def check_scheme(scheme: Scheme) -> None:
+    """TersorError for what is no scheme, or none that a training can end in."""
+    if not isinstance(scheme, Scheme):
+        raise TersorError(f"scheme is a Scheme(QSpec(...)), not {scheme!r}")
+    scheme.refuse_static("quantization-aware training measures no inputs")
 
 
 def _solver(start: str | Solver) -> Solver:
