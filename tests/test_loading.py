@@ -459,6 +459,14 @@ def test_code_in_a_folder_is_not_run(llama):
         tersor.load(edit_config(llama, change))
 
 
+def test_a_place_that_is_chosen_for_it(llama):
+    pytest.importorskip("compressed_tensors")
+    model = from_pretrained(llama, quantization_config=TersorConfig(), device_map="auto")
+    place = "cuda" if torch.cuda.is_available() else "cpu"
+    assert {each.packed.device.type for each in layers(model).values()} == {place}
+    assert torch.equal(logits(model.cpu()), logits(tersor.load(llama, FLOAT)))
+
+
 def test_places_without_kernels(llama):
     pytest.importorskip("compressed_tensors")
     for place in ("disk", "mps") + (() if torch.cuda.is_available() else (0, "cuda")):

@@ -167,9 +167,10 @@ def test_vmap_and_make_fx_see_the_operator() -> None:
 @pytest.mark.parametrize(
     ("scale", "said"),
     [
-        (None, "one floating-point number, not none"),
-        (torch.ones(2), r"one floating-point number, not torch.float32 \[2\]"),
-        (torch.ones(1, dtype=torch.int8), "one floating-point number, not torch.int8"),
+        (None, "one floating-point number in a tensor, not None"),
+        (0.5, "one floating-point number in a tensor, not 0.5"),
+        (torch.ones(2), r"one floating-point number in a tensor, not torch.float32 \[2\]"),
+        (torch.ones(1, dtype=torch.int8), "one floating-point number in a tensor, not torch.int8"),
         (torch.zeros(1), "finite in float32, not 0"),
         (torch.tensor([-0.5]), "finite in float32, not -0.5"),
         (torch.tensor([float("nan")]), "finite in float32, not nan"),
@@ -180,7 +181,7 @@ def test_vmap_and_make_fx_see_the_operator() -> None:
         (torch.tensor([1e-300], dtype=torch.float64), "finite in float32, not 1e-300"),
     ],
 )
-def test_what_is_no_scale(scale: Tensor | None, said: str) -> None:
+def test_what_is_no_scale(scale: Any, said: str) -> None:
     with pytest.raises(TersorError, match=said):
         QuantLinear(random_qweight(32, 64, QSpec(8, None)), None, STATIC, input_scale=scale)
 
@@ -189,7 +190,7 @@ def test_what_does_not_go_together() -> None:
     q = random_qweight(32, 64, QSpec(8, None))
     with pytest.raises(TersorError, match="input_scale is of static activations"):
         QuantLinear(q, None, ActSpec(), input_scale=torch.ones(1))
-    with pytest.raises(TersorError, match="outliers are kept apart from scales of each token"):
+    with pytest.raises(TersorError, match="outliers are kept apart from int8 with a scale"):
         ActSpec(outliers=6.0, dynamic=False)
     with pytest.raises(TersorError, match="dynamic is True or False, not 'no'"):
         ActSpec(dynamic="no")  # type: ignore[arg-type]

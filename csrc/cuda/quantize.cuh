@@ -64,7 +64,7 @@ TERSOR_DEVICE void quantize_body(const QuantizeArgs& a) {
       if (there && column < a.w.k && scale > 0 && !left_out(column)) {
         const float value = value_at(x, column);
         code = nearest(fminf(fmaxf(quotient(value, scale), -128.f), 127.f));
-        most = fmaxf(most, size_of(value));
+        if (a.scale) most = fmaxf(most, size_of(value));
       }
       codes[int8_place(column)] = static_cast<int8_t>(code);
       sum += code;

@@ -78,7 +78,7 @@ def _kinds(checkpoint: Checkpoint) -> tuple[dict[Kind, tuple[int, int]], set[str
         group = config.group_for(stem) if last == "weight_scale" else None
         if group is None:
             continue
-        tensors = (*FORMATS[group.format].tensors, "input_scale")
+        tensors = (*FORMATS[group.format].tensors, "input_scale", "input_zero_point")
         local = [f"{stem}.{name}" for name in tensors]
         names = [name for name in local if name in checkpoint]
         if local[0] not in checkpoint:

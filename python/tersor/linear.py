@@ -210,13 +210,14 @@ class QuantLinear(PackedLinear):
         return q
 
 
-def _number(scale: Tensor | None) -> float:
+def _number(scale: object) -> float:
     """An input_scale as kernels read it, in float32; NaN on meta. TersorError for what is none."""
-    if scale is None or scale.numel() != 1 or not scale.is_floating_point():
-        given = "none" if scale is None else f"{scale.dtype} {list(scale.shape)}"
+    one = isinstance(scale, Tensor) and scale.numel() == 1 and scale.is_floating_point()
+    if not isinstance(scale, Tensor) or not one:
+        given = f"{scale.dtype} {list(scale.shape)}" if isinstance(scale, Tensor) else scale
         raise TersorError(
-            f"input_scale must be one floating-point number, not {given}; take it from the "
-            "original file, or calibrate again (tersor quantize --activations int8-static)"
+            f"input_scale must be one floating-point number in a tensor, not {given}; take it from "
+            "the original file, or calibrate again (tersor quantize --activations int8-static)"
         )
     if scale.is_meta:
         return float("nan")

@@ -26,6 +26,7 @@ from transformers.utils.logging import disable_progress_bar
 from tersor import cuda
 from tersor.checkpoint import Checkpoint
 from tersor.cuda_int8 import share
+from tersor.devices import AUTO, find_device
 from tersor.errors import TersorError
 from tersor.formats import FORMATS, parse_config
 from tersor.formats.config import FormatConfig, Group
@@ -198,7 +199,10 @@ class TersorQuantizer(HfQuantizer):
             )
 
     def update_device_map(self, device_map: Any) -> Any:
-        """device_map: a device, or one for each part of the model, by its path."""
+        """device_map: a device, or one for each part of the model, by its path; "auto" is a GPU
+        where there is one."""
+        if device_map == AUTO:
+            device_map = {"": str(find_device(AUTO))}
         places = device_map if isinstance(device_map, dict) else {"": device_map}
         self._places = {path: _device(place) for path, place in places.items()}
         return device_map

@@ -96,11 +96,10 @@ class ActSpec:
                 f"outliers is the positive number beyond which columns stay in 16 bits, such as "
                 f"6.0, or None, not {self.outliers!r}"
             )
-
         if self.outliers is not None and not self.dynamic:
             raise TersorError(
-                "outliers are kept apart from scales of each token; leave them out, or "
-                "dynamic=False"
+                "outliers are kept apart from int8 with a scale for each token; leave out either "
+                "outliers or dynamic=False"
             )
 
     def kept(self, x: Tensor) -> Tensor | None:
