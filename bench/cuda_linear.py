@@ -10,9 +10,10 @@ Needs an NVIDIA GPU, nvcc, and Torch for CUDA. Builds tersor for this GPU into b
 2. runs the tests of the package that need a GPU;
 3. measures what the device can do: a large copy, and a large product;
 4. times one linear: graphs of several calls, on copies of the weight that are more than the caches
-   hold, medians: 16-bit and int8 activations, NF4, LLM.int8(), 2:4; against cuBLAS (torch's linear
-   and `_int_mm`), torch's `_weight_int4pack_mm` and 2:4, and bitsandbytes where it is installed;
-5. decodes and prefills Llama shapes of 1.1 and 8 billion random weights.
+   hold, medians: all kinds of layers; against cuBLAS (torch's linear and `_int_mm`), torch's
+   `_weight_int4pack_mm` and 2:4, and where they are installed Marlin and bitsandbytes;
+5. decodes and prefills Llama shapes of 1.1 and 8 billion random weights;
+6. asks Nsight Compute, where it is installed, what bounds the kernels.
 
 Writes bench/results/cuda_linear.json.
 """
@@ -276,6 +277,7 @@ def peers(n: int, k: int, dtype: torch.dtype) -> dict[str, Engine]:
     made = {
         "torch 2:4": lambda: torch_sparse(two_four(n, k, dtype)),
         "torch int4pack": lambda: int4pack(n, k, dtype),
+        "Marlin": lambda: marlin(n, k, dtype),
         "bitsandbytes NF4": lambda: bitsandbytes_nf4(dense),
         "bitsandbytes LLM.int8()": lambda: bitsandbytes_int8(dense),
     }
@@ -320,6 +322,17 @@ def int4pack(n: int, k: int, dtype: torch.dtype) -> Engine:
     copies = [packed.clone() for _ in range(max(2, COPIES_BYTES // packed.nbytes + 1))]
     mm = torch.ops.aten._weight_int4pack_mm
     return lambda x: [lambda w=w: mm(x, w, GROUP, grid) for w in copies]
+
+
+def marlin(n: int, k: int, dtype: torch.dtype) -> Engine:
+    from marlin import Layer
+
+    if dtype != torch.float16:
+        raise NotImplementedError("it takes float16 alone")
+    layer = Layer(k, n, GROUP).cuda()
+    layer.B.random_()
+    layer.s.normal_()
+    return each_layer(copies_of(layer, "B"))
 
 
 def bitsandbytes_nf4(dense: Tensor) -> Engine:
@@ -420,6 +433,16 @@ def whole(model: Any, vocabulary: int, prompt: int = 2048, new: int = 64) -> dic
     }
 
 
+@torch.inference_mode()
+def profile(quick: bool) -> None:
+    """A call of each of our kernels at one shape, for few tokens and for many."""
+    n, k = SHAPES[1]
+    for m in (1, 64)[: 1 if quick else None]:
+        x = torch.randn(m, k, device="cuda", dtype=torch.float16)
+        for engine in ours(n, k, torch.float16).values():
+            engine(x)[0]()
+
+
 # --- the report ----------------------------------------------------------------------------------
 
 
@@ -436,6 +459,7 @@ RATIOS = {  # a peer's seconds over ours
     "NF4": ("torch", "tersor NF4"),
     "NF4 / bnb": ("bitsandbytes NF4", "tersor NF4"),
     "W4 / int4pack": ("torch int4pack", "tersor W4"),
+    "W4 / Marlin": ("Marlin", "tersor W4"),
     "W4 2:4": ("torch", "tersor W4 2:4"),
     "2:4 / W4": ("tersor W4", "tersor W4 2:4"),
     "W16 2:4": ("torch", "tersor W16 2:4"),
@@ -445,8 +469,8 @@ RATIOS = {  # a peer's seconds over ours
 
 def shown(rows: list[dict[str, Any]], limit: dict[str, float]) -> Table:
     """Of torch's 16-bit linear where a column names no other."""
-    table = Table(title="seconds of a peer over ours; bytes of W4 over the bandwidth of a copy")
-    for head in ("n", "k", "m", "dtype", *RATIOS, "of bandwidth"):
+    table = Table(title="seconds of a peer over ours; of a copy's bytes, and cuBLAS's flop, W4")
+    for head in ("n", "k", "m", "dtype", *RATIOS, "of bandwidth", "of tensor cores"):
         table.add_column(head, justify="right")
     for row in rows:
         taken, n, k = row["seconds"], row["n"], row["k"]
@@ -456,7 +480,9 @@ def shown(rows: list[dict[str, Any]], limit: dict[str, float]) -> Table:
             f"{taken[peer] / taken[mine]:.2f}" if peer in taken and mine in taken else ""
             for peer, mine in RATIOS.values()
         )
-        table.add_row(str(n), str(k), str(row["m"]), row["dtype"], *ratios, f"{share:.0%}")
+        done = 2 * n * k * row["m"] / taken["tersor W4"] / limit["float16_flop_per_second"]
+        shares = f"{share:.0%}", f"{done:.0%}"
+        table.add_row(str(n), str(k), str(row["m"]), row["dtype"], *ratios, *shares)
     return table
 
 
@@ -469,6 +495,6 @@ def show(found: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    parts = {"check": check, "kernels": kernels, "models": models}
+    parts = {"check": check, "kernels": kernels, "models": models, "profile": profile}
     tested = ["test_cuda.py", "test_gpu_codebook.py", "test_gpu_sparse.py"]
     gpu.run(__doc__, "cuda_linear", parts, tested, show)

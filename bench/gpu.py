@@ -4,6 +4,7 @@ clocks, and the limits of the device."""
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import shutil
@@ -63,6 +64,36 @@ def sanitize() -> dict[str, str]:
         last = [line for line in (done.stdout + done.stderr).splitlines() if "SUMMARY" in line]
         found[each] = f"exit {done.returncode}; {last[-1].strip('= ') if last else 'no summary'}"
     return found
+
+
+METRICS = {  # of Nsight Compute; shares in percent of the peak
+    "gpu__time_duration.sum": "nanoseconds",
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed": "memory",
+    "lts__throughput.avg.pct_of_peak_sustained_elapsed": "cache",
+    "sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active": "tensor cores",
+    "sm__inst_issued.avg.pct_of_peak_sustained_active": "instructions",
+    "sm__warps_active.avg.pct_of_peak_sustained_active": "warps",
+    "launch__registers_per_thread": "registers",
+}
+
+
+def profile(part: str, quick: bool) -> Any:
+    """What bounds the kernels that the part launches: a row of METRICS for each launch."""
+    tool = shutil.which("ncu")
+    if tool is None:
+        return {"ncu": "not installed"}
+    asked = [tool, "--csv", "--page", "raw", "--metrics", ",".join(METRICS)]
+    ours = "--kernel-name-base", "demangled", "--kernel-name", "regex:tersor"
+    done = child(part, *asked, *ours, quick=quick)
+    lines = done.stdout.splitlines()
+    start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
+    if done.returncode or start is None:
+        return {"failed": (done.stdout + done.stderr).strip()[-2000:]}
+    launches = list(csv.DictReader(lines[start:]))[1:]  # the first row has the units
+    return [
+        {"kernel": each["Kernel Name"]} | {name: each.get(key) for key, name in METRICS.items()}
+        for each in launches
+    ]
 
 
 def tests(*names: str) -> str:
@@ -125,7 +156,7 @@ def run(
     show: Callable[[dict[str, Any]], None],
 ) -> None:
     """The command line of such a script. parts: by name; that of "check" runs under the sanitizer
-    too. tested: files of tests/. show: prints what was found."""
+    too, that of "profile" under ncu alone. tested: files of tests/. show: prints what was found."""
     parser = argparse.ArgumentParser(description=about.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="few shapes; not saved")
     parser.add_argument("--no-build", action="store_true", help="the tersor that is installed")
@@ -146,7 +177,7 @@ def run(
         os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     found: dict[str, Any] = {"device": device(), "limits": limits()}
     for part in given.only or parts:
-        found[part] = result(part, given.quick)
+        found[part] = (profile if part == "profile" else result)(part, given.quick)
         if part == "check":
             found["sanitizer"] = "not asked for" if given.no_sanitizer else sanitize()
             found["tests"] = tests(*tested)
