@@ -82,7 +82,7 @@ Shape = tuple[int, int, int, int]  # m, n, k, g
 def cases(shapes: Iterable[Shape] = SHAPES, sparse: Iterable[Shape] = ()) -> Iterator[Case]:
     """Every shape with every grid and dtype of activations; scale dtype and bias take turns. Those
     in `sparse` are of weights with 2:4 zeros."""
-    turn = itertools.cycle(itertools.product(DTYPES, (True, False)))
+    shapes, turn = tuple(shapes), itertools.cycle(itertools.product(DTYPES, (True, False)))
     for (m, n, k, g), bits, symmetric, activation in itertools.product(
         shapes, (4, 8), (True, False), (None, ActSpec())
     ):
@@ -90,11 +90,10 @@ def cases(shapes: Iterable[Shape] = SHAPES, sparse: Iterable[Shape] = ()) -> Ite
             scale_dtype, bias = next(turn)
             yield Case(m, n, k, g, bits, symmetric, activation, dtype, scale_dtype, bias)
         next(turn)  # 3 dtypes, 6 turns: without this step each dtype would see two turns only
-    static, dtypes = ActSpec(dynamic=False), itertools.cycle(DTYPES)
-    for (m, n, k, g), bits, symmetric in itertools.product(shapes, (4, 8), (True, False)):
-        scale_dtype, bias = next(turn)
-        yield Case(m, n, k, g, bits, symmetric, static, next(dtypes), scale_dtype, bias)
-        next(dtypes)  # 3 dtypes, 4 grids: or each grid would see some of them only
+    for i, (m, n, k, g) in enumerate(shapes):  # with static activations: nine for all dtypes
+        dtype, scale_dtype, static = DTYPES[i % 3], DTYPES[i // 3 % 3], ActSpec(dynamic=False)
+        for bits, symmetric in itertools.product((4, 8), (True, False)):
+            yield Case(m, n, k, g, bits, symmetric, static, dtype, scale_dtype, i % 2 == 0)
     for (m, n, k, g), bits, activation, dtype in itertools.product(
         sparse, (4, 8), (None, ActSpec()), DTYPES
     ):
