@@ -106,6 +106,15 @@ def test_values_are_those_of_compressed_tensors() -> None:
         assert bool((theirs != x.clamp(-100, 100)).any()) and float(theirs.max()) < float(x.max())
 
 
+def test_the_operator_takes_no_other_scale() -> None:
+    layer = QuantLinear(
+        random_qweight(32, 64, QSpec(8, None)), None, STATIC, input_scale=torch.tensor([0.02])
+    )
+    for wrong in (torch.ones(1).bfloat16(), torch.ones(0), torch.ones(2), torch.ones(1).cdouble()):
+        with pytest.raises(TersorError, match=r"input_scale must be float32 \[1\] on cpu"):
+            torch.ops.tersor.linear(torch.ones(1, 64), layer.packed, None, 32, None, wrong)
+
+
 def test_a_token_that_is_not_finite_stands_for_nothing() -> None:
     layer = QuantLinear(
         random_qweight(32, 64, QSpec(8, None)), None, STATIC, input_scale=torch.tensor([0.02])

@@ -42,9 +42,7 @@ class StaticStats(GramStats):
 
     def scale(self) -> Tensor | None:
         """The scale with the least squared error over all values seen, float64 [1]; None where none
-        but zero was. Most of what is gained by cutting off a few large values is finer steps for
-        the others: on the demo model this has a third of the KL divergence that the largest value's
-        scale has."""
+        but zero was. Where it cuts off a few large values, the others have finer steps."""
         seen = self._seen.cpu()
         some = seen.nonzero().flatten()
         values = (some - _PATTERNS // 2).to(torch.int16).view(torch.bfloat16).double()

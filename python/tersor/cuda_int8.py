@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tersor import _core, cuda_calls
-from tersor.kernels import define_operator, dtype_code
+from tersor.kernels import define_operator, dtype_code, scale_address
 
 
 def quantize(
@@ -24,7 +24,7 @@ def quantize(
     if m:
         _core.cuda_quantize(
             rows.data_ptr(), m, k, g, stride, dtype_code(x.dtype),
-            outliers or 0.0, 0 if input_scale is None else input_scale.data_ptr(),
+            outliers or 0.0, scale_address(input_scale, x.device),
             quantized.data_ptr(), quantized.numel(), *cuda_calls.place(x.device),
         )  # fmt: skip
     return quantized

@@ -277,6 +277,18 @@ def rows_of(x: Tensor, k: int) -> Tensor:
     return matrix.contiguous() if scattered or overlapping else matrix
 
 
+def scale_address(scale: Tensor | None, device: torch.device) -> int:
+    """Of the scale of static activations, float32 [1] on the device; 0 for None."""
+    if scale is None:
+        return 0
+    if scale.dtype != torch.float32 or scale.numel() != 1 or scale.device != device:
+        raise TersorError(
+            f"input_scale must be float32 [1] on {device}, not {scale.dtype} {list(scale.shape)} "
+            f"on {scale.device}"
+        )
+    return scale.data_ptr()
+
+
 def _linear(
     x: Tensor,
     packed: Tensor,
@@ -298,7 +310,7 @@ def _linear(
         y.data_ptr(), n, n,
     )  # fmt: skip
     if outliers is None:
-        _core.linear(*call, 0 if input_scale is None else input_scale.data_ptr())
+        _core.linear(*call, scale_address(input_scale, x.device))
     else:
         _core.linear_outliers(*call, outliers)
     return y
